@@ -1,7 +1,8 @@
 // Which channels of a token are kept (docs/method.md, S4): the `kept` largest scores.
 //
-// Everything here is static: the file is compiled once per instruction set, and a shared inline function would let the linker
-// give AVX-512 code to a machine without it. Integers only, so every instruction set selects the same channels.
+// Everything here is static: the file is compiled once per instruction set, and a shared inline
+// function would let the linker give AVX-512 code to a machine without it. Integers only, so every
+// instruction set selects the same channels.
 #pragma once
 
 #include <bit>
@@ -46,8 +47,9 @@ static inline uint64_t GatherBits(const uint8_t* flags) {
 
 }  // namespace select_internal
 
-// Sets bit j of mask_bits for the `kept` largest score[j]. A score is not negative, or NaN, which counts as largest. Of equal
-// scores the smaller channel wins. Bits at and above n are 0. score: [n], n <= kMaxSelect; mask_bits: [(n + 63) / 64]
+// Sets bit j of mask_bits for the `kept` largest score[j]. A score is not negative, or NaN, which
+// counts as largest. Of equal scores the smaller channel wins. Bits at and above n are 0. score:
+// [n], n <= kMaxSelect; mask_bits: [(n + 63) / 64]
 static inline void SelectTop(const float* score, int n, int kept, uint64_t* mask_bits) {
   using namespace select_internal;
   const int n_blocks = (n + kBlock - 1) / kBlock;
@@ -68,7 +70,8 @@ static inline void SelectTop(const float* score, int n, int kept, uint64_t* mask
   int32_t low = 0, high = 0;
   for (int j = 0; j < n_blocks * kBlock; ++j) high = key[j] > high ? key[j] : high;
   ++high;
-  // count(low) >= kept > count(high). Ends early at a bound that separates exactly, else at the kept-th largest key.
+  // count(low) >= kept > count(high). Ends early at a bound that separates exactly, else at the
+  // kept-th largest key.
   int count = n;
   while (high - low > 1 && count != kept) {
     const int32_t middle = low + (high - low) / 2;

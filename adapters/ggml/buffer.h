@@ -30,6 +30,8 @@ struct KvTensor {
 const KvTensor* KvOf(const ggml_tensor* tensor);
 // The same question by buffer type and name: also true for the dummies that `-fit` measures with.
 bool IsCacheTensor(const ggml_tensor* tensor);
+// True once any such tensor was seen.
+bool SawCache();
 
 class Buffer {
  public:

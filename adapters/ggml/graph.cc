@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kRopeNeox = 2;
 
-std::atomic<bool> saw_cache{false};
 std::atomic<bool> was_planned{false};
 
 const Host& TheHost() { return ThePlugin().host; }
@@ -276,7 +275,6 @@ ggml_status ComputeNode(const Backend& backend, const ggml_tensor* op) {
 
 }  // namespace
 
-bool SawCache() { return saw_cache; }
 bool WasPlanned() { return was_planned; }
 
 bool SupportsOp(const ggml_tensor* op) {
@@ -287,7 +285,6 @@ bool SupportsOp(const ggml_tensor* op) {
     const ggml_tensor* root = op->view_src ? op->view_src : op;
     return IsEmptyOp(op->op) && root->buffer && root->buffer->buft == &ThePlugin().buffer_type;
   }
-  saw_cache = true;
   if (IsEmptyOp(op->op)) return true;
   const KvTensor* kv = KvOf(cached);
   if (kv) {  // else the dummy of a measurement

@@ -11,8 +11,7 @@ bool SupportsOp(const ggml_tensor* op);
 
 ggml_status Compute(ggml_backend_t backend, ggml_cgraph* graph);
 
-// True once a planned graph held a KV tensor of this device / any op at all was asked for.
-bool SawCache();
+// True once the host asked for any op.
 bool WasPlanned();
 
 }  // namespace sparkv

@@ -25,7 +25,7 @@ const char* BackendName(ggml_backend_t) { return kName; }
 
 void FreeBackend(ggml_backend_t backend) {
   static std::atomic_flag said = ATOMIC_FLAG_INIT;
-  if (WasPlanned() && !SawCache() && !said.test_and_set()) {
+  if (!SawCache() && WasPlanned() && !said.test_and_set()) {
     Log(LogLevel::kWarn, "no KV cache was put on device %s (-nkvo, -ngl 0 or a model without one): nothing was packed",
         kName);
   }

@@ -1,0 +1,224 @@
+#include "config/config.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <string>
+
+namespace sparkv {
+namespace {
+
+sparkv_config Preset(const char* name) {
+  sparkv_config config = {};
+  config.struct_size = sizeof(config);
+  sparkv_error error = {};
+  EXPECT_EQ(sparkv_config_preset(&config, name, &error), SPARKV_OK) << error.text;
+  return config;
+}
+
+std::string PresetError(const char* name) {
+  sparkv_config config = Preset("spark-0.8");
+  const sparkv_config before = config;
+  sparkv_error error = {};
+  EXPECT_EQ(sparkv_config_preset(&config, name, &error), SPARKV_INVALID) << name;
+  EXPECT_EQ(std::memcmp(&before, &config, sizeof(config)), 0)
+      << name << " changed the configuration";
+  return error.text;
+}
+
+std::string SetError(const char* key, const char* value) {
+  sparkv_config config = Preset("spark-0.8");
+  const sparkv_config before = config;
+  sparkv_error error = {};
+  EXPECT_EQ(sparkv_config_set(&config, key, value, &error), SPARKV_INVALID) << key << "=" << value;
+  EXPECT_EQ(std::memcmp(&before, &config, sizeof(config)), 0)
+      << key << " changed the configuration";
+  return error.text;
+}
+
+std::string Text(const sparkv_config& config) {
+  char text[256] = {};
+  const size_t length = sparkv_config_text(&config, text, sizeof(text));
+  EXPECT_EQ(length, std::strlen(text));
+  return text;
+}
+
+TEST(Config, NoNameMeansTheDefaultPreset) {
+  EXPECT_STREQ(Preset(nullptr).preset, "spark-0.5-i5");
+  EXPECT_STREQ(Preset("").preset, "spark-0.5-i5");
+  EXPECT_EQ(Text(Preset(nullptr)),
+            "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 32 seal stream");
+}
+
+TEST(Config, ExactPrunesNothingAndRoundsNothing) {
+  const sparkv_config config = Preset("exact");
+  EXPECT_EQ(config.ratio, 0.0);
+  EXPECT_EQ(config.kept, SPARKV_F16);
+  EXPECT_EQ(config.values, SPARKV_F16);
+  for (int head_dim : {32, 64, 80, 512}) EXPECT_EQ(KeptChannels(config.ratio, head_dim), head_dim);
+}
+
+TEST(Config, PaperPresetsAreThePaper) {
+  const sparkv_config config = Preset("spark-0.8");
+  EXPECT_EQ(config.ratio, 0.8);
+  EXPECT_EQ(config.recover, SPARKV_RECOVER_MEAN);
+  EXPECT_EQ(config.group, SPARKV_GROUP_SIGNED);
+  EXPECT_EQ(config.kept, SPARKV_F16);
+  EXPECT_EQ(config.values, SPARKV_F16);
+  EXPECT_EQ(config.sinks, 4);
+  EXPECT_EQ(config.window, 32);
+  EXPECT_EQ(config.observe, 32);
+  EXPECT_EQ(config.seal, SPARKV_SEAL_STREAM);
+}
+
+TEST(Config, IntegerPresetsChooseTheirValues) {
+  EXPECT_EQ(Preset("spark-0.5-i8").values, SPARKV_INT8);
+  EXPECT_EQ(Preset("spark-0.5-i6").values, SPARKV_INT8);
+  EXPECT_EQ(Preset("spark-0.5-i5").values, SPARKV_INT4);
+  EXPECT_EQ(Preset("spark-0.5-i4").values, SPARKV_INT4);
+  EXPECT_EQ(Preset("spark-0.5-i6").kept, SPARKV_INT6);
+}
+
+TEST(Config, PresetNamesAreNormalised) {
+  EXPECT_STREQ(Preset("spark-.8").preset, "spark-0.8");
+  EXPECT_STREQ(Preset("spark-0.50-i5").preset, "spark-0.5-i5");
+  EXPECT_STREQ(Preset("spark-1").preset, "spark-1");
+  EXPECT_STREQ(Preset("spark-0").preset, "spark-0");
+  EXPECT_STREQ(Preset("spark-0.333").preset, "spark-0.333");
+  EXPECT_EQ(Preset(Preset("spark-.333").preset).ratio, 0.333);
+}
+
+TEST(Config, UnknownPresetsAreNamed) {
+  EXPECT_EQ(
+      PresetError("foo"),
+      "preset: \"foo\" is unknown (exact, spark-0.5, spark-0.8, spark-0.5-i8, spark-0.5-i5, ...)");
+  EXPECT_NE(PresetError("spark-0.5-i7").find("one of i8, i6, i5, i4"), std::string::npos);
+  EXPECT_EQ(PresetError("spark-2"), "preset: \"spark-2\" has a ratio outside [0, 1]");
+  for (const char* name :
+       {"spark", "spark-", "spark-x", "spark-0.5x", "spark-0.5-", "spark-0.5-i", "spark--0.5",
+        "spark-nan", "spark-inf", "spark-1e-1", "spark-0.5-i5x", "spark-0.5-i5-i5", "Exact",
+        "exact ", " exact", "spark-0,5", "spark-1e999"}) {
+    EXPECT_EQ(PresetError(name).substr(0, 8), "preset: ") << name;
+  }
+  EXPECT_NE(PresetError("spark-0.0000000000000000000000000001").find("too many digits"),
+            std::string::npos);
+}
+
+TEST(Config, ErrorsAreOneShortLineWhateverTheValue) {
+  const std::string text = PresetError((std::string(5000, 'a') + "\n\x1b[31m").c_str());
+  EXPECT_LT(text.size(), 200u);
+  const std::string control = SetError("kept", "i5\nsecond line\x1b");
+  EXPECT_EQ(control.find_first_of("\n\x1b"), std::string::npos);
+}
+
+TEST(Config, ParametersAreSetByName) {
+  sparkv_config config = Preset("spark-0.5-i5");
+  const auto set = [&](const char* key, const char* value) {
+    sparkv_error error = {};
+    EXPECT_EQ(sparkv_config_set(&config, key, value, &error), SPARKV_OK) << error.text;
+  };
+  set("ratio", "0.8");
+  set("recover", "paper");
+  set("group", "energy");
+  set("kept", "int8");
+  set("values", "f16");
+  set("sinks", "0");
+  set("window", "65536");
+  set("observe", "1");
+  set("seal", "prefill-end");
+  set("simd", "avx512");
+  set("threads", "256");
+  EXPECT_EQ(Text(config),
+            "spark-0.5-i5 ratio 0.8 recover paper group energy kept i8 values f16 sinks 0 window "
+            "65536 observe 1 "
+            "seal prefill-end simd avx512 threads 256");
+  set("ratio", "-0");
+  EXPECT_FALSE(std::signbit(config.ratio));
+  set("ratio", "1e-1");
+  EXPECT_EQ(config.ratio, 0.1);
+}
+
+TEST(Config, BadRatiosAreRefused) {
+  EXPECT_EQ(SetError("ratio", "2"), "ratio: 2 is outside [0, 1]");
+  EXPECT_EQ(SetError("ratio", "-0.1"), "ratio: -0.1 is outside [0, 1]");
+  EXPECT_EQ(SetError("ratio", "nan"), "ratio: nan is outside [0, 1]");
+  EXPECT_EQ(SetError("ratio", "inf"), "ratio: inf is outside [0, 1]");
+  EXPECT_EQ(SetError("ratio", "1e999"), "ratio: 1e999 is outside [0, 1]");
+  EXPECT_EQ(SetError("ratio", "0.5x"), "ratio: \"0.5x\" is not a number");
+  for (const char* value : {"", " 0.5", "0.5 ", "+0.5", "0,5", "0x1", ".", "-"}) {
+    EXPECT_NE(SetError("ratio", value).find("is not a number"), std::string::npos) << value;
+  }
+}
+
+TEST(Config, BadCountsAreRefused) {
+  EXPECT_EQ(SetError("sinks", "1025"), "sinks: 1025 is outside [0, 1024]");
+  EXPECT_EQ(SetError("sinks", "-1"), "sinks: -1 is outside [0, 1024]");
+  EXPECT_EQ(SetError("observe", "0"), "observe: 0 is outside [1, 1024]");
+  EXPECT_EQ(SetError("window", "99999999999999999999"),
+            "window: 99999999999999999999 is outside [0, 65536]");
+  EXPECT_EQ(SetError("threads", "4.0"), "threads: \"4.0\" is not a whole number");
+  EXPECT_EQ(SetError("threads", ""), "threads: \"\" is not a whole number");
+}
+
+TEST(Config, UnknownNamesListTheKnownOnes) {
+  EXPECT_EQ(SetError("recover", "median"), "recover: \"median\" is unknown (zero, mean, paper)");
+  EXPECT_EQ(SetError("kept", "i7"), "kept: \"i7\" is unknown (f16, i8, i6, i5, i4)");
+  EXPECT_EQ(SetError("values", "i5"), "values: \"i5\" is unknown (f16, q8, q4)");
+  EXPECT_EQ(SetError("seal", ""), "seal: \"\" is unknown (stream, prefill-end)");
+  EXPECT_EQ(SetError("raito", "1"),
+            "parameter: \"raito\" is unknown (ratio, recover, group, kept, values, seal, simd, "
+            "sinks, window, "
+            "observe, threads)");
+}
+
+TEST(Config, NullAndForeignStructsAreRefused) {
+  sparkv_error error = {};
+  EXPECT_EQ(sparkv_config_preset(nullptr, "exact", &error), SPARKV_INVALID);
+  EXPECT_STREQ(error.text, "config: NULL");
+  sparkv_config config = {};
+  EXPECT_EQ(sparkv_config_preset(&config, "exact", &error), SPARKV_INVALID);
+  EXPECT_NE(std::string(error.text).find("config.struct_size: 0"), std::string::npos);
+  config = Preset("exact");
+  EXPECT_EQ(sparkv_config_set(&config, nullptr, "1", &error), SPARKV_INVALID);
+  EXPECT_EQ(sparkv_config_set(&config, "ratio", nullptr, nullptr), SPARKV_INVALID);
+}
+
+TEST(Config, TextIsCutToTheBufferAndTerminated) {
+  const sparkv_config config = Preset("exact");
+  const size_t needed = sparkv_config_text(&config, nullptr, 0);
+  char text[8] = "xxxxxxx";
+  EXPECT_EQ(sparkv_config_text(&config, text, sizeof(text)), needed);
+  EXPECT_STREQ(text, "exact r");
+}
+
+TEST(Config, CheckFindsTheFirstFieldOutOfRange) {
+  const sparkv_config good = Preset("spark-0.5-i5");
+  EXPECT_TRUE(CheckConfig(good).ok());
+  sparkv_config config = good;
+  config.ratio = std::nan("");
+  EXPECT_EQ(CheckConfig(config).text, "ratio: nan is outside [0, 1]");
+  config = good;
+  config.kept = 9;
+  EXPECT_EQ(CheckConfig(config).text, "kept: 9 is unknown (f16, i8, i6, i5, i4)");
+  config = good;
+  config.values = SPARKV_INT5;
+  EXPECT_EQ(CheckConfig(config).text, "values: 3 is unknown (f16, q8, q4)");
+  config = good;
+  config.observe = 0;
+  EXPECT_EQ(CheckConfig(config).text, "observe: 0 is outside [1, 1024]");
+}
+
+TEST(Config, KeptChannelsTruncateTheDoubleProduct) {
+  const struct {
+    int head_dim;
+    double ratio;
+    int kept;
+  } cases[] = {{64, 0.3, 45},  {64, 0.5, 32},   {64, 0.8, 13},  {128, 0.3, 90}, {128, 0.5, 64},
+               {128, 0.8, 26}, {256, 0.3, 180}, {256, 0.8, 52}, {64, 1.0, 0},   {64, 0.01, 64}};
+  for (const auto& c : cases)
+    EXPECT_EQ(KeptChannels(c.ratio, c.head_dim), c.kept) << c.head_dim << " " << c.ratio;
+}
+
+}  // namespace
+}  // namespace sparkv

@@ -24,12 +24,29 @@ esac
 say() { echo "sparkv: $*" >&2; }
 die() { say "$*"; exit 1; }
 
-# Runs a command whose output matters only when it fails.
+# quietly <name> <command...>: runs a command whose output matters only when it fails, and says
+# every few seconds where it is.
 quietly() {
-  local log=build/logs/$1.log
+  local log=build/logs/$1.log every=10 before='sparkv: ' after='\n' ticker status=0
+  [ -t 2 ] && every=1 before='\r\033[Ksparkv: ' after=''
   shift
   mkdir -p build/logs
-  "$@" >"$log" 2>&1 || { tail -n 30 "$log" >&2; die "'$1' failed; the whole output is in $log"; }
+  : >"$log"
+  # The sleep outlives the loop: it may hold neither our pipes nor the lock.
+  while sleep $every >/dev/null 2>&1 9>&- && kill -0 $$ 2>/dev/null; do
+    printf "$before%.90s$after" "$(tail -n 1 "$log")" >&2
+  done &
+  ticker=$!
+  "$@" >>"$log" 2>&1 </dev/null || status=$?
+  kill $ticker
+  wait $ticker 2>/dev/null || true
+  [ -t 2 ] && printf '\r\033[K' >&2
+  return $status
+}
+
+# The same for a command that has to work.
+must() {
+  quietly "$@" || { tail -n 30 "build/logs/$1.log" >&2; die "'$2' failed, see build/logs/$1.log"; }
 }
 
 # --- Debian packages: "package:what it brings", a program or a file ----------------
@@ -46,7 +63,9 @@ wanted=(
   'libclang-rt-14-dev:/usr/lib/llvm-14/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a'
 )
 
-present() { if [[ $1 == /* ]]; then compgen -G "$1" >/dev/null; else command -v "$1" >/dev/null; fi; }
+present() {
+  if [[ $1 == /* ]]; then compgen -G "$1"; else command -v "$1"; fi >/dev/null
+}
 
 # A Python that has what the scripts need; another one may come first on PATH.
 find_python() {
@@ -72,10 +91,12 @@ install_packages() {
   [ ${#missing[@]} = 0 ] && return
   say "installing Debian packages: ${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
-  dpkg --configure -a >&2  # after an earlier run was stopped inside dpkg
-  apt-get update -q >&2 || true  # the cached lists may do
-  apt-get install -q -y --no-install-recommends -o DPkg::Lock::Timeout=300 "${missing[@]}" >&2 ||
-    die "could not get Debian packages; supply them with: apt-get install ${missing[*]}"
+  quietly apt dpkg --configure -a || true  # after an earlier run was stopped inside dpkg
+  quietly apt apt-get update -q || true  # the lists at hand may do
+  quietly apt apt-get install -q -y --no-install-recommends -o DPkg::Lock::Timeout=300 \
+    "${missing[@]}" ||
+    die "could not get Debian packages (see build/logs/apt.log); supply them with:" \
+      "apt-get install ${missing[*]}"
   find_python || die "'python3 -c \"import numpy, pip\"' fails after installing ${missing[*]}"
 }
 
@@ -144,7 +165,7 @@ build_llama() {
   local stamp=$llama_tree/.sparkv-configured
   if [ "$(cat "$stamp" 2>/dev/null)" != "${flags[*]}" ]; then
     say "configuring llama.cpp"
-    quietly configure-llama cmake -S "$llama_source" -B "$llama_tree" -G Ninja "${flags[@]}"
+    must configure-llama cmake -S "$llama_source" -B "$llama_tree" -G Ninja "${flags[@]}"
     echo "${flags[*]}" >"$stamp"
   fi
   NINJA_STATUS='llama.cpp [%f/%t] ' ninja -C "$llama_tree" -j "$(nproc)" "${programs[@]}" >&2
@@ -172,7 +193,7 @@ link_system_llama() {
 build_sparkv() {
   local werror=OFF targets=() folder
   [ "${CI-}" = true ] && werror=ON
-  quietly configure cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release \
+  must configure cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$PWD/build/bin" \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/build/lib" \
     -DSPARKV_WERROR="$werror" -DSPARKV_GGML_SOURCE_DIR="${llama_source:+$llama_source/ggml}" \

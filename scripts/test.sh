@@ -39,7 +39,7 @@ if [ -f tests/fuzz/CMakeLists.txt ] && command -v clang++-14 >/dev/null; then
     fi
   done
 else
-  heading "no clang++-14 here: the libFuzzer smoke run is skipped"
+  heading "libFuzzer is skipped: it needs clang++-14 and tests/fuzz"
 fi
 
 heading "all tests"

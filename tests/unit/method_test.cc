@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -10,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "base/half.h"
 #include "config/config.h"
 #include "method/select.h"
 #include "reference/reference.h"
@@ -44,7 +46,7 @@ Floats HardRows(std::mt19937& random, int n_rows, int head_dim) {
   Floats rows;
   for (int i = 0; i < n_rows * head_dim; ++i) {
     const size_t j = size_t(i % head_dim);
-    rows.push_back(float(_Float16(scale[j] * normal(random) + offset[j])));
+    rows.push_back(HalfToFloat(FloatToHalf(scale[j] * normal(random) + offset[j])));
   }
   return rows;
 }

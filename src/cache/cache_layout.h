@@ -1,0 +1,57 @@
+// Where rows of a cache lie: sizes and offsets that follow from configuration and shape alone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "format/row_layout.h"
+
+namespace sparkv {
+
+// Packed rows are stored in groups of 16 cells that hold all layers: group g of a stream holds, for each layer and KV head,
+// 16 key rows and then 16 value rows. So a cell's row is found by arithmetic, and memory grows with tokens, a few pages at a
+// time, whatever the number of layers.
+inline constexpr int64_t kGroupCells = 16;
+
+struct LayerLayout {
+  int n_kv_heads = 0;
+  KeyLayout key;
+  ValueLayout value;
+  int k_dim() const { return key.head_dim; }
+  int v_dim() const { return value.head_dim; }
+  size_t k_row() const { return size_t(n_kv_heads) * size_t(key.head_dim); }  // numbers per token
+  size_t v_row() const { return size_t(n_kv_heads) * size_t(value.head_dim); }
+  size_t head_group_bytes() const { return size_t(kGroupCells) * (key.bytes + value.bytes); }
+
+  size_t packed_at = 0;   // byte offset in a group
+  size_t dense_at = 0;    // offset in a dense slot, f16 numbers: key row, then value row
+  size_t channel_at = 0;  // offset in a weight table or an observation row, channels
+};
+
+struct CacheLayout {
+  std::vector<LayerLayout> layers;
+  int64_t cells_per_stream = 0;
+  int n_streams = 0;
+  size_t group_bytes = 0;
+  size_t dense_slot_numbers = 0;
+  size_t table_channels = 0;
+
+  int64_t cells() const { return cells_per_stream * n_streams; }
+  int64_t groups_per_stream() const { return (cells_per_stream + kGroupCells - 1) / kGroupCells; }
+  int64_t words_per_stream() const { return (cells_per_stream + 63) / 64; }
+  int64_t stream_of(int64_t cell) const { return cell / cells_per_stream; }
+  int64_t index_of(int64_t cell) const { return cell % cells_per_stream; }
+  int64_t group_of(int64_t cell) const { return stream_of(cell) * groups_per_stream() + index_of(cell) / kGroupCells; }
+
+  size_t key_at(const LayerLayout& layer, int head, int64_t cell) const {
+    return size_t(group_of(cell)) * group_bytes + layer.packed_at + size_t(head) * layer.head_group_bytes() +
+           size_t(index_of(cell) % kGroupCells) * layer.key.bytes;
+  }
+  size_t value_at(const LayerLayout& layer, int head, int64_t cell) const {
+    return size_t(group_of(cell)) * group_bytes + layer.packed_at + size_t(head) * layer.head_group_bytes() +
+           size_t(kGroupCells) * layer.key.bytes + size_t(index_of(cell) % kGroupCells) * layer.value.bytes;
+  }
+};
+
+}  // namespace sparkv

@@ -1,0 +1,312 @@
+#include "cache/kv_cache.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/half.h"
+#include "config/config.h"
+
+namespace sparkv {
+namespace {
+
+Status CheckShape(const sparkv_shape& shape) {
+  const auto outside = [](const std::string& field, int64_t value, const char* range) {
+    return Status::Invalid(field + ": " + std::to_string(value) + " is outside " + range);
+  };
+  if (shape.n_layers < 1 || shape.n_layers > 4096) return outside("n_layers", shape.n_layers, "[1, 4096]");
+  if (shape.layers == nullptr) return Status::Invalid("layers: NULL");
+  if (shape.n_streams < 1 || shape.n_streams > 1024) return outside("n_streams", shape.n_streams, "[1, 1024]");
+  const int64_t most = int64_t{1} << 30;
+  if (shape.cells_per_stream < 1 || shape.cells_per_stream > most / shape.n_streams) {
+    return outside("cells_per_stream", shape.cells_per_stream, "[1, 2^30 / n_streams]");
+  }
+  for (int i = 0; i < shape.n_layers; ++i) {
+    const sparkv_layer_shape& layer = shape.layers[i];
+    const std::string name = "layers[" + std::to_string(i) + "].";
+    if (layer.n_kv_heads < 1 || layer.n_kv_heads > 1024) return outside(name + "n_kv_heads", layer.n_kv_heads, "[1, 1024]");
+    if (!HeadDimAllowed(layer.k_dim)) return outside(name + "k_dim", layer.k_dim, "32..512 in steps of 8");
+    if (!HeadDimAllowed(layer.v_dim)) return outside(name + "v_dim", layer.v_dim, "32..512 in steps of 8");
+  }
+  return Status::Ok();
+}
+
+}  // namespace
+
+Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape, std::unique_ptr<KvCache>* cache) {
+  if (Status s = CheckConfig(config); !s.ok()) return s;
+  if (Status s = CheckShape(shape); !s.ok()) return s;
+  std::unique_ptr<KvCache> c(new KvCache());
+  c->config_ = config;
+  c->ops_ = CpuOps(sparkv_simd(config.simd));
+  if (c->ops_ == nullptr) {
+    return Status::Unsupported(std::string("simd: this CPU has no ") +
+                               (config.simd == SPARKV_SIMD_AVX512 ? "avx512 (F, BW, VL, DQ, VBMI, VBMI2)" : "avx2"));
+  }
+  CacheLayout& l = c->layout_;
+  l.cells_per_stream = shape.cells_per_stream;
+  l.n_streams = shape.n_streams;
+  for (int i = 0; i < shape.n_layers; ++i) {
+    const sparkv_layer_shape& s = shape.layers[i];
+    LayerLayout layer;
+    layer.n_kv_heads = s.n_kv_heads;
+    layer.key = KeyLayout::Make(s.k_dim, KeptChannels(config.ratio, s.k_dim), sparkv_number(config.kept),
+                                sparkv_recover(config.recover));
+    layer.value = ValueLayout::Make(s.v_dim, sparkv_number(config.values));
+    layer.packed_at = l.group_bytes;
+    layer.dense_at = l.dense_slot_numbers;
+    layer.channel_at = l.table_channels;
+    l.group_bytes += size_t(s.n_kv_heads) * layer.head_group_bytes();
+    l.dense_slot_numbers += layer.k_row() + layer.v_row();
+    l.table_channels += layer.k_row();
+    c->needs_weights_ |= layer.key.needs_table();
+    l.layers.push_back(layer);
+  }
+  const size_t n_groups = size_t(l.groups_per_stream()) * size_t(l.n_streams);
+  size_t bytes = 0;
+  if (__builtin_mul_overflow(l.group_bytes, n_groups, &bytes) ||
+      __builtin_mul_overflow(l.dense_slot_numbers * 2, size_t(l.cells()), &bytes)) {
+    return Status::NoMemory("cells_per_stream: " + std::to_string(shape.cells_per_stream) + " cells exceed the address space");
+  }
+  if (Status s = c->cells_.Map(l.cells()); !s.ok()) return s;
+  if (Status s = c->dense_.Map(l.dense_slot_numbers, l.cells()); !s.ok()) return s;
+  if (Status s = c->packed_.Map(l.group_bytes, int64_t(n_groups)); !s.ok()) return s;
+  c->tables_.Init(l.table_channels);
+  c->sealed_bits_.assign(size_t(l.words_per_stream() * l.n_streams), 0);
+  c->dense_cells_.resize(size_t(l.n_streams));
+  c->used_end_.assign(size_t(l.n_streams), 0);
+  c->layer_written_.assign(l.layers.size(), 0);
+  c->layer_done_.assign(l.layers.size(), 0);
+  c->SetThreads(1);
+  *cache = std::move(c);
+  return Status::Ok();
+}
+
+void KvCache::SetThreads(int n_threads) {
+  if (config_.threads > 0) n_threads = config_.threads;
+  pool_.Resize(std::clamp(n_threads, 1, 256));
+}
+
+void KvCache::Clear() {
+  step_ = Step{};
+  view_ = View{};
+  flight_cells_.clear();
+  flight_at_.clear();
+  arena_layer_ = -1;
+  observed_.clear();
+  restore_ = {};
+  copy_ = {};
+  cells_.Release();
+  dense_.Clear();
+  packed_.Clear();
+  tables_.Clear();
+  std::fill(sealed_bits_.begin(), sealed_bits_.end(), 0);
+  for (auto& list : dense_cells_) list.clear();
+  std::fill(used_end_.begin(), used_end_.end(), 0);
+  n_sealed_ = n_dense_ = 0;
+}
+
+void KvCache::SetSealedBit(int64_t cell, bool sealed) {
+  const int64_t i = layout_.index_of(cell);
+  uint64_t& word = sealed_bits_[size_t(layout_.stream_of(cell) * layout_.words_per_stream() + i / 64)];
+  const uint64_t bit = uint64_t{1} << (i % 64);
+  word = sealed ? word | bit : word & ~bit;
+}
+
+// A cell in flight is not released here: a step owns it until FinishStep.
+void KvCache::ReleaseCell(int64_t cell) {
+  const CellState state = cells_.state(cell);
+  if (state == CellState::kEmpty) return;
+  if (state == CellState::kDense) {
+    dense_.Free(cells_.slot(cell));
+    std::vector<int64_t>& list = dense_cells_[size_t(layout_.stream_of(cell))];
+    list.erase(std::find(list.begin(), list.end(), cell));
+    --n_dense_;
+  } else if (state == CellState::kSealed) {
+    packed_.Remove(layout_.group_of(cell));
+    SetSealedBit(cell, false);
+    --n_sealed_;
+  }
+  tables_.Unref(cells_.table(cell));
+  observed_.erase(cell);
+  cells_.set_state(cell, CellState::kEmpty);
+  cells_.table(cell) = 0;
+  cells_.pinned(cell) = 0;
+}
+
+void KvCache::Release(int64_t first, int64_t n) {
+  FinishStep();
+  EndRestore();
+  copy_ = {};
+  const int64_t last = std::min(layout_.cells(), first + n);
+  for (int64_t cell = std::max<int64_t>(0, first); cell < last; ++cell) {
+    if (layout_.index_of(cell) < used_end_[size_t(layout_.stream_of(cell))]) ReleaseCell(cell);
+  }
+  dense_.Trim();
+}
+
+// The host says that no cell at or behind n_kv of this stream is in use.
+void KvCache::ReleaseBeyond(int stream, int64_t n_kv) {
+  int64_t& end = used_end_[size_t(stream)];
+  for (int64_t i = n_kv; i < end; ++i) ReleaseCell(stream * layout_.cells_per_stream + i);
+  end = std::min(end, n_kv);
+}
+
+void KvCache::ExpandTables(int layer_index) {
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  if (!layer.key.needs_table()) {
+    table_of_.assign(tables_.count(), nullptr);
+    return;
+  }
+  const size_t row = layer.k_row();
+  const std::vector<uint16_t> known = tables_.Known();
+  table_f32_.resize((known.size() + 1) * (row + 16));  // vectors may read 16 floats past a head's table
+  weight_f32_.resize(table_f32_.size());
+  table_of_.assign(tables_.count(), nullptr);
+  for (size_t i = 0; i < known.size(); ++i) {
+    ExpandTable(tables_.at(known[i])->a.data() + layer.channel_at, int(row), &table_f32_[i * row], &weight_f32_[i * row]);
+    table_of_[known[i]] = &table_f32_[i * row];
+  }
+}
+
+// key, value: f16 rows of all heads; either may be NULL. ExpandTables(layer) was called.
+void KvCache::PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key, const uint16_t* value) {
+  const float* table = table_id != 0 ? table_of_[table_id] : nullptr;
+  const float* weight = table != nullptr ? weight_f32_.data() + (table - table_f32_.data()) : nullptr;
+  for (int h = 0; h < layer.n_kv_heads; ++h) {
+    if (key != nullptr) {
+      const size_t at = size_t(h) * size_t(layer.k_dim());
+      ops_->pack_key(layer.key, table != nullptr ? table + at : nullptr, weight != nullptr ? weight + at : nullptr, key + at,
+                     packed_.data() + layout_.key_at(layer, h, cell));
+    }
+    if (value != nullptr) {
+      ops_->pack_value(layer.value, value + size_t(h) * size_t(layer.v_dim()),
+                       packed_.data() + layout_.value_at(layer, h, cell));
+    }
+  }
+}
+
+Status KvCache::Read(bool keys, int layer_index, int64_t first, int64_t n, uint16_t* rows) {
+  FinishStep();
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  ExpandTables(layer_index);
+  const size_t row = keys ? layer.k_row() : layer.v_row();
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t cell = first + i;
+    uint16_t* out = rows + size_t(i) * row;
+    switch (cells_.state(cell)) {
+      case CellState::kDense:
+        std::memcpy(out, dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()), row * 2);
+        break;
+      case CellState::kSealed: {
+        const uint16_t id = cells_.table(cell);
+        for (int h = 0; h < layer.n_kv_heads; ++h) {
+          if (keys) {
+            const size_t at = size_t(h) * size_t(layer.k_dim());
+            ops_->unpack_key(layer.key, id != 0 && table_of_[id] != nullptr ? table_of_[id] + at : nullptr,
+                             packed_.data() + layout_.key_at(layer, h, cell), out + at);
+          } else {
+            ops_->unpack_value(layer.value, packed_.data() + layout_.value_at(layer, h, cell),
+                               out + size_t(h) * size_t(layer.v_dim()));
+          }
+        }
+        break;
+      }
+      default: std::memset(out, 0, row * 2);
+    }
+  }
+  return Status::Ok();
+}
+
+int64_t KvCache::Saliency(int layer_index, int kv_head, int64_t max_cells, float* saliency, uint8_t* kept) {
+  FinishStep();
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  ExpandTables(layer_index);
+  const size_t dim = size_t(layer.k_dim()), at = size_t(kv_head) * dim;
+  std::vector<uint16_t> row(layer.k_row());
+  int64_t n = 0;
+  for (int64_t cell = 0; cell < layout_.cells() && n < max_cells; ++cell) {
+    if (cells_.state(cell) == CellState::kEmpty) continue;
+    if (Status s = Read(true, layer_index, cell, 1, row.data()); !s.ok()) break;
+    const uint16_t id = cells_.table(cell);
+    const float* table = id != 0 ? table_of_[id] : nullptr;
+    float* out = saliency + size_t(n) * dim;
+    float largest = 0.0f;
+    for (size_t j = 0; j < dim; ++j) {
+      const float weight = table != nullptr ? weight_f32_[size_t(table - table_f32_.data()) + at + j] : 1.0f;
+      out[j] = std::abs(HalfToFloat(row[at + j])) * weight;
+      largest = std::max(largest, out[j]);
+    }
+    for (size_t j = 0; j < dim && largest > 0.0f; ++j) out[j] /= largest;
+    const bool sealed = cells_.state(cell) == CellState::kSealed && layer.key.pruned > 0;
+    const uint8_t* mask = packed_.data() + layout_.key_at(layer, kv_head, cell) + layer.key.mask_at;
+    for (size_t j = 0; j < dim; ++j) {
+      const bool bit = layer.key.mask_bytes != 0 ? (mask[j / 8] >> (j % 8) & 1) != 0 : layer.key.kept > 0;
+      kept[size_t(n) * dim + j] = !sealed || bit ? 1 : 0;
+    }
+    ++n;
+  }
+  return n;
+}
+
+void KvCache::Memory(sparkv_memory* m) const {
+  const uint32_t struct_size = m->struct_size;
+  *m = {};
+  m->struct_size = struct_size;
+  const uint64_t sealed = uint64_t(n_sealed_), dense = uint64_t(n_dense_);
+  m->tokens = n_sealed_ + n_dense_;
+  m->sealed = n_sealed_;
+  uint64_t k_row = 0, v_row = 0;
+  for (const LayerLayout& layer : layout_.layers) {
+    const uint64_t rows = sealed * uint64_t(layer.n_kv_heads);
+    m->key_masks += rows * layer.key.mask_bytes;
+    m->key_signs += rows * layer.key.sign_bytes;
+    m->key_scales += rows * layer.key.scale_bytes;
+    m->key_kept += rows * (layer.key.low_bytes + layer.key.high_bytes);
+    m->value_scales += rows * layer.value.scale_bytes;
+    m->value_codes += rows * layer.value.code_bytes;
+    k_row += layer.k_row();
+    v_row += layer.v_row();
+  }
+  m->dense_keys = dense * k_row * 2;
+  m->dense_values = dense * v_row * 2;
+  m->tables = tables_.bytes();
+  m->cells = cells_.committed() + sealed_bits_.capacity() * 8;
+  const uint64_t key_rows = m->key_masks + m->key_signs + m->key_scales + m->key_kept;
+  const uint64_t value_rows = m->value_scales + m->value_codes;
+  m->slack = packed_.committed() - (key_rows + value_rows) + dense_.committed() - (m->dense_keys + m->dense_values);
+  m->workspace = (flight_keys_.capacity() + flight_values_.capacity()) * 2 + observed_.size() * layout_.table_channels * 4 +
+                 (view_.packed_bits.capacity() + view_.dense_bits.capacity()) * 8 +
+                 (table_f32_.capacity() + weight_f32_.capacity() + partial_.capacity()) * 4;
+  for (const auto& space : thread_space_) m->workspace += space.capacity() * 4;
+  m->resident = packed_.committed() + dense_.committed() + m->tables + m->cells + m->workspace;
+  m->peak = std::max<uint64_t>(peak_, m->resident);
+  m->f16_bytes = uint64_t(m->tokens) * (k_row + v_row) * 2;
+  if (m->tokens > 0) {
+    const double keys = double(key_rows + m->dense_keys), values = double(value_rows + m->dense_values);
+    const double shared = double(m->cells + m->slack), share = keys / (keys + values);
+    m->key_bits = 8.0 * (keys + double(m->tables) + shared * share) / (double(m->tokens) * double(k_row));
+    m->value_bits = 8.0 * (values + shared * (1.0 - share)) / (double(m->tokens) * double(v_row));
+    m->bits = (m->key_bits * double(k_row) + m->value_bits * double(v_row)) / double(k_row + v_row);
+  }
+}
+
+void KvCache::NotePeak() {
+  sparkv_memory m{};
+  Memory(&m);
+  peak_ = m.peak;
+}
+
+void KvCache::NoteHighWater() {
+  if (n_sealed_ + n_dense_ < high_water_.tokens) return;
+  Memory(&high_water_);
+}
+
+void KvCache::HighWater(sparkv_memory* m) const {
+  const uint32_t struct_size = m->struct_size;
+  const_cast<KvCache*>(this)->FinishStep();
+  *m = high_water_;
+  m->struct_size = struct_size;
+  m->peak = peak_;
+}
+
+}  // namespace sparkv

@@ -1,0 +1,175 @@
+// The cache: owns rows, knows the time. Rows arrive (Write), wait dense, are packed when they leave the window (Attend seals
+// before it attends) and are read packed from then on. docs/design.md tells the life of a row.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "base/status.h"
+#include "base/thread_pool.h"
+#include "cache/cache_layout.h"
+#include "cache/cell_table.h"
+#include "cache/dense_store.h"
+#include "cache/packed_store.h"
+#include "cache/weight_tables.h"
+#include "ops/op_table.h"
+
+namespace sparkv {
+
+class KvCache {
+ public:
+  static Status Create(const sparkv_config& config, const sparkv_shape& shape, std::unique_ptr<KvCache>* cache);
+
+  void Clear();
+  void SetThreads(int n_threads);
+  Status Write(bool keys, int layer, const int64_t* cells, int64_t n_rows, const void* rows, sparkv_row_type type,
+               size_t row_stride);
+  Status Attend(const sparkv_attend_args& args);
+  Status Read(bool keys, int layer, int64_t first, int64_t n, uint16_t* rows);
+  Status Restore(bool keys, int layer, int64_t first, int64_t n, const uint16_t* rows);
+  Status CopyStream(bool keys, int layer, int from, int to);
+  void Release(int64_t first, int64_t n);
+  Status RotateKeys(int layer, const int32_t* delta, int64_t n_cells, const sparkv_rope& rope);
+
+  void Memory(sparkv_memory* memory) const;
+  void HighWater(sparkv_memory* memory) const;
+  const char* isa() const { return ops_->name; }
+  int64_t unknown_rows() const { return unknown_rows_; }
+  int64_t Saliency(int layer, int kv_head, int64_t max_cells, float* saliency, uint8_t* kept);
+  size_t SaveWeights(void* bytes, size_t size) const;
+  Status LoadWeights(const void* bytes, size_t size);
+
+ private:
+  // A row that has f16 numbers during this micro-batch.
+  struct Column {
+    int64_t cell;
+    int32_t rank;
+    int32_t flight;  // row in the arena, or -1: its numbers are in dense slot `slot`
+    int32_t slot;
+    uint16_t table;  // weights it is packed with in this step
+    bool sealing;
+  };
+  struct NewTable {
+    uint16_t id;
+    std::vector<std::pair<int32_t, int64_t>> queries;  // (rank, cell), by rank: whose queries make the weights
+  };
+  struct TokenPlan {
+    int32_t rank = 0;
+    uint16_t table = 0;
+  };
+  // What one micro-batch does to the cache: decided once, at its first Attend, the same for all layers.
+  struct Step {
+    bool open = false, planned = false;
+    std::vector<TokenPlan> tokens;     // per flight
+    std::vector<Column> sealing;       // rows packed in this step
+    std::vector<NewTable> new_tables;
+    std::vector<int64_t> observed;     // flight cells whose queries are kept for a later table
+  };
+  // What the queries of a call see, [n_streams * n_tokens][words]: bits of packed cells and bits of dense columns.
+  struct View {
+    std::vector<std::vector<Column>> columns;  // per stream of the call
+    std::vector<uint64_t> packed_bits, dense_bits;
+    size_t packed_words = 0, dense_words = 0;
+    bool mask_values = false;  // the mask holds numbers besides 0 and -inf
+    const uint16_t* mask = nullptr;
+    int64_t n_kv = -1, n_tokens = 0;
+    int first_stream = 0, n_streams = 0;
+  };
+  using Words = std::vector<uint64_t>;
+
+  KvCache() = default;
+
+  // step.cc
+  void BeginStep(const int64_t* cells, int64_t n_rows);
+  void FinishStep();
+  void FlushLayer();
+  Status EnsureSlots();
+  bool ViewHolds(const sparkv_attend_args& args) const;
+  Status Look(const sparkv_attend_args& args);
+  Status PlanTokens(const sparkv_attend_args& args, int stream_index, const Words& seen, std::vector<TokenPlan>* tokens);
+  uint16_t FindOrMakeTable(const sparkv_attend_args& args, int stream_index, const uint64_t* seen, int64_t own, int32_t rank);
+  void PlanSeals(const sparkv_attend_args& args, int stream_index, const Words& seen, const std::vector<TokenPlan>& tokens);
+  void PlanObserved(const sparkv_attend_args& args, int stream_index, const Words& seen,
+                    const std::vector<TokenPlan>& tokens);
+  Status CommitPlan();
+  void MarkBits(const sparkv_attend_args& args, const Words& seen, const std::vector<std::vector<TokenPlan>>& tokens);
+  void ResolveRanks(const uint64_t* seen, int64_t base);
+  void ReleaseBeyond(int stream, int64_t n_kv);
+  int64_t FlightOf(const sparkv_attend_args& args, int stream_index, int64_t token) const;
+
+  // seal.cc
+  void MakeTables(const sparkv_attend_args& args);
+  void SealLayer(int layer);
+  void KeepDense(int layer);
+  const uint16_t* ColumnNumbers(const LayerLayout& layer, const Column& column, bool keys) const;
+
+  // attend.cc
+  void AttendLayer(const sparkv_attend_args& args);
+
+  // kv_cache.cc
+  void ReleaseCell(int64_t cell);
+  void SetSealedBit(int64_t cell, bool sealed);
+  void PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key, const uint16_t* value);
+  void ExpandTables(int layer);
+  void NotePeak();
+  void NoteHighWater();
+
+  // restore.cc
+  bool PacksToItself(const LayerLayout& layer, uint16_t table_id, const uint16_t* row);
+  Status PlaceRestored(int layer, int64_t cell, const uint16_t* row);
+  void EndRestore();
+  uint64_t Fingerprint() const;
+
+  sparkv_config config_{};
+  CacheLayout layout_;
+  const OpTable* ops_ = nullptr;
+  ThreadPool pool_;
+
+  CellTable cells_;
+  DenseStore dense_;
+  PackedStore packed_;
+  WeightTables tables_;
+  std::vector<uint64_t> sealed_bits_;               // [n_streams][words_per_stream]
+  std::vector<std::vector<int64_t>> dense_cells_;   // per stream, oldest first
+  std::vector<int64_t> used_end_;                   // per stream: largest used index + 1
+  uint32_t next_order_ = 1;
+  int64_t n_sealed_ = 0, n_dense_ = 0;
+
+  // The micro-batch in flight. Its rows wait in one arena, which the layers use one after the other.
+  Step step_;
+  View view_;
+  std::vector<int64_t> flight_cells_;
+  std::unordered_map<int64_t, int32_t> flight_at_;
+  std::vector<uint8_t> layer_written_, layer_done_;
+  std::vector<uint16_t> flight_keys_, flight_values_;
+  int arena_layer_ = -1;
+
+  // Energies of queries that may still be needed for a table: f32 [table_channels] per cell.
+  std::unordered_map<int64_t, std::vector<float>> observed_;
+
+  std::vector<float> table_f32_, weight_f32_;       // of one layer, [table][k_row]
+  std::vector<const float*> table_of_;              // [id] -> row in table_f32_, or NULL
+  std::vector<std::vector<float>> thread_space_;    // attention scratch per thread
+  std::vector<float> partial_;                      // attention states of split tasks
+  bool needs_weights_ = false;                      // some layer packs keys with weights
+
+  struct RestoreSession {
+    bool open = false;
+    int first_layer = -1;
+    uint16_t matched = 0;
+    std::unordered_set<int64_t> cells;
+  } restore_;
+  struct CopySession {
+    int from = -1, to = -1;
+    std::unordered_set<int> done;  // layer * 2 + keys
+  } copy_;
+  int64_t unknown_rows_ = 0;
+
+  uint64_t peak_ = 0;
+  sparkv_memory high_water_{};
+};
+
+}  // namespace sparkv

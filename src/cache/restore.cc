@@ -1,0 +1,321 @@
+// Rows that come from outside as f16: state files, copies of streams, keys that move.
+//
+// A packed row that was read as f16 packs to the same bytes again under its own weights and, in practice, under no others. So
+// weights need no name in a state file: the known table under which a key row is a fixed point is the one it was packed with.
+#include <algorithm>
+#include <cstring>
+
+#include "base/half.h"
+#include "cache/kv_cache.h"
+#include "cache/rope.h"
+
+namespace sparkv {
+
+bool KvCache::PacksToItself(const LayerLayout& layer, uint16_t table_id, const uint16_t* row) {
+  const float* table = table_of_[table_id];
+  const float* weight = weight_f32_.data() + (table - table_f32_.data());
+  uint8_t packed[2 * kMaxHeadDim + 128];
+  uint16_t again[kMaxHeadDim];
+  for (int h = 0; h < layer.n_kv_heads; ++h) {
+    const size_t at = size_t(h) * size_t(layer.k_dim());
+    ops_->pack_key(layer.key, table + at, weight + at, row + at, packed);
+    ops_->unpack_key(layer.key, table + at, packed, again);
+    for (int j = 0; j < layer.k_dim(); ++j) {
+      if (again[j] != row[at + size_t(j)] && ((again[j] | row[at + size_t(j)]) & 0x7fffu) != 0) return false;
+    }
+  }
+  return true;
+}
+
+// Decides at the first key row of a cell whether it is packed; the other layers and the values follow.
+Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row) {
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  cells_.Touch(cell);
+  ReleaseCell(cell);
+  int64_t& end = used_end_[size_t(layout_.stream_of(cell))];
+  end = std::max(end, layout_.index_of(cell) + 1);
+  cells_.order(cell) = next_order_++;
+  cells_.rank(cell) = -1;
+
+  uint16_t table = 0;
+  if (layer.key.needs_table()) {
+    // Neighbours mostly share their weights, so the last match is tried first.
+    if (restore_.matched != 0 && PacksToItself(layer, restore_.matched, row)) {
+      table = restore_.matched;
+    } else {
+      for (const uint16_t id : tables_.Known()) {
+        if (id == restore_.matched || !PacksToItself(layer, id, row)) continue;
+        table = id;
+        break;
+      }
+    }
+  }
+  if (table != 0) {
+    restore_.matched = table;
+    tables_.Ref(table);
+    tables_.Used(table);
+    cells_.table(cell) = table;
+    packed_.Add(layout_.group_of(cell));
+    SetSealedBit(cell, true);
+    cells_.set_state(cell, CellState::kSealed);
+    ++n_sealed_;
+    return Status::Ok();
+  }
+  const int32_t slot = dense_.Allocate();
+  if (slot < 0) return Status::NoMemory("dense window: no free slot");
+  cells_.slot(cell) = slot;
+  cells_.set_state(cell, CellState::kDense);
+  dense_cells_[size_t(layout_.stream_of(cell))].push_back(cell);
+  ++n_dense_;
+  return Status::Ok();
+}
+
+Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n, const uint16_t* rows) {
+  FinishStep();
+  copy_ = {};
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  if (!restore_.open) {
+    restore_ = {};
+    restore_.open = true;
+    restore_.first_layer = layer_index;
+  }
+  ExpandTables(layer_index);
+  const size_t row_numbers = keys ? layer.k_row() : layer.v_row();
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t cell = first + i;
+    const uint16_t* row = rows + size_t(i) * row_numbers;
+    const bool known = restore_.cells.count(cell) != 0;
+    if (keys && (!known || layer_index == restore_.first_layer)) {
+      if (Status s = PlaceRestored(layer_index, cell, row); !s.ok()) return s;
+      restore_.cells.insert(cell);
+    }
+    switch (cells_.state(cell)) {
+      case CellState::kSealed: PackRow(layer, cell, cells_.table(cell), keys ? row : nullptr, keys ? nullptr : row); break;
+      case CellState::kDense:
+        std::memcpy(dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()), row, row_numbers * 2);
+        break;
+      default: break;  // values of a cell that was given no keys
+    }
+  }
+  return Status::Ok();
+}
+
+// The rows of a restore that no known weights reproduce. Beside rows that were recognised they are the window and the sinks of
+// the same sequence, which were dense before. Alone, and with packed values, they were packed by a process whose weights are
+// gone: packing them again would lose more, so they stay dense, and the host is told how many.
+void KvCache::EndRestore() {
+  if (!restore_.open) return;
+  restore_.open = false;
+  const LayerLayout& layer = layout_.layers[0];
+  if (needs_weights_) {
+    int64_t strangers = 0;
+    std::vector<int64_t> pinned;
+    std::vector<uint16_t> again(layer.v_row());
+    std::vector<uint8_t> packed(layer.value.bytes);
+    for (const int64_t cell : restore_.cells) {
+      if (cells_.state(cell) != CellState::kDense) continue;
+      if (restore_.matched != 0) {
+        if (cells_.table(cell) == 0) {
+          tables_.Ref(restore_.matched);
+          cells_.table(cell) = restore_.matched;
+        }
+        continue;
+      }
+      // Values that do not pack to themselves were never packed: a plain state file, free to be packed.
+      bool raw = false;
+      const uint16_t* values = dense_.numbers(cells_.slot(cell)) + layer.dense_at + layer.k_row();
+      for (int h = 0; h < layer.n_kv_heads && !raw && layer.value.rotated(); ++h) {
+        const size_t at = size_t(h) * size_t(layer.v_dim());
+        ops_->pack_value(layer.value, values + at, packed.data());
+        ops_->unpack_value(layer.value, packed.data(), again.data());
+        raw = std::memcmp(again.data(), values + at, size_t(layer.v_dim()) * 2) != 0;
+      }
+      if (raw) continue;
+      pinned.push_back(cell);
+      ++strangers;
+    }
+    if (strangers > 0) {
+      for (const int64_t cell : pinned) cells_.pinned(cell) = 1;
+      unknown_rows_ += strangers;
+    }
+  }
+  restore_ = {};
+  NotePeak();
+  NoteHighWater();
+}
+
+Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
+  FinishStep();
+  EndRestore();
+  if (from == to) return Status::Ok();
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  const int64_t n = layout_.cells_per_stream, source = from * n, target = to * n;
+  const int step = layer_index * 2 + (keys ? 1 : 0);
+  if (copy_.from != from || copy_.to != to || !copy_.done.insert(step).second) {
+    // A new copy: the target takes over what the source is; rows follow, layer by layer.
+    copy_ = {from, to, {step}};
+    for (int64_t i = 0; i < used_end_[size_t(to)]; ++i) ReleaseCell(target + i);
+    used_end_[size_t(to)] = used_end_[size_t(from)];
+    const auto mirror = [&](int64_t i) {
+      const int64_t a = source + i, b = target + i;
+      cells_.Touch(b);
+      cells_.set_state(b, cells_.state(a));
+      cells_.pinned(b) = cells_.pinned(a);
+      cells_.rank(b) = cells_.rank(a);
+      cells_.order(b) = cells_.order(a);
+      cells_.table(b) = cells_.table(a);
+      tables_.Ref(cells_.table(b));
+      if (const auto queries = observed_.find(a); queries != observed_.end()) {
+        std::vector<float> copy = queries->second;
+        observed_[b] = std::move(copy);
+      }
+    };
+    for (const int64_t cell : dense_cells_[size_t(from)]) {
+      const int64_t i = layout_.index_of(cell);
+      mirror(i);
+      const int32_t slot = dense_.Allocate();
+      if (slot < 0) return Status::NoMemory("dense window: no free slot");
+      cells_.slot(target + i) = slot;
+      dense_cells_[size_t(to)].push_back(target + i);
+      ++n_dense_;
+    }
+    for (int64_t i = 0; i < used_end_[size_t(from)]; ++i) {
+      if (cells_.state(source + i) != CellState::kSealed) continue;
+      mirror(i);
+      packed_.Add(layout_.group_of(target + i));
+      SetSealedBit(target + i, true);
+      ++n_sealed_;
+    }
+    NotePeak();
+    NoteHighWater();
+  }
+  for (int64_t i = 0; i < used_end_[size_t(from)]; ++i) {
+    const int64_t a = source + i, b = target + i;
+    if (cells_.state(a) == CellState::kSealed) {
+      for (int h = 0; h < layer.n_kv_heads; ++h) {
+        if (keys) {
+          std::memcpy(packed_.data() + layout_.key_at(layer, h, b), packed_.data() + layout_.key_at(layer, h, a),
+                      layer.key.bytes);
+        } else {
+          std::memcpy(packed_.data() + layout_.value_at(layer, h, b), packed_.data() + layout_.value_at(layer, h, a),
+                      layer.value.bytes);
+        }
+      }
+    } else if (cells_.state(a) == CellState::kDense) {
+      const size_t at = layer.dense_at + (keys ? 0 : layer.k_row());
+      std::memcpy(dense_.numbers(cells_.slot(b)) + at, dense_.numbers(cells_.slot(a)) + at,
+                  (keys ? layer.k_row() : layer.v_row()) * 2);
+    }
+  }
+  return Status::Ok();
+}
+
+Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cells, const sparkv_rope& rope) {
+  FinishStep();
+  EndRestore();
+  copy_ = {};
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  std::vector<uint16_t> row(layer.k_row());
+  std::vector<float> k(size_t(layer.k_dim()));
+  for (int64_t cell = 0; cell < std::min(n_cells, layout_.cells()); ++cell) {
+    if (delta[cell] == 0 || cells_.state(cell) == CellState::kEmpty) continue;
+    if (Status s = Read(true, layer_index, cell, 1, row.data()); !s.ok()) return s;
+    for (int h = 0; h < layer.n_kv_heads; ++h) {
+      uint16_t* half = row.data() + size_t(h) * size_t(layer.k_dim());
+      for (size_t j = 0; j < k.size(); ++j) k[j] = HalfToFloat(half[j]);
+      RotatePosition(rope, delta[cell], k.data());
+      for (size_t j = 0; j < k.size(); ++j) half[j] = FloatToHalf(k[j]);
+    }
+    if (cells_.state(cell) == CellState::kSealed) {
+      PackRow(layer, cell, cells_.table(cell), row.data(), nullptr);
+    } else {
+      std::memcpy(dense_.numbers(cells_.slot(cell)) + layer.dense_at, row.data(), row.size() * 2);
+    }
+  }
+  return Status::Ok();
+}
+
+// ---- weights as bytes (docs/format.md, "weights") ----
+
+namespace {
+
+constexpr char kMagic[8] = {'s', 'p', 'a', 'r', 'k', 'v', 'w', '1'};
+
+uint64_t Fnv1a(const void* bytes, size_t n, uint64_t hash = 0xcbf29ce484222325u) {
+  const uint8_t* p = static_cast<const uint8_t*>(bytes);
+  for (size_t i = 0; i < n; ++i) hash = (hash ^ p[i]) * 0x100000001b3u;
+  return hash;
+}
+
+struct WeightsHeader {
+  char magic[8];
+  uint64_t fingerprint;  // of shape and key configuration
+  uint64_t checksum;     // of everything behind the header
+  uint32_t n_tables;
+  uint32_t n_channels;
+};
+static_assert(sizeof(WeightsHeader) == 32);
+
+}  // namespace
+
+uint64_t KvCache::Fingerprint() const {
+  uint64_t hash = Fnv1a(&config_.recover, sizeof(config_.recover));
+  for (const LayerLayout& layer : layout_.layers) {
+    const int32_t numbers[4] = {layer.n_kv_heads, layer.key.head_dim, layer.key.kept, int32_t(layer.key.number)};
+    hash = Fnv1a(numbers, sizeof(numbers), hash);
+  }
+  return hash;
+}
+
+size_t KvCache::SaveWeights(void* bytes, size_t size) const {
+  const std::vector<uint16_t> known = tables_.Known();
+  const size_t table_bytes = layout_.table_channels * 2;
+  const size_t needed = sizeof(WeightsHeader) + known.size() * table_bytes;
+  if (size < needed || bytes == nullptr) return needed;
+  uint8_t* out = static_cast<uint8_t*>(bytes) + sizeof(WeightsHeader);
+  for (const uint16_t id : known) {
+    std::memcpy(out, tables_.at(id)->a.data(), table_bytes);
+    out += table_bytes;
+  }
+  WeightsHeader header{};
+  std::memcpy(header.magic, kMagic, sizeof(kMagic));
+  header.fingerprint = Fingerprint();
+  header.n_tables = uint32_t(known.size());
+  header.n_channels = uint32_t(layout_.table_channels);
+  header.checksum = Fnv1a(static_cast<uint8_t*>(bytes) + sizeof(header), known.size() * table_bytes);
+  std::memcpy(bytes, &header, sizeof(header));
+  return needed;
+}
+
+Status KvCache::LoadWeights(const void* bytes, size_t size) {
+  WeightsHeader header;
+  if (size < sizeof(header)) return Status::Corrupt("weights: " + std::to_string(size) + " bytes are no header");
+  std::memcpy(&header, bytes, sizeof(header));
+  if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0) return Status::Corrupt("weights.magic: not sparkvw1");
+  if (header.fingerprint != Fingerprint() || header.n_channels != layout_.table_channels) {
+    return Status::Invalid("weights.fingerprint: made for another model shape or another key configuration");
+  }
+  const size_t table_bytes = layout_.table_channels * 2;
+  if (header.n_tables > 65535 || size - sizeof(header) != size_t(header.n_tables) * table_bytes) {
+    return Status::Corrupt("weights.n_tables: " + std::to_string(header.n_tables) + " tables do not fit " +
+                           std::to_string(size) + " bytes");
+  }
+  const uint8_t* in = static_cast<const uint8_t*>(bytes) + sizeof(header);
+  if (header.checksum != Fnv1a(in, size - sizeof(header))) return Status::Corrupt("weights.checksum: bytes are damaged");
+  // A weight is finite and not negative: anything else would reach keys.
+  for (size_t i = 0; i < size - sizeof(header); i += 2) {
+    uint16_t a;
+    std::memcpy(&a, in + i, 2);
+    if (a >= 0x7c00u) return Status::Corrupt("weights.a: value " + std::to_string(i / 2) + " is negative or not finite");
+  }
+  // Oldest first, so that the newest is tried first again; the store keeps the newest ones.
+  for (uint32_t t = header.n_tables; t-- > 0;) {
+    const uint16_t id = tables_.Make();
+    if (id == 0) return Status::NoMemory("weights: more than 65535 tables");
+    std::memcpy(tables_.at(id)->a.data(), in + size_t(t) * table_bytes, table_bytes);
+    tables_.Unref(id);
+  }
+  return Status::Ok();
+}
+
+}  // namespace sparkv

@@ -1,0 +1,90 @@
+// Observe and seal: queries become weights, rows that leave the window become packed rows. Layer by layer, from the arena and
+// from dense slots.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cache/kv_cache.h"
+#include "method/observe.h"
+
+namespace sparkv {
+
+const uint16_t* KvCache::ColumnNumbers(const LayerLayout& layer, const Column& column, bool keys) const {
+  if (column.flight >= 0) {
+    return keys ? flight_keys_.data() + size_t(column.flight) * layer.k_row()
+                : flight_values_.data() + size_t(column.flight) * layer.v_row();
+  }
+  return dense_.numbers(column.slot) + layer.dense_at + (keys ? 0 : layer.k_row());
+}
+
+// The energies of the queries of this layer go where a table, now or later, asks for them. Sums run in order of rank, so
+// weights do not depend on how the queries arrived.
+void KvCache::MakeTables(const sparkv_attend_args& args) {
+  const LayerLayout& layer = layout_.layers[size_t(args.layer)];
+  if (!layer.key.needs_table()) return;
+  const int dim = layer.k_dim(), group = args.n_heads / layer.n_kv_heads;
+  const auto energy = [&](int64_t cell, float* out) {
+    const int64_t flight = flight_at_.at(cell);
+    const uint8_t* q = reinterpret_cast<const uint8_t*>(args.q) + size_t(flight / args.n_tokens) * args.q_stream_stride +
+                       size_t(flight % args.n_tokens) * args.q_token_stride;
+    for (int h = 0; h < layer.n_kv_heads; ++h) {
+      QueryEnergy(reinterpret_cast<const float*>(q + size_t(h * group) * args.q_head_stride),
+                  args.q_head_stride / sizeof(float), group, dim, sparkv_group(config_.group), out + size_t(h) * size_t(dim));
+    }
+  };
+  std::vector<float> one(layer.k_row()), sum(layer.k_row());
+  for (const NewTable& table : step_.new_tables) {
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    for (const auto& [rank, cell] : table.queries) {
+      const float* e = one.data();
+      if (const auto kept = observed_.find(cell); kept != observed_.end()) {
+        e = kept->second.data() + layer.channel_at;
+      } else {
+        energy(cell, one.data());
+      }
+      for (size_t j = 0; j < sum.size(); ++j) sum[j] += e[j];
+    }
+    for (float& u : sum) u = std::sqrt(u);
+    for (int h = 0; h < layer.n_kv_heads; ++h) {
+      const size_t at = size_t(h) * size_t(dim);
+      MakeTable(sparkv_recover(config_.recover), sum.data() + at, dim, tables_.at(table.id)->a.data() + layer.channel_at + at);
+    }
+  }
+  for (const int64_t cell : step_.observed) {
+    std::vector<float>& kept = observed_[cell];
+    kept.resize(layout_.table_channels);
+    energy(cell, kept.data() + layer.channel_at);
+  }
+}
+
+void KvCache::SealLayer(int layer_index) {
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  ExpandTables(layer_index);
+  const int64_t n = int64_t(step_.sealing.size());
+  constexpr int64_t kChunk = 16;
+  const auto body = [&](int64_t chunk, int) {
+    for (int64_t i = chunk * kChunk; i < std::min(n, (chunk + 1) * kChunk); ++i) {
+      const Column& column = step_.sealing[size_t(i)];
+      PackRow(layer, column.cell, column.table, ColumnNumbers(layer, column, true), ColumnNumbers(layer, column, false));
+    }
+  };
+  if (n <= kChunk) {
+    body(0, 0);
+  } else {
+    pool_.ParallelFor((n + kChunk - 1) / kChunk, body);
+  }
+}
+
+// Rows in flight that stay dense move from the arena to their slots.
+void KvCache::KeepDense(int layer_index) {
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  for (size_t i = 0; i < flight_cells_.size(); ++i) {
+    const int64_t cell = flight_cells_[i];
+    if (cell < 0 || cells_.slot(cell) < 0) continue;
+    uint16_t* to = dense_.numbers(cells_.slot(cell)) + layer.dense_at;
+    std::memcpy(to, flight_keys_.data() + i * layer.k_row(), layer.k_row() * 2);
+    std::memcpy(to + layer.k_row(), flight_values_.data() + i * layer.v_row(), layer.v_row() * 2);
+  }
+}
+
+}  // namespace sparkv

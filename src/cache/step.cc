@@ -1,0 +1,456 @@
+// The life of a micro-batch. Which rows are packed, with which weights, and what each query sees is a function of the tokens
+// before it in its own sequence, never of how the host cuts prompts into micro-batches or what other sequences do
+// (docs/design.md, "one answer"). Sequences are not announced: a query's mask row shows which cells are its past.
+#include <algorithm>
+#include <cstring>
+
+#include "base/half.h"
+#include "cache/kv_cache.h"
+#include "cache/visible.h"
+
+namespace sparkv {
+
+Status KvCache::Write(bool keys, int layer_index, const int64_t* cells, int64_t n_rows, const void* rows, sparkv_row_type type,
+                      size_t row_stride) {
+  EndRestore();
+  copy_ = {};
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  if (keys) {
+    const bool same = step_.open && int64_t(flight_cells_.size()) == n_rows &&
+                      std::equal(cells, cells + n_rows, flight_cells_.begin());
+    if (!same || layer_written_[size_t(layer_index)] != 0) {
+      FinishStep();
+      BeginStep(cells, n_rows);
+    }
+    if (arena_layer_ != layer_index) FlushLayer();
+    arena_layer_ = layer_index;
+    flight_values_.assign(size_t(n_rows) * layer.v_row(), 0);
+    layer_written_[size_t(layer_index)] = 1;
+  } else {
+    if (arena_layer_ != layer_index || int64_t(flight_cells_.size()) != n_rows ||
+        !std::equal(cells, cells + n_rows, flight_cells_.begin())) {
+      return Status::Invalid("values: layer " + std::to_string(layer_index) + " was not given keys for the same cells");
+    }
+  }
+  std::vector<uint16_t>& arena = keys ? flight_keys_ : flight_values_;
+  const size_t n = keys ? layer.k_row() : layer.v_row();
+  arena.resize(size_t(n_rows) * n);
+  for (int64_t i = 0; i < n_rows; ++i) {
+    const uint8_t* from = static_cast<const uint8_t*>(rows) + size_t(i) * row_stride;
+    uint16_t* to = arena.data() + size_t(i) * n;
+    if (type == SPARKV_ROW_F16) {
+      std::memcpy(to, from, n * 2);
+    } else {
+      const float* f = reinterpret_cast<const float*>(from);
+      for (size_t j = 0; j < n; ++j) to[j] = FloatToHalf(f[j]);
+    }
+  }
+  return Status::Ok();
+}
+
+void KvCache::BeginStep(const int64_t* cells, int64_t n_rows) {
+  flight_cells_.assign(cells, cells + n_rows);
+  flight_at_.clear();
+  for (int64_t i = 0; i < n_rows; ++i) {
+    const int64_t cell = cells[i];
+    if (cell < 0) continue;
+    cells_.Touch(cell);
+    ReleaseCell(cell);
+    flight_at_[cell] = int32_t(i);
+    cells_.set_state(cell, CellState::kFlight);
+    cells_.order(cell) = next_order_++;
+    cells_.rank(cell) = -1;
+    cells_.slot(cell) = -1;
+    int64_t& end = used_end_[size_t(layout_.stream_of(cell))];
+    end = std::max(end, layout_.index_of(cell) + 1);
+  }
+  step_ = Step{};
+  step_.open = true;
+  std::fill(layer_written_.begin(), layer_written_.end(), 0);
+  std::fill(layer_done_.begin(), layer_done_.end(), 0);
+  arena_layer_ = -1;
+}
+
+// Gives a dense slot to every cell in flight that will not be packed in this step.
+Status KvCache::EnsureSlots() {
+  for (const int64_t cell : flight_cells_) {
+    if (cell < 0 || cells_.state(cell) != CellState::kFlight || cells_.slot(cell) >= 0) continue;
+    const int32_t slot = dense_.Allocate();
+    if (slot < 0) return Status::NoMemory("dense window: no free slot");
+    cells_.slot(cell) = slot;
+  }
+  return Status::Ok();
+}
+
+// Another layer takes the arena: what is in it and was not attended stays dense.
+void KvCache::FlushLayer() {
+  if (arena_layer_ < 0 || layer_done_[size_t(arena_layer_)] != 0) return;
+  if (step_.planned) {
+    SealLayer(arena_layer_);
+  } else if (!EnsureSlots().ok()) {
+    return;
+  }
+  KeepDense(arena_layer_);
+  layer_done_[size_t(arena_layer_)] = 1;
+}
+
+// Makes the outcome of the step the state of the cells.
+void KvCache::FinishStep() {
+  if (!step_.open) return;
+  FlushLayer();
+  step_.open = false;
+  for (const Column& column : step_.sealing) {
+    if (column.flight < 0) {
+      dense_.Free(column.slot);
+      std::vector<int64_t>& list = dense_cells_[size_t(layout_.stream_of(column.cell))];
+      list.erase(std::find(list.begin(), list.end(), column.cell));
+      --n_dense_;
+    }
+    observed_.erase(column.cell);
+    cells_.set_state(column.cell, CellState::kSealed);
+    ++n_sealed_;
+  }
+  for (const NewTable& table : step_.new_tables) {
+    for (const auto& [rank, cell] : table.queries) observed_.erase(cell);
+  }
+  for (const int64_t cell : flight_cells_) {
+    if (cell < 0 || cells_.state(cell) != CellState::kFlight) continue;
+    if (cells_.slot(cell) < 0) {
+      // No memory for its row: the cell is lost, and the call that could not place it has said so.
+      tables_.Unref(cells_.table(cell));
+      cells_.table(cell) = 0;
+      cells_.set_state(cell, CellState::kEmpty);
+      continue;
+    }
+    cells_.set_state(cell, CellState::kDense);
+    dense_cells_[size_t(layout_.stream_of(cell))].push_back(cell);
+    ++n_dense_;
+  }
+  flight_cells_.clear();
+  flight_at_.clear();
+  arena_layer_ = -1;
+  view_.n_kv = -1;
+  dense_.Trim();
+  NotePeak();
+  NoteHighWater();
+}
+
+// Cell that query `token` of the call wrote in this step, or -1.
+int64_t KvCache::FlightOf(const sparkv_attend_args& args, int stream_index, int64_t token) const {
+  if (!step_.open || int64_t(flight_cells_.size()) != args.n_tokens * args.n_streams) return -1;
+  const int64_t cell = flight_cells_[size_t(stream_index * args.n_tokens + token)];
+  return cell >= 0 && layout_.stream_of(cell) == args.first_stream + stream_index ? cell : -1;
+}
+
+// Restored cells learn their place from the first query that sees them: they are older than what it was written with.
+void KvCache::ResolveRanks(const uint64_t* seen, int64_t base) {
+  bool unknown = false;
+  ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+    unknown |= cells_.rank(base + i) < 0 && cells_.state(base + i) != CellState::kFlight;
+  });
+  if (!unknown) return;
+  std::vector<std::pair<uint32_t, int64_t>> by_age;
+  ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+    const CellState state = cells_.state(base + i);
+    if (state == CellState::kDense || state == CellState::kSealed) by_age.emplace_back(cells_.order(base + i), base + i);
+  });
+  std::sort(by_age.begin(), by_age.end());
+  int32_t rank = 0;
+  for (const auto& [age, cell] : by_age) {
+    if (cells_.rank(cell) < 0) cells_.rank(cell) = rank;
+    rank = cells_.rank(cell) + 1;
+  }
+}
+
+// The weights of a sequence that has none yet: those of an older row of its own (restored), else new ones from its first
+// `observe` queries (its last ones with seal = prefill-end). 0 when no number is left.
+uint16_t KvCache::FindOrMakeTable(const sparkv_attend_args& args, int stream_index, const uint64_t* seen, int64_t own,
+                                  int32_t rank) {
+  const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
+  uint32_t newest = 0;
+  uint16_t found = 0;
+  ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+    if (cells_.state(base + i) == CellState::kEmpty || cells_.table(base + i) == 0) return;
+    if (cells_.order(base + i) > newest) {
+      newest = cells_.order(base + i);
+      found = cells_.table(base + i);
+    }
+  });
+  if (found != 0) return found;
+
+  NewTable made{tables_.Make(), {}};
+  if (made.id == 0) return 0;
+  const bool prefill_end = config_.seal == SPARKV_SEAL_PREFILL_END;
+  const int32_t from = prefill_end ? rank - config_.observe + 1 : 0;
+  const int32_t to = prefill_end ? rank + 1 : config_.observe;
+  std::vector<std::pair<int32_t, int64_t>> any;
+  ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+    const int64_t cell = base + i;
+    if (flight_at_.count(cell) == 0 && observed_.count(cell) == 0) return;
+    const int32_t r = cell == own ? rank : cells_.rank(cell);
+    any.emplace_back(r, cell);
+    if (r >= from && r < to) made.queries.emplace_back(r, cell);
+  });
+  // A sequence whose first queries are gone (restored, cut) is judged by the queries at hand.
+  if (made.queries.empty()) made.queries = std::move(any);
+  if (made.queries.empty()) made.queries.emplace_back(rank, own);
+  std::sort(made.queries.begin(), made.queries.end());
+  if (made.queries.size() > size_t(config_.observe)) made.queries.resize(size_t(config_.observe));
+  step_.new_tables.push_back(std::move(made));
+  return step_.new_tables.back().id;
+}
+
+// Rank and weights of each query of one stream.
+Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, const Words& seen,
+                           std::vector<TokenPlan>* tokens) {
+  const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
+  const bool prefill_end = config_.seal == SPARKV_SEAL_PREFILL_END;
+  const size_t words = view_.packed_words;
+  tokens->assign(size_t(args.n_tokens), {});
+  int64_t previous = -1;
+  for (int64_t t = 0; t < args.n_tokens; ++t) {
+    TokenPlan& plan = (*tokens)[size_t(t)];
+    const uint64_t* row = &seen[size_t(stream_index * args.n_tokens + t) * words];
+    const auto sees = [&](const uint64_t* bits, int64_t cell) {
+      const int64_t i = cell - base;
+      return i >= 0 && i < args.n_kv && (bits[i / 64] >> (i % 64) & 1) != 0;
+    };
+    const int64_t own = FlightOf(args, stream_index, t);
+    if (own >= 0 && step_.planned) {
+      plan = step_.tokens[size_t(flight_at_[own])];
+      continue;
+    }
+    // The newest other cell it sees is the token before it; within a micro-batch that is mostly the query before it.
+    int64_t parent = -1;
+    if (own >= 0 && previous >= 0 && sees(row, previous)) {
+      parent = previous;
+    } else {
+      ResolveRanks(row, base);
+      uint32_t newest = 0;
+      ForEachBit(row, words, [&](int64_t i) {
+        const int64_t cell = base + i;
+        const CellState state = cells_.state(cell);
+        if (cell == own || state == CellState::kEmpty) return;
+        if (state == CellState::kFlight && own >= 0 && cells_.order(cell) > cells_.order(own)) return;
+        if (cells_.order(cell) > newest) {
+          newest = cells_.order(cell);
+          parent = cell;
+        }
+      });
+    }
+    plan.rank = parent >= 0 ? cells_.rank(parent) + 1 : 0;
+    plan.table = parent >= 0 ? cells_.table(parent) : 0;
+    if (own < 0) continue;
+    if (plan.table == 0 && needs_weights_) {
+      bool make = plan.rank >= config_.observe;
+      if (prefill_end) {
+        // The prompt has ended when a token comes alone.
+        make = parent >= 0 && flight_at_.count(parent) == 0;
+        for (int64_t later = t + 1; later < args.n_tokens && make; ++later) {
+          make = !sees(&seen[size_t(stream_index * args.n_tokens + later) * words], own);
+        }
+      }
+      if (make) {
+        plan.table = FindOrMakeTable(args, stream_index, row, own, plan.rank);
+        if (plan.table == 0) return Status::NoMemory("weights: more than 65535 sequences");
+      }
+    }
+    cells_.rank(own) = plan.rank;
+    cells_.table(own) = plan.table;
+    if (plan.table != 0) {
+      tables_.Ref(plan.table);
+      tables_.Used(plan.table);
+    }
+    step_.tokens[size_t(flight_at_[own])] = plan;
+    previous = own;
+  }
+  return Status::Ok();
+}
+
+// A dense row is packed when a query of its sequence that has weights finds it outside its window.
+void KvCache::PlanSeals(const sparkv_attend_args& args, int stream_index, const Words& seen,
+                        const std::vector<TokenPlan>& tokens) {
+  const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
+  const bool prefill_end = config_.seal == SPARKV_SEAL_PREFILL_END;
+  for (Column& column : view_.columns[size_t(stream_index)]) {
+    const int64_t i = column.cell - base;
+    if (column.rank < config_.sinks || cells_.pinned(column.cell) != 0) continue;
+    if (column.flight >= 0 && cells_.slot(column.cell) >= 0) continue;  // its first layers are dense already
+    for (int64_t t = 0; t < args.n_tokens; ++t) {
+      const TokenPlan& plan = tokens[size_t(t)];
+      const bool ready = needs_weights_ ? plan.table != 0 : !prefill_end || args.n_tokens == 1;
+      if (!ready || plan.rank - column.rank < config_.window) continue;
+      if ((seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >> (i % 64) & 1) == 0) continue;
+      column.table = plan.table;
+      column.sealing = true;
+      step_.sealing.push_back(column);
+      break;
+    }
+  }
+}
+
+// Which queries a later table of the same sequence will ask for.
+void KvCache::PlanObserved(const sparkv_attend_args& args, int stream_index, const Words& seen,
+                           const std::vector<TokenPlan>& tokens) {
+  const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
+  const bool prefill_end = config_.seal == SPARKV_SEAL_PREFILL_END;
+  const auto sees = [&](int64_t t, int64_t cell) {
+    const int64_t i = cell - base;
+    return (seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >> (i % 64) & 1) != 0;
+  };
+  for (int64_t t = 0; t < args.n_tokens; ++t) {
+    const int64_t own = FlightOf(args, stream_index, t);
+    const TokenPlan& plan = tokens[size_t(t)];
+    if (own < 0 || plan.table != 0) continue;
+    bool wanted = prefill_end || plan.rank < config_.observe;
+    for (int64_t later = t + 1; later < args.n_tokens && wanted; ++later) {
+      if (!sees(later, own)) continue;
+      wanted = tokens[size_t(later)].table == 0 &&
+               !(prefill_end && tokens[size_t(later)].rank - plan.rank >= config_.observe);
+    }
+    if (wanted) step_.observed.push_back(own);
+  }
+  if (!prefill_end) return;
+  for (const Column& column : view_.columns[size_t(stream_index)]) {
+    if (column.flight >= 0 || observed_.count(column.cell) == 0) continue;
+    for (int64_t t = 0; t < args.n_tokens; ++t) {
+      const TokenPlan& plan = tokens[size_t(t)];
+      if (plan.table != 0 || plan.rank - column.rank < config_.observe || !sees(t, column.cell)) continue;
+      observed_.erase(column.cell);
+      break;
+    }
+  }
+}
+
+// Takes memory for what was planned.
+Status KvCache::CommitPlan() {
+  for (const Column& column : step_.sealing) {
+    if (cells_.table(column.cell) != column.table) {
+      tables_.Unref(cells_.table(column.cell));
+      tables_.Ref(column.table);
+      cells_.table(column.cell) = column.table;
+    }
+    packed_.Add(layout_.group_of(column.cell));
+    SetSealedBit(column.cell, true);
+    if (column.flight >= 0) cells_.slot(column.cell) = -2;  // needs no dense slot
+  }
+  for (const NewTable& table : step_.new_tables) tables_.Unref(table.id);  // its cells hold it now
+  for (const int64_t cell : flight_cells_) {
+    if (cell < 0 || cells_.slot(cell) != -1) continue;
+    const int32_t slot = dense_.Allocate();
+    if (slot < 0) return Status::NoMemory("dense window: no free slot");
+    cells_.slot(cell) = slot;
+  }
+  return Status::Ok();
+}
+
+// Bits of what each query sees packed and what it sees dense.
+void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen, const std::vector<std::vector<TokenPlan>>& tokens) {
+  size_t most = 0;
+  for (const auto& columns : view_.columns) most = std::max(most, columns.size());
+  const size_t words = view_.packed_words;
+  view_.dense_words = (most + 63) / 64;
+  const size_t rows = size_t(args.n_streams * args.n_tokens);
+  view_.packed_bits.assign(rows * words, 0);
+  view_.dense_bits.assign(rows * view_.dense_words, 0);
+  for (int s = 0; s < args.n_streams; ++s) {
+    const int64_t base = (args.first_stream + s) * layout_.cells_per_stream;
+    const uint64_t* sealed = &sealed_bits_[size_t((args.first_stream + s) * layout_.words_per_stream())];
+    const std::vector<Column>& columns = view_.columns[size_t(s)];
+    for (int64_t t = 0; t < args.n_tokens; ++t) {
+      const size_t row = size_t(s * args.n_tokens + t);
+      const TokenPlan& plan = tokens[size_t(s)][size_t(t)];
+      const uint64_t* see = &seen[row * words];
+      uint64_t* packed = &view_.packed_bits[row * words];
+      uint64_t* dense = &view_.dense_bits[row * view_.dense_words];
+      for (size_t w = 0; w < words; ++w) packed[w] = see[w] & sealed[w];
+      for (size_t c = 0; c < columns.size(); ++c) {
+        const Column& column = columns[c];
+        const int64_t i = column.cell - base;
+        const uint64_t bit = uint64_t{1} << (i % 64);
+        if ((see[i / 64] & bit) == 0) continue;
+        // A row packed in this step is still dense for the queries that have it in their window, and for those that come
+        // before their sequence has weights.
+        if (column.sealing && plan.rank - column.rank >= config_.window && (plan.table != 0 || column.table == 0)) continue;
+        packed[i / 64] &= ~bit;
+        dense[c / 64] |= uint64_t{1} << (c % 64);
+      }
+    }
+  }
+}
+
+bool KvCache::ViewHolds(const sparkv_attend_args& args) const {
+  return step_.planned && step_.open && layer_done_[size_t(args.layer)] == 0 && view_.mask == args.mask &&
+         view_.n_kv == args.n_kv && view_.n_tokens == args.n_tokens && view_.first_stream == args.first_stream &&
+         view_.n_streams == args.n_streams;
+}
+
+// Reads the mask. The first look of a step also plans it; later ones (another mask, a layer attended again, no write before)
+// see what is there and change nothing.
+Status KvCache::Look(const sparkv_attend_args& args) {
+  const bool plan = step_.open && !step_.planned;
+  view_ = View{};
+  view_.packed_words = size_t(args.n_kv + 63) / 64;
+  Words seen(size_t(args.n_streams * args.n_tokens) * view_.packed_words, 0);
+  for (int s = 0; s < args.n_streams; ++s) {
+    for (int64_t t = 0; t < args.n_tokens; ++t) {
+      uint64_t* row = &seen[size_t(s * args.n_tokens + t) * view_.packed_words];
+      if (args.mask == nullptr) {
+        SetBits(row, args.n_kv);
+      } else {
+        const uint8_t* mask = reinterpret_cast<const uint8_t*>(args.mask) + size_t(s) * args.mask_stream_stride +
+                              size_t(t) * args.mask_token_stride;
+        view_.mask_values |= VisibleBits(reinterpret_cast<const uint16_t*>(mask), args.n_kv, row);
+      }
+    }
+    if (plan) ReleaseBeyond(args.first_stream + s, args.n_kv);
+  }
+  if (plan) step_.tokens.assign(flight_cells_.size(), {});
+
+  std::vector<std::vector<TokenPlan>> tokens(static_cast<size_t>(args.n_streams));
+  view_.columns.assign(size_t(args.n_streams), {});
+  const bool in_arena = step_.open && layer_done_[size_t(args.layer)] == 0 && arena_layer_ == args.layer;
+  for (int s = 0; s < args.n_streams; ++s) {
+    if (Status status = PlanTokens(args, s, seen, &tokens[size_t(s)]); !status.ok()) return status;
+    std::vector<Column>& columns = view_.columns[size_t(s)];
+    const int64_t stream = args.first_stream + s;
+    for (const int64_t cell : dense_cells_[size_t(stream)]) {
+      if (layout_.index_of(cell) < args.n_kv) columns.push_back({cell, cells_.rank(cell), -1, cells_.slot(cell), 0, false});
+    }
+    for (size_t i = 0; step_.open && i < flight_cells_.size(); ++i) {
+      const int64_t cell = flight_cells_[i];
+      if (cell < 0 || layout_.stream_of(cell) != stream || layout_.index_of(cell) >= args.n_kv) continue;
+      if (plan || in_arena) {
+        columns.push_back({cell, cells_.rank(cell), int32_t(i), -1, 0, false});
+      } else if (cells_.slot(cell) >= 0) {
+        columns.push_back({cell, cells_.rank(cell), -1, cells_.slot(cell), 0, false});
+      }
+    }
+    if (plan) {
+      PlanSeals(args, s, seen, tokens[size_t(s)]);
+      if (needs_weights_) PlanObserved(args, s, seen, tokens[size_t(s)]);
+    } else {
+      // Rows planned to be packed were decided by the first look.
+      for (Column& column : columns) {
+        for (const Column& sealing : step_.sealing) {
+          if (!step_.open || sealing.cell != column.cell) continue;
+          column.sealing = true;
+          column.table = sealing.table;
+        }
+      }
+    }
+  }
+  if (plan) {
+    if (Status status = CommitPlan(); !status.ok()) return status;
+    step_.planned = true;
+  }
+  MarkBits(args, seen, tokens);
+  view_.mask = args.mask;
+  view_.n_kv = args.n_kv;
+  view_.n_tokens = args.n_tokens;
+  view_.first_stream = args.first_stream;
+  view_.n_streams = args.n_streams;
+  return Status::Ok();
+}
+
+}  // namespace sparkv

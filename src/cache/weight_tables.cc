@@ -1,0 +1,96 @@
+#include "cache/weight_tables.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/half.h"
+
+namespace sparkv {
+
+uint16_t WeightTables::Make() {
+  size_t id = 1;
+  while (id < tables_.size() && tables_[id] != nullptr) ++id;
+  if (id > 65535) return 0;
+  if (id == tables_.size()) tables_.emplace_back();
+  tables_[id] = std::make_unique<WeightTable>();
+  tables_[id]->a.assign(channels_, 0x3c00u);
+  tables_[id]->refs = 1;
+  ++n_tables_;
+  Used(uint16_t(id));
+  return uint16_t(id);
+}
+
+void WeightTables::Unref(uint16_t id) {
+  if (id == 0) return;
+  if (--tables_[id]->refs == 0) DropIdle();
+}
+
+void WeightTables::Clear() {
+  for (auto& table : tables_) {
+    if (table != nullptr) table->refs = 0;
+  }
+  DropIdle();
+}
+
+void WeightTables::DropIdle() {
+  for (;;) {
+    size_t idle = 0, oldest = 0;
+    for (size_t id = 1; id < tables_.size(); ++id) {
+      if (tables_[id] == nullptr || tables_[id]->refs != 0) continue;
+      ++idle;
+      if (oldest == 0 || tables_[id]->last_use < tables_[oldest]->last_use) oldest = id;
+    }
+    if (idle <= kIdle) return;
+    tables_[oldest].reset();
+    --n_tables_;
+  }
+}
+
+std::vector<uint16_t> WeightTables::Known() const {
+  std::vector<uint16_t> ids;
+  for (size_t id = 1; id < tables_.size(); ++id) {
+    if (tables_[id] != nullptr) ids.push_back(uint16_t(id));
+  }
+  std::sort(ids.begin(), ids.end(),
+            [this](uint16_t x, uint16_t y) { return tables_[x]->last_use > tables_[y]->last_use; });
+  return ids;
+}
+
+void MakeTable(sparkv_recover recover, const float* u, int head_dim, uint16_t* a) {
+  float largest = 0.0f;
+  for (int j = 0; j < head_dim; ++j) largest = std::fmax(largest, std::isfinite(u[j]) ? u[j] : 0.0f);
+  if (!(largest > 0.0f)) {
+    for (int j = 0; j < head_dim; ++j) a[j] = 0x3c00u;
+    return;
+  }
+  // weight w: the reference ranks by k^2 u, so |k| sqrt(u); the paper by |k| u. Scaled to a root mean square of 1.
+  const auto alive = [&](int j) { return u[j] > 1e-12f * largest && std::isfinite(u[j]); };
+  const auto weight = [&](int j) {
+    return recover == SPARKV_RECOVER_PAPER ? double(u[j]) : std::sqrt(double(u[j]));
+  };
+  double energy = 0.0;
+  int n_alive = 0;
+  for (int j = 0; j < head_dim; ++j) {
+    if (!alive(j)) continue;
+    energy += weight(j) * weight(j);
+    ++n_alive;
+  }
+  const double rms = std::sqrt(energy / n_alive);
+  for (int j = 0; j < head_dim; ++j) {
+    if (!alive(j)) {
+      a[j] = 0;
+      continue;
+    }
+    const double x = rms / weight(j);
+    a[j] = FloatToHalf(float(std::fmin(std::fmax(x, 0x1p-14), 65504.0)));
+  }
+}
+
+void ExpandTable(const uint16_t* a, int n, float* table, float* weight) {
+  for (int j = 0; j < n; ++j) {
+    table[j] = HalfToFloat(a[j]);
+    if (weight != nullptr) weight[j] = table[j] > 0.0f ? 1.0f / table[j] : 0.0f;
+  }
+}
+
+}  // namespace sparkv

@@ -1,0 +1,49 @@
+#include "ops/op_table.h"
+
+namespace sparkv {
+
+#define SPARKV_DECLARE_OPS(isa)                                                                                          \
+  namespace isa {                                                                                                        \
+  void PackKey(const KeyLayout&, const float*, const float*, const uint16_t*, uint8_t*);                                 \
+  void PackValue(const ValueLayout&, const uint16_t*, uint8_t*);                                                         \
+  void UnpackKey(const KeyLayout&, const float*, const uint8_t*, uint16_t*);                                             \
+  void UnpackValue(const ValueLayout&, const uint8_t*, uint16_t*);                                                       \
+  void AttendPacked(const KeyLayout&, const ValueLayout&, const QueryBlock&, const PackedTile&, const uint64_t*,         \
+                    const uint16_t* const*, const Scratch&, const AttentionState&);                                      \
+  void AttendDense(const QueryBlock&, const DenseTile&, const uint64_t*, const uint16_t* const*, const Scratch&,         \
+                   const AttentionState&);                                                                               \
+  constexpr OpTable kOps{#isa, PackKey, PackValue, UnpackKey, UnpackValue, AttendPacked, AttendDense};                   \
+  }
+
+SPARKV_DECLARE_OPS(plain)
+#if defined(__x86_64__)
+SPARKV_DECLARE_OPS(avx2)
+SPARKV_DECLARE_OPS(avx512)
+
+namespace {
+bool HasAvx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+         __builtin_cpu_supports("f16c");
+}
+bool HasAvx512() {
+  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+}
+}  // namespace
+#endif
+
+const OpTable* CpuOps(sparkv_simd wish) {
+  if (wish == SPARKV_SIMD_PLAIN) return &plain::kOps;
+#if defined(__x86_64__)
+  if (wish == SPARKV_SIMD_AVX2) return HasAvx2() ? &avx2::kOps : nullptr;
+  if (wish == SPARKV_SIMD_AVX512) return HasAvx512() ? &avx512::kOps : nullptr;
+  if (wish == SPARKV_SIMD_AUTO) return HasAvx512() ? &avx512::kOps : HasAvx2() ? &avx2::kOps : &plain::kOps;
+#else
+  if (wish == SPARKV_SIMD_AUTO) return &plain::kOps;
+#endif
+  return nullptr;
+}
+
+}  // namespace sparkv

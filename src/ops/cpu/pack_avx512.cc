@@ -1,0 +1,7 @@
+#include "ops/cpu/inl.h"
+
+namespace sparkv::avx512 {
+#include "ops/cpu/row-inl.h"
+
+#include "ops/cpu/pack-inl.h"
+}  // namespace sparkv::avx512

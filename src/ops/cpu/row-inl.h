@@ -1,0 +1,37 @@
+// Reading the fields of a packed row, plainly. Included inside a namespace per instruction set.
+
+inline int GetCode(const KeyLayout& layout, const uint8_t* row, int rank) {
+  const uint8_t* low = row + layout.low_at;
+  const uint8_t* high = row + layout.high_at;
+  const int nibble = layout.number == SPARKV_INT8 ? 0 : low[rank / 2] >> (rank % 2 * 4) & 15;
+  switch (layout.number) {
+    case SPARKV_INT8: return low[rank];
+    case SPARKV_INT6: return nibble | (high[rank / 4] >> (rank % 4 * 2) & 3) << 4;
+    case SPARKV_INT5: return nibble | (high[rank / 8] >> (rank % 8) & 1) << 4;
+    default: return nibble;
+  }
+}
+
+inline bool MaskBit(const KeyLayout& layout, const uint8_t* row, int j) {
+  if (layout.mask_bytes == 0) return layout.kept > 0;
+  return row[layout.mask_at + unsigned(j) / 8] >> (j % 8) & 1;
+}
+
+inline uint32_t GetScale(const uint8_t* row) { return uint32_t(row[0] | row[1] << 8); }
+// Magnitude shared by the pruned channels, in units of z.
+inline float PrunedMagnitude(const KeyLayout& layout, const uint8_t* row) {
+  if (!layout.restores()) return 0.0f;
+  if (layout.number == SPARKV_F16) return MeanGrid::Value(row[0]);
+  const uint32_t scale = GetScale(row);
+  const int e = int(scale & 1023);
+  return e == kKeyScaleNotFinite ? 0.0f : KeyScaleGrid::Value(e) * RatioValue(int(scale >> 10));
+}
+
+// Step of the kept integers: z = (code - half + 0.5) * step; half = 2^(bits-1). NaN where the row is not finite.
+inline float KeptStep(const KeyLayout& layout, const uint8_t* row) {
+  const int e = int(GetScale(row) & 1023);
+  if (e == kKeyScaleNotFinite) return std::numeric_limits<float>::quiet_NaN();
+  const int half = 1 << (NumberBits(layout.number) - 1);
+  return KeyScaleGrid::Value(e) / (float(half) - 0.5f);
+}
+

@@ -24,6 +24,7 @@ struct Registry {
   std::vector<bool> weights_slots;
   std::map<int, CacheReport> finished;  // by cache id
   int next_id = 0;
+  bool has_picture = false;  // some cache is the one of SPARKV_SALIENCY
 };
 
 Registry& TheRegistry() {
@@ -227,6 +228,12 @@ sparkv_cache* Buffer::Cache() {
     weights_slot_ = static_cast<int>(std::find(slots.begin(), slots.end(), false) - slots.begin());
     if (static_cast<size_t>(weights_slot_) == slots.size()) slots.push_back(false);
     slots[static_cast<size_t>(weights_slot_)] = true;
+    // The picture is of the first cache that has the layer.
+    const Options& options = ThePlugin().options;
+    pictured_ = !options.saliency.empty() && !registry.has_picture &&
+                std::any_of(layers_.begin(), layers_.end(),
+                            [&](const auto& layer) { return layer->il == options.saliency_layer; });
+    registry.has_picture = registry.has_picture || pictured_;
   }
   LoadWeights();
   return cache_;
@@ -252,11 +259,11 @@ void Buffer::SaveFiles() {
       WriteFile(FileOfSlot(options.weights, weights_slot_), bytes);
     }
   }
-  if (options.saliency.empty() || weights_slot_ != 0) return;  // the picture is of the first cache
+  if (!pictured_) return;
   const auto layer = std::find_if(layers_.begin(), layers_.end(),
                                   [&](const auto& l) { return l->il == options.saliency_layer; });
-  if (layer == layers_.end() || options.saliency_head >= (*layer)->shape.n_kv_heads) {
-    Log(LogLevel::kError, "SPARKV_SALIENCY: layer %d of this cache has no KV head %d", options.saliency_layer,
+  if (options.saliency_head >= (*layer)->shape.n_kv_heads) {
+    Log(LogLevel::kError, "SPARKV_SALIENCY: layer %d has no KV head %d", options.saliency_layer,
         options.saliency_head);
     return;
   }

@@ -97,6 +97,7 @@ class Buffer {
   int64_t unknown_rows_ = 0;
   std::atomic<bool> refused_{false};
   bool broken_ = false;
+  bool pictured_ = false;
 };
 
 ggml_backend_buffer_type_i BufferTypeInterface();

@@ -147,10 +147,10 @@ std::string FindIsa(const Options& options, std::string* isa) {
 std::string Load(const void* caller, Plugin* plugin) {
   if (std::string reason = ReadOptions(&plugin->options); !reason.empty()) return reason;
   SetLogLevel(plugin->options.log);
-  if (std::string reason = BindHost(caller, &plugin->host); !reason.empty()) return reason;
   if (IsRpcServer() && !plugin->options.allow_rpc) {
     return "not in an RPC server, whose graphs come from the network; SPARKV_ALLOW_RPC=1 allows it";
   }
+  if (std::string reason = BindHost(caller, &plugin->host); !reason.empty()) return reason;
   if (std::string reason = FindIsa(plugin->options, &plugin->isa); !reason.empty()) return reason;
   FillInterfaces(plugin);
   const sparkv_config& config = plugin->options.config;

@@ -1,5 +1,5 @@
 // ThinK (arXiv 2407.21018), the structured baseline: one set of channels for all tokens of a head
-// (docs/method.md, section 7).
+// (docs/method.md, section 10).
 #pragma once
 
 #include <cstdint>

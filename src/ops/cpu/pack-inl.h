@@ -9,7 +9,7 @@ constexpr int kLanes16 = 16;
 constexpr float kHalfNoise = 0x1p-9f;       // wider than the relative rounding error of f16 (2^-11) and of z
 constexpr float kKeyTolerance = 0x1p-8f;
 constexpr float kValueTolerance = 0x1p-9f;
-constexpr int kSettle = 6;                  // rounds of pack and unpack for rows near the end of f16's range
+constexpr int kSettle = 64;                 // rounds of pack and unpack for rows near the ends of f16's range
 
 inline void PutCode(const KeyLayout& layout, uint8_t* row, int rank, int code) {
   uint8_t* low = row + layout.low_at;
@@ -143,12 +143,12 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const float
       while (e > 0 && MeanGrid::Value(e) >= threshold * (1.0f - kHalfNoise)) --e;
       row[0] = uint8_t(e);
     }
+  } else if (layout.kept == 0) {
+    PutScale(row, uint32_t(KeyScaleGrid::Nearest(magnitude)));
   } else if (!finite) {
     // NaN stays in its own token: kept channels unpack to NaN, pruned ones to zero.
     PutScale(row, uint32_t(kKeyScaleNotFinite | kRatioZero << 10));
     return;
-  } else if (layout.kept == 0) {
-    PutScale(row, uint32_t(KeyScaleGrid::Nearest(magnitude)));
   } else {
     const int e = KeyScaleGrid::Ceil(largest, kKeyTolerance);
     const float top = KeyScaleGrid::Value(e);

@@ -13,10 +13,12 @@ int SelectGroup(const float* k, const float* u, int head_dim, uint8_t* mask) {
   Contribution(k, u, head_dim, s);
   // A NaN contribution makes every sum NaN, nothing is above it, and the token falls into group 0.
   bool has_nan = false;
-  for (int j = 0; j < head_dim; ++j) has_nan |= s[j] != s[j];
+  for (int j = 0; j < head_dim; ++j) {
+    has_nan |= s[j] != s[j];
+    sorted[j] = s[j];
+  }
   int first_above = 0;
   if (!has_nan) {
-    std::copy(s, s + head_dim, sorted);
     std::sort(sorted, sorted + head_dim, std::greater<float>());
     double total = 0.0;
     for (int i = 0; i < head_dim; ++i) total += sorted[i];

@@ -1,0 +1,297 @@
+#include "eval.h"
+
+#include <fmt/format.h>
+#include <stdlib.h>
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+
+#include "gguf.h"
+#include "http.h"
+#include "kv_options.h"
+#include "launch.h"
+#include "passcode.h"
+#include "report.h"
+
+namespace sparkv {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+struct Settings {
+  KvOptions kv;
+  std::string model, file, baselines = "f16,q8_0,q4_0";
+  int context = 2048, batch = 512, ubatch = 128, chunks = -1, threads = 0;
+  int passcodes = 8, passcode_words = 1000;
+  uint32_t seed = 1;
+  bool requantize = false, json = false;
+};
+
+std::vector<std::string> Sizes(const Settings& settings) {
+  std::vector<std::string> args = {"-b", fmt::format("{}", settings.batch), "-ub",
+                                   fmt::format("{}", settings.ubatch)};
+  if (settings.threads > 0) args.insert(args.end(), {"-t", fmt::format("{}", settings.threads)});
+  return args;
+}
+
+// The same model with F32 weights, made once and kept in the user's cache folder.
+std::string RequantizedModel(const std::string& model) {
+  const char* home = getenv("HOME");
+  const char* given = getenv("XDG_CACHE_HOME");
+  const fs::path folder =
+      (given && *given ? fs::path(given) : fs::path(home ? home : "/tmp") / ".cache") / "sparkv";
+  std::error_code failed;
+  fs::create_directories(folder, failed);
+  if (failed) throw Error(kRuntime, fmt::format("{}: {}", folder.string(), failed.message()));
+  const auto written = fs::last_write_time(model).time_since_epoch().count();
+  const fs::path target =
+      folder / fmt::format("{}-{}-{:x}-f32.gguf", fs::path(model).stem().string(),
+                           fs::file_size(model), written);
+  if (fs::exists(target)) return target;
+  Note(fmt::format("writing F32 weights to {}", target.string()));
+  const fs::path partial = target.string() + ".partial";
+  Command command{FindProgram("llama-quantize"),
+                  {"--allow-requantize", model, partial, "F32"},
+                  ChildEnvironment(MakeCache("f16", {}), false)};
+  Progress progress("llama-quantize");
+  RunToEnd(
+      command, [&](const std::string& line) { progress.Update(line.substr(0, 70)); }, nullptr);
+  fs::rename(partial, target, failed);
+  if (failed) throw Error(kRuntime, fmt::format("{}: {}", target.string(), failed.message()));
+  return target;
+}
+
+// The first number after `label` in a line that starts with it.
+std::optional<double> NumberAfter(const std::string& line, const std::string& label) {
+  if (line.rfind(label, 0) != 0) return std::nullopt;
+  const size_t colon = line.find(':');
+  if (colon == std::string::npos) return std::nullopt;
+  return strtod(line.c_str() + colon + 1, nullptr);
+}
+
+Json RunPerplexity(const Settings& settings, const Cache& cache, const std::string& text,
+                   const std::string& base, const TemporaryFolder& folder) {
+  std::vector<std::string> args = {"-m", settings.model, "-f",
+                                   text, "-c",           fmt::format("{}", settings.context)};
+  const auto sizes = Sizes(settings);
+  args.insert(args.end(), sizes.begin(), sizes.end());
+  args.insert(args.end(),
+              {"--chunks", fmt::format("{}", settings.chunks), "--kl-divergence-base", base});
+  const bool makes_base = cache.name == "f32";
+  if (makes_base) {
+    args.insert(args.end(), {"-fa", "off"});
+  } else {
+    args.push_back("--kl-divergence");
+  }
+  Command command = MakeCommand("llama-perplexity", cache, args);
+  const std::string stats = folder.File(cache.name + ".json");
+  if (cache.packed) command.environment.push_back("SPARKV_STATS=" + stats);
+
+  Json result = {{"cache", cache.name}};
+  Progress progress(makes_base ? "base, f32 cache" : cache.name);
+  progress.Update("reading the text");
+  const std::pair<const char*, const char*> fields[] = {
+      {"Mean PPL(Q) ", "perplexity"},
+      {"Mean PPL(Q)/PPL(base)", "perplexity_ratio"},
+      {"Mean    KLD", "mean_kld"},
+      {"99.0%   KLD", "kld_99"},
+      {"Same top p", "top1_agreement"}};
+  RunToEnd(
+      command,
+      [&](const std::string& line) {
+        for (const auto& [label, field] : fields) {
+          if (const auto number = NumberAfter(line, label)) result[field] = *number;
+        }
+        if (line.size() > 4 && isdigit(static_cast<unsigned char>(line[3])))
+          progress.Update(fmt::format("chunk {}", line.substr(0, 4)));
+      },
+      nullptr);
+  if (makes_base) return result;
+  if (!result.contains("mean_kld") || !result.contains("top1_agreement")) {
+    throw Error(
+        kRuntime,
+        fmt::format(
+            "llama-perplexity: no KL divergence in its output ({}); is the text longer than "
+            "2 x {} tokens?",
+            cache.name, settings.context));
+  }
+  result["top1_agreement"] = result["top1_agreement"].get<double>() / 100;
+  result["bits_per_element"] = HostBits(cache.name);
+  if (!cache.packed) return result;
+  const Json measured = Json::parse(ReadFile(stats), nullptr, false);
+  if (!measured.is_object()) throw Error(kRuntime, fmt::format("{}: not a JSON object", stats));
+  for (const char* field : {"bits_per_element", "keys_bits_per_element", "values_bits_per_element",
+                            "resident_bytes", "config"}) {
+    result[field] = measured.value(field, Json());
+  }
+  return result;
+}
+
+Json RunPasscodes(const Settings& settings, const Cache& cache, const Passcodes& passcodes,
+                  const TemporaryFolder& folder) {
+  Progress progress(cache.name + ", passcodes");
+  progress.Update("reading the text");
+  std::vector<std::string> args = {
+      "-m",          settings.model,
+      "-c",          fmt::format("{}", 2 * settings.passcode_words + 512),
+      "-np",         "1",
+      "-fit",        "off",
+      "--cache-ram", "0"};
+  const auto sizes = Sizes(settings);
+  args.insert(args.end(), sizes.begin(), sizes.end());
+  Server server(cache, args, folder.File(cache.name + ".log"), {});
+  const auto tokens = [&](const std::string& text, bool first) {
+    return server
+        .Post("/tokenize", {{"content", text}, {"add_special", first}, {"parse_special", false}})
+        .at("tokens");
+  };
+  const Json text = tokens(passcodes.text, true);
+  Json request = {{"prompt", text},
+                  {"n_predict", 1},
+                  {"temperature", 0},
+                  {"cache_prompt", true},
+                  {"id_slot", 0}};
+  server.Post("/completion", request);
+  Json result = {{"tokens", text.size()}, {"answers", Json::array()}};
+  int right = 0;
+  for (const auto& item : passcodes.items) {
+    progress.Update(
+        fmt::format("question {} of {}", result["answers"].size() + 1, passcodes.items.size()));
+    request["prompt"] = text;
+    for (const auto& token : tokens(item.question, false)) request["prompt"].push_back(token);
+    request["n_predict"] = 8;
+    const std::string answer = server.Post("/completion", request).at("content");
+    const bool exact = AnswersCode(answer, item.code);
+    right += exact;
+    result["answers"].push_back({{"code", item.code}, {"answer", answer}, {"exact", exact}});
+  }
+  result["exact"] = right;
+  result["asked"] = passcodes.items.size();
+  return result;
+}
+
+void PrintTable(const Json& report) {
+  fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off\n\n",
+             report["model"].get<std::string>(),
+             report["quantised_weights"].get<bool>() ? "quantised" : "full-precision",
+             report["text"].get<std::string>(), report["context"].get<int>());
+  Table table({"cache", "bits/element", "perplexity", "x base", "mean KL", "99 % KL", "top-1",
+               "passcodes"});
+  for (const auto& row : report["results"]) {
+    const Json& codes = row["passcodes"];
+    table.Add({row["cache"], fmt::format("{:.2f}", row["bits_per_element"].get<double>()),
+               fmt::format("{:.3f}", row["perplexity"].get<double>()),
+               fmt::format("{:.4f}", row["perplexity_ratio"].get<double>()),
+               fmt::format("{:.6f}", row["mean_kld"].get<double>()),
+               fmt::format("{:.5f}", row["kld_99"].get<double>()),
+               fmt::format("{:.3f}", row["top1_agreement"].get<double>()),
+               codes.is_null()
+                   ? "-"
+                   : fmt::format("{}/{}", codes["exact"].get<int>(), codes["asked"].get<int>())});
+  }
+  table.PrintMarkdown();
+}
+
+int Eval(Settings settings) {
+  std::vector<Cache> caches;
+  for (const auto& name : SplitList("--baselines", settings.baselines)) {
+    if (!IsHostType(name))
+      throw Error(kUsage, fmt::format("--baselines: '{}' is not a cache type of llama.cpp", name));
+    caches.push_back(MakeCache(name, {}));
+  }
+  if (settings.kv.preset.empty()) {
+    caches.push_back(MakeCache("", settings.kv));
+  } else {
+    for (const auto& name : SplitList("--kv-preset", settings.kv.preset))
+      caches.push_back(MakeCache(name, settings.kv));
+  }
+  RequireModel(settings.model);
+  const TemporaryFolder folder;
+  const std::string prose = settings.file.empty() ? BuiltinText() : ReadFile(settings.file);
+  const std::string text = folder.File("text.txt");
+  WriteFile(text, prose);
+
+  Json report = {
+      {"model", settings.model},     {"text", settings.file.empty() ? "built in" : settings.file},
+      {"context", settings.context}, {"batch", settings.batch},
+      {"ubatch", settings.ubatch},   {"seed", settings.seed},
+      {"machine", Machine()},        {"results", Json::array()}};
+  bool quantised = ReadModelShape(settings.model).Quantised();
+  if (quantised && settings.requantize) {
+    settings.model = RequantizedModel(settings.model);
+    quantised = false;
+  } else if (quantised) {
+    Note(
+        "the weights are quantised: equally valid runs differ by about .0065 in mean KL; "
+        "--requantize-f32 removes that floor");
+  }
+  report["quantised_weights"] = quantised;
+
+  const std::string base = folder.File("base.kld");
+  RunPerplexity(settings, MakeCache("f32", {}), text, base, folder);
+  const Passcodes passcodes =
+      HidePasscodes(prose, settings.passcode_words, settings.passcodes, settings.seed);
+  for (const Cache& cache : caches) {
+    Json row = RunPerplexity(settings, cache, text, base, folder);
+    row["passcodes"] =
+        settings.passcodes > 0 ? RunPasscodes(settings, cache, passcodes, folder) : Json();
+    report["results"].push_back(row);
+  }
+  if (settings.json) {
+    PrintJson(report);
+  } else {
+    PrintTable(report);
+  }
+  return kOk;
+}
+
+}  // namespace
+
+std::function<int()> AddEval(CLI::App* app) {
+  auto settings = std::make_shared<Settings>();
+  settings->model = DefaultModel();
+  app->add_option("-m,--model", settings->model, "GGUF file");
+  app->add_option("-f,--file", settings->file,
+                  "text, longer than two contexts; an English text is built in");
+  app->add_option("-c,--ctx-size", settings->context,
+                  "tokens per chunk; the second half of each is scored")
+      ->check(CLI::Range(64, 1 << 20))
+      ->capture_default_str();
+  app->add_option("-b,--batch-size", settings->batch, "logical batch")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app->add_option("--ubatch-size", settings->ubatch, "physical batch (-ub)")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app->add_option("--chunks", settings->chunks, "chunks of the text, -1: all")
+      ->check(CLI::Range(-1, 1 << 20))
+      ->capture_default_str();
+  app->add_option("-t,--threads", settings->threads, "threads; 0: as llama.cpp chooses")
+      ->check(CLI::Range(0, 1024));
+  app->add_option("--baselines", settings->baselines, "llama.cpp caches to compare with")
+      ->capture_default_str();
+  app->add_option("--passcodes", settings->passcodes, "passcodes to hide and ask for, 0: none")
+      ->check(CLI::Range(0, 16))
+      ->capture_default_str();
+  app->add_option("--passcode-words", settings->passcode_words, "words of the text that hide them")
+      ->check(CLI::Range(100, 100000))
+      ->capture_default_str();
+  app->add_option("-s,--seed", settings->seed, "seed of the passcodes")->capture_default_str();
+  app->add_flag("--requantize-f32", settings->requantize,
+                "judge with F32 weights, made once and cached");
+  app->add_flag("--json", settings->json, "JSON on stdout, with every answer");
+  AddKvOptions(app, &settings->kv);
+  app->footer(
+      "--kv-preset takes a list here. The base of all KL divergences is an f32 cache with -fa off. "
+      "The passcode\n"
+      "questions are asked after the text has been read and packed.\n\n"
+      "Examples\n"
+      "  sparkv eval -m model.gguf --requantize-f32\n"
+      "  sparkv eval -m model.gguf -f book.txt -c 4096 --kv-preset spark-0.5-i8,spark-0.5-i5 "
+      "--json");
+  return [=] { return Eval(*settings); };
+}
+
+}  // namespace sparkv

@@ -1,0 +1,121 @@
+#include "kv_options.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <iterator>
+
+#include "report.h"
+
+namespace sparkv {
+namespace {
+
+struct Parameter {
+  const char* name;  // as sparkv_config_set takes it
+  const char* metavar;
+  const char* help;
+};
+
+constexpr Parameter kParameters[] = {
+    {"ratio", "R", "share of key channels pruned, 0 to 1"},
+    {"recover", "zero|mean|paper", "how a pruned channel is restored"},
+    {"group", "signed|energy", "how the query heads of a group become one channel weight"},
+    {"kept", "f16|i8|i6|i5|i4", "number type of kept key channels"},
+    {"values", "f16|q8|q4", "number type of value rows"},
+    {"sinks", "N", "first tokens of a sequence that stay dense"},
+    {"window", "N", "newest tokens of a sequence that stay dense"},
+    {"observe", "N", "queries that make the channel weights"},
+    {"seal", "stream|prefill-end", "when tokens are packed"},
+    {"simd", "auto|plain|avx2|avx512", "instruction set of the kernels"},
+    {"threads", "N", "threads of the kernels, 0: as many as the host uses"},
+};
+
+struct HostType {
+  const char* name;
+  double bits;
+};
+
+constexpr HostType kHostTypes[] = {{"f32", 32},   {"f16", 16},   {"bf16", 16},
+                                   {"q8_0", 8.5}, {"q5_1", 6},   {"q5_0", 5.5},
+                                   {"q4_1", 5},   {"q4_0", 4.5}, {"iq4_nl", 4.5}};
+
+const HostType* FindHostType(const std::string& name) {
+  const auto* found = std::find_if(std::begin(kHostTypes), std::end(kHostTypes),
+                                   [&](const HostType& type) { return name == type.name; });
+  return found == std::end(kHostTypes) ? nullptr : found;
+}
+
+// The library names the field; the user typed an option.
+[[noreturn]] void Refuse(const std::string& field, const char* text) {
+  std::string reason = text;
+  if (reason.rfind(field + ": ", 0) == 0) reason.erase(0, field.size() + 2);
+  throw Error(kUsage, fmt::format("--kv-{}: {}", field, reason));
+}
+
+}  // namespace
+
+void AddKvOptions(CLI::App* app, KvOptions* options) {
+  const std::string group = "Packed cache";
+  app->add_option("--kv-preset", options->preset,
+                  "exact, spark-R or spark-R-iB, e.g. spark-0.5-i5 (the default); f16: llama.cpp "
+                  "without sparkv")
+      ->type_name("NAME")
+      ->group(group);
+  for (const Parameter& parameter : kParameters) {
+    app->add_option_function<std::string>(
+           fmt::format("--kv-{}", parameter.name),
+           [options, name = parameter.name](const std::string& text) {
+             options->values[name] = text;
+           },
+           parameter.help)
+        ->type_name(parameter.metavar)
+        ->group(group);
+  }
+}
+
+std::vector<std::string> Cache::Flags() const {
+  if (packed) return {"-dev", "SPARKV", "-ngl", "99", "-fa", "on"};
+  return {"-dev", "none", "-fa", "on", "-ctk", name, "-ctv", name};
+}
+
+Cache MakeCache(const std::string& name, const KvOptions& options) {
+  Cache cache;
+  cache.name = name;
+  if (IsHostType(name)) return cache;
+  cache.packed = true;
+  cache.config.struct_size = sizeof(cache.config);
+  sparkv_error error = {};
+  if (sparkv_config_preset(&cache.config, name.c_str(), &error) != SPARKV_OK)
+    Refuse("preset", error.text);
+  cache.name = cache.config.preset;
+  cache.environment.push_back("SPARKV_PRESET=" + cache.name);
+  for (const auto& [key, value] : options.values) {
+    if (sparkv_config_set(&cache.config, key.c_str(), value.c_str(), &error) != SPARKV_OK)
+      Refuse(key, error.text);
+    std::string variable = "SPARKV_" + key;
+    std::transform(variable.begin(), variable.end(), variable.begin(),
+                   [](unsigned char c) { return toupper(c); });
+    cache.environment.push_back(variable + "=" + value);
+  }
+  return cache;
+}
+
+std::vector<std::string> SplitList(const std::string& option, const std::string& list) {
+  std::vector<std::string> parts;
+  for (size_t start = 0; start <= list.size();) {
+    const size_t end = std::min(list.find(',', start), list.size());
+    if (end == start) throw Error(kUsage, fmt::format("{}: '{}' has an empty part", option, list));
+    parts.push_back(list.substr(start, end - start));
+    start = end + 1;
+  }
+  return parts;
+}
+
+bool IsHostType(const std::string& name) { return FindHostType(name) != nullptr; }
+
+double HostBits(const std::string& name) {
+  const HostType* type = FindHostType(name);
+  return type ? type->bits : 0;
+}
+
+}  // namespace sparkv

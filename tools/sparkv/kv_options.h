@@ -1,0 +1,40 @@
+// The --kv-* options, and the caches that a command compares.
+#ifndef SPARKV_TOOLS_KV_OPTIONS_H_
+#define SPARKV_TOOLS_KV_OPTIONS_H_
+
+#include <CLI/CLI.hpp>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "sparkv/sparkv.h"
+
+namespace sparkv {
+
+struct KvOptions {
+  std::string preset;                         // as typed; may be a list where a command compares
+  std::map<std::string, std::string> values;  // parameter name -> text, only those given
+};
+
+void AddKvOptions(CLI::App* app, KvOptions* options);
+
+// One way to keep the cache: a type of llama.cpp's own (f16, q8_0, q4_0, ...) or a sparkv preset.
+struct Cache {
+  std::string name;
+  bool packed = false;                     // needs the plugin
+  sparkv_config config = {};               // when packed
+  std::vector<std::string> environment;    // "SPARKV_...=...", when packed
+  std::vector<std::string> Flags() const;  // for any llama.cpp program
+};
+
+// Checks preset and parameters; throws Error(kUsage) naming the option and the value.
+Cache MakeCache(const std::string& name, const KvOptions& options);
+// `list` is comma-separated; empty parts are refused.
+std::vector<std::string> SplitList(const std::string& option, const std::string& list);
+bool IsHostType(const std::string& name);
+// Stored bits per element of llama.cpp's own types, by their block layout.
+double HostBits(const std::string& name);
+
+}  // namespace sparkv
+
+#endif

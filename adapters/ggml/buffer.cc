@@ -47,7 +47,9 @@ bool HasCacheName(const ggml_tensor* tensor) {
   return true;
 }
 
-const ggml_tensor* Root(const ggml_tensor* tensor) { return tensor->view_src ? tensor->view_src : tensor; }
+const ggml_tensor* Root(const ggml_tensor* tensor) {
+  return tensor->view_src ? tensor->view_src : tensor;
+}
 
 std::string FileOfSlot(const std::string& path, int slot) {
   return slot == 0 ? path : path + "." + std::to_string(slot);
@@ -117,7 +119,8 @@ ggml_status Buffer::InitTensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
   bool keys = false;
   if (ParseCacheName(tensor->name, &il, &keys)) return InitCacheTensor(tensor, il, keys);
   const char kind = tensor->name[6];
-  Log(LogLevel::kError, "%s: %s cannot be packed; run this model without the SPARKV device", tensor->name,
+  Log(LogLevel::kError, "%s: %s cannot be packed; run this model without the SPARKV device",
+      tensor->name,
       kind == 'r' || kind == 's' ? "the state of a recurrent layer" : "this kind of cache");
   return GGML_STATUS_FAILED;
 }
@@ -125,18 +128,20 @@ ggml_status Buffer::InitTensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor
 ggml_status Buffer::InitCacheTensor(ggml_tensor* tensor, int il, bool keys) {
   const Host& host = ThePlugin().host;
   if (tensor->type != host.f16) {
-    Log(LogLevel::kError, "%s has type %s: sparkv packs f16 rows itself, leave -ct%c at f16", tensor->name,
-        host.type_name(tensor->type), keys ? 'k' : 'v');
+    Log(LogLevel::kError, "%s has type %s: sparkv packs f16 rows itself, leave -ct%c at f16",
+        tensor->name, host.type_name(tensor->type), keys ? 'k' : 'v');
     return GGML_STATUS_FAILED;
   }
   const bool first = layers_.empty();
   if (tensor->ne[3] != 1 || (!first && (tensor->ne[1] != cells_ || tensor->ne[2] != n_streams_))) {
-    Log(LogLevel::kError, "%s has another number of cells than the rest of its cache", tensor->name);
+    Log(LogLevel::kError, "%s has another number of cells than the rest of its cache",
+        tensor->name);
     return GGML_STATUS_FAILED;
   }
   cells_ = tensor->ne[1];
   n_streams_ = tensor->ne[2];
-  auto found = std::find_if(layers_.begin(), layers_.end(), [&](const auto& layer) { return layer->il == il; });
+  auto found = std::find_if(layers_.begin(), layers_.end(),
+                            [&](const auto& layer) { return layer->il == il; });
   if (found == layers_.end()) {
     layers_.push_back(std::make_unique<Layer>());
     found = layers_.end() - 1;
@@ -155,7 +160,8 @@ ggml_status Buffer::InitCacheTensor(ggml_tensor* tensor, int il, bool keys) {
 std::string Buffer::SetShape(size_t layer, const sparkv_layer_shape& shape) {
   sparkv_layer_shape& known = layers_[layer]->shape;
   const auto text = [](const sparkv_layer_shape& s) {
-    return std::to_string(s.n_kv_heads) + " heads of " + std::to_string(s.k_dim) + "/" + std::to_string(s.v_dim);
+    return std::to_string(s.n_kv_heads) + " heads of " + std::to_string(s.k_dim) + "/" +
+           std::to_string(s.v_dim);
   };
   if (known.n_kv_heads == 0) {
     if (sparkv_key_row_bytes(&ThePlugin().options.config, shape.k_dim) == 0 ||
@@ -165,17 +171,18 @@ std::string Buffer::SetShape(size_t layer, const sparkv_layer_shape& shape) {
     known = shape;
     return "";
   }
-  const bool same =
-      known.n_kv_heads == shape.n_kv_heads && known.k_dim == shape.k_dim && known.v_dim == shape.v_dim;
+  const bool same = known.n_kv_heads == shape.n_kv_heads && known.k_dim == shape.k_dim &&
+                    known.v_dim == shape.v_dim;
   return same ? "" : text(shape) + " channels after " + text(known);
 }
 
-// A layer that no graph has read yet (the host planned its graphs before) takes the shape of a layer of its widths.
+// A layer that no graph has read yet (the host planned its graphs before) takes the shape of a
+// layer of its widths.
 bool Buffer::FillShapes(std::string* reason) {
   for (const auto& layer : layers_) {
     if (!layer->keys.buffer || !layer->values.buffer) {
-      *reason = "layer " + std::to_string(layer->il) + " has no " + (layer->keys.buffer ? "values" : "keys") +
-                " of its own (MLA)";
+      *reason = "layer " + std::to_string(layer->il) + " has no " +
+                (layer->keys.buffer ? "values" : "keys") + " of its own (MLA)";
       return false;
     }
     if (layer->shape.n_kv_heads != 0) continue;
@@ -184,7 +191,8 @@ bool Buffer::FillShapes(std::string* reason) {
              other->values.row_bytes == layer->values.row_bytes;
     });
     if (twin == layers_.end()) {
-      *reason = "layer " + std::to_string(layer->il) + " is written before any graph showed its head size";
+      *reason = "layer " + std::to_string(layer->il) +
+                " is written before any graph showed its head size";
       return false;
     }
     layer->shape = (*twin)->shape;
@@ -223,7 +231,8 @@ sparkv_cache* Buffer::Cache() {
     Registry& registry = TheRegistry();
     const std::lock_guard lock(registry.mutex);
     id_ = registry.next_id++;
-    // The lowest free slot: a process that is started again with the same caches finds the same files.
+    // The lowest free slot: a process that is started again with the same caches finds the same
+    // files.
     std::vector<bool>& slots = registry.weights_slots;
     weights_slot_ = static_cast<int>(std::find(slots.begin(), slots.end(), false) - slots.begin());
     if (static_cast<size_t>(weights_slot_) == slots.size()) slots.push_back(false);
@@ -267,8 +276,8 @@ void Buffer::SaveFiles() {
         options.saliency_head);
     return;
   }
-  WriteFile(options.saliency, SaliencyJson(cache_, static_cast<int>(layer - layers_.begin()), options.saliency_head,
-                                           (*layer)->shape.k_dim));
+  WriteFile(options.saliency, SaliencyJson(cache_, static_cast<int>(layer - layers_.begin()),
+                                           options.saliency_head, (*layer)->shape.k_dim));
 }
 
 bool Buffer::ReportAtExit(CacheReport* report) {
@@ -298,7 +307,9 @@ void Buffer::SetThreads(int n_threads) {
 void Buffer::WarnUnknownRows() {
   const int64_t n = cache_ ? sparkv_cache_unknown_rows(cache_) : 0;
   if (n > unknown_rows_) {
-    Log(LogLevel::kWarn, "%lld restored rows stay dense: their weights are not known here (SPARKV_WEIGHTS keeps them)",
+    Log(LogLevel::kWarn,
+        "%lld restored rows stay dense: their weights are not known here (SPARKV_WEIGHTS keeps "
+        "them)",
         static_cast<long long>(n - unknown_rows_));
   }
   unknown_rows_ = n;
@@ -322,8 +333,8 @@ void Buffer::Read(const KvTensor& tensor, size_t begin, size_t size, uint8_t* by
   std::vector<uint16_t> rows(n * row / 2);
   const auto read = tensor.keys ? sparkv_cache_read_keys : sparkv_cache_read_values;
   sparkv_error error = {};
-  if (read(cache, static_cast<int32_t>(tensor.layer), static_cast<int64_t>(first), static_cast<int64_t>(n),
-           rows.data(), &error) != SPARKV_OK) {
+  if (read(cache, static_cast<int32_t>(tensor.layer), static_cast<int64_t>(first),
+           static_cast<int64_t>(n), rows.data(), &error) != SPARKV_OK) {
     Break(std::string("reading the cache: ") + error.text);
   }
   std::memcpy(bytes, reinterpret_cast<const uint8_t*>(rows.data()) + (begin - first * row), size);
@@ -337,12 +348,13 @@ void Buffer::Write(const KvTensor& tensor, size_t begin, size_t size, const uint
   const size_t n = (begin + size + row - 1) / row - first;
   std::vector<uint16_t> rows(n * row / 2);
   uint8_t* out = reinterpret_cast<uint8_t*>(rows.data());
-  if (begin % row != 0 || size % row != 0) Read(tensor, first * row, n * row, out);  // keep the rest of these rows
+  if (begin % row != 0 || size % row != 0)
+    Read(tensor, first * row, n * row, out);  // keep the rest of these rows
   std::memcpy(out + (begin - first * row), bytes, size);
   const auto restore = tensor.keys ? sparkv_cache_restore_keys : sparkv_cache_restore_values;
   sparkv_error error = {};
-  if (restore(cache, static_cast<int32_t>(tensor.layer), static_cast<int64_t>(first), static_cast<int64_t>(n),
-              rows.data(), &error) != SPARKV_OK) {
+  if (restore(cache, static_cast<int32_t>(tensor.layer), static_cast<int64_t>(first),
+              static_cast<int64_t>(n), rows.data(), &error) != SPARKV_OK) {
     Break(std::string("restoring the cache: ") + error.text);
   }
 }
@@ -371,7 +383,8 @@ ggml_status InitTensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor) {
   return BufferOf(buffer)->InitTensor(buffer, tensor);
 }
 
-void SetTensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, size_t offset, size_t size) {
+void SetTensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, size_t offset,
+               size_t size) {
   const KvTensor* kv = KvOf(tensor);
   if (!kv) {
     std::memcpy(static_cast<char*>(tensor->data) + offset, data, size);
@@ -381,7 +394,8 @@ void SetTensor(ggml_backend_buffer_t, ggml_tensor* tensor, const void* data, siz
   kv->buffer->Write(*kv, BytesBegin(tensor, offset), size, static_cast<const uint8_t*>(data));
 }
 
-void GetTensor(ggml_backend_buffer_t, const ggml_tensor* tensor, void* data, size_t offset, size_t size) {
+void GetTensor(ggml_backend_buffer_t, const ggml_tensor* tensor, void* data, size_t offset,
+               size_t size) {
   const KvTensor* kv = KvOf(tensor);
   if (!kv) {
     std::memcpy(data, static_cast<const char*>(tensor->data) + offset, size);
@@ -391,7 +405,8 @@ void GetTensor(ggml_backend_buffer_t, const ggml_tensor* tensor, void* data, siz
   kv->buffer->Read(*kv, BytesBegin(tensor, offset), size, static_cast<uint8_t*>(data));
 }
 
-void MemsetTensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uint8_t value, size_t offset, size_t size) {
+void MemsetTensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uint8_t value, size_t offset,
+                  size_t size) {
   if (KvOf(tensor)) {
     const std::vector<uint8_t> bytes(size, value);
     SetTensor(buffer, tensor, bytes.data(), offset, size);
@@ -400,15 +415,17 @@ void MemsetTensor(ggml_backend_buffer_t buffer, ggml_tensor* tensor, uint8_t val
   }
 }
 
-// Copies of one whole stream to another keep packed rows as they are; anything else goes through f16 rows.
+// Copies of one whole stream to another keep packed rows as they are; anything else goes through
+// f16 rows.
 bool CopyTensor(ggml_backend_buffer_t, const ggml_tensor* src, ggml_tensor* dst) {
   const KvTensor* from = KvOf(src);
   const KvTensor* to = KvOf(dst);
   if (!from || from != to) return false;
   const size_t stream = from->stream_bytes;
   const auto is_stream = [&](const ggml_tensor* t) {
-    return t->view_src && t->view_offs % stream == 0 && t->ne[3] == 1 && t->ne[2] == 1 && t->nb[1] == from->row_bytes &&
-           static_cast<size_t>(t->ne[0]) * 2 == from->row_bytes && t->ne[1] == from->buffer->cells();
+    return t->view_src && t->view_offs % stream == 0 && t->ne[3] == 1 && t->ne[2] == 1 &&
+           t->nb[1] == from->row_bytes && static_cast<size_t>(t->ne[0]) * 2 == from->row_bytes &&
+           t->ne[1] == from->buffer->cells();
   };
   if (!is_stream(src) || !is_stream(dst)) return false;
   const std::lock_guard lock(from->buffer->mutex);
@@ -423,12 +440,15 @@ void ClearBuffer(ggml_backend_buffer_t buffer, uint8_t value) {
 
 const char* TypeName(ggml_backend_buffer_type_t) { return "SPARKV"; }
 size_t Alignment(ggml_backend_buffer_type_t) { return kAlignment; }
-bool IsHost(ggml_backend_buffer_type_t) { return false; }  // so that no other device reads packed bytes as f16
+bool IsHost(ggml_backend_buffer_type_t) {
+  return false;
+}  // so that no other device reads packed bytes as f16
 
 bool AnyRefused() {
   Registry& registry = TheRegistry();
   const std::lock_guard lock(registry.mutex);
-  return std::any_of(registry.live.begin(), registry.live.end(), [](const Buffer* b) { return b->refused(); });
+  return std::any_of(registry.live.begin(), registry.live.end(),
+                     [](const Buffer* b) { return b->refused(); });
 }
 
 ggml_backend_buffer_t Allocate(ggml_backend_buffer_type_t type, size_t size) {

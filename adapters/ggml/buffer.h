@@ -1,6 +1,7 @@
-// Buffers of the device. Each is a reservation of address space of the size the host asked for. Tensors of a compute
-// graph live in it as in any memory. Tensors of a KV cache (cache_k_l<n>, cache_v_l<n>) are virtual: their addresses
-// are never touched, what is written to them goes to the sparkv_cache of the buffer.
+// Buffers of the device. Each is a reservation of address space of the size the host asked for.
+// Tensors of a compute graph live in it as in any memory. Tensors of a KV cache (cache_k_l<n>,
+// cache_v_l<n>) are virtual: their addresses are never touched, what is written to them goes to the
+// sparkv_cache of the buffer.
 #pragma once
 
 #include <atomic>
@@ -47,8 +48,8 @@ class Buffer {
   void Read(const KvTensor& tensor, size_t begin, size_t size, uint8_t* bytes);
   bool CopyStream(const KvTensor& tensor, int from, int to);
 
-  // Head count and sizes of a layer, seen in the graphs that the host plans before it writes anything.
-  // Returns "" or why the shape cannot be.
+  // Head count and sizes of a layer, seen in the graphs that the host plans before it writes
+  // anything. Returns "" or why the shape cannot be.
   std::string SetShape(size_t layer, const sparkv_layer_shape& shape);
   sparkv_layer_shape shape(size_t layer) const { return layers_[layer]->shape; }
   void* base() const { return base_; }
@@ -57,7 +58,8 @@ class Buffer {
 
   // The cache, made at the first call. NULL when the buffer is broken.
   sparkv_cache* Cache();
-  // Says once what `op` cannot do here. From then on the host gets no compute buffer, so that it stops cleanly.
+  // Says once what `op` cannot do here. From then on the host gets no compute buffer, so that it
+  // stops cleanly.
   void Refuse(const std::string& reason);
   bool refused() const { return refused_; }
   // A write or an op failed half way: nothing is computed from this cache until the host clears it.

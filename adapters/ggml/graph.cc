@@ -19,12 +19,15 @@ const Host& TheHost() { return ThePlugin().host; }
 
 bool IsEmptyOp(ggml_op op) {
   const Host& host = TheHost();
-  return op == host.none || op == host.reshape || op == host.view || op == host.permute || op == host.transpose;
+  return op == host.none || op == host.reshape || op == host.view || op == host.permute ||
+         op == host.transpose;
 }
 
 size_t ViewOffset(const ggml_tensor* tensor) { return tensor->view_src ? tensor->view_offs : 0; }
 
-const char* RootName(const ggml_tensor* tensor) { return (tensor->view_src ? tensor->view_src : tensor)->name; }
+const char* RootName(const ggml_tensor* tensor) {
+  return (tensor->view_src ? tensor->view_src : tensor)->name;
+}
 
 float FloatParam(const ggml_tensor* op, int i) {
   float value;
@@ -41,8 +44,9 @@ const ggml_tensor* FindCacheTensor(const ggml_tensor* op) {
   return nullptr;
 }
 
-// Each parser checks an op against what the cache can do and fills what the cache needs. Data pointers are valid only
-// while a graph is computed; the checks are the same when it is planned. "" or why not.
+// Each parser checks an op against what the cache can do and fills what the cache needs. Data
+// pointers are valid only while a graph is computed; the checks are the same when it is planned. ""
+// or why not.
 
 struct RowsArgs {
   const KvTensor* kv;
@@ -60,10 +64,13 @@ std::string ParseSetRows(const ggml_tensor* op, RowsArgs* args) {
   args->kv = KvOf(op);
   if (!args->kv) return "the rows come from the cache";
   const size_t row = args->kv->row_bytes;
-  if (op->ne[0] == 1 && row != 2) return "values are stored transposed: flash attention is off, use -fa on";
+  if (op->ne[0] == 1 && row != 2)
+    return "values are stored transposed: flash attention is off, use -fa on";
   if (static_cast<size_t>(op->ne[0]) * 2 != row || op->nb[1] != row) return "rows of another width";
-  if (rows->ne[2] != 1 || rows->ne[3] != 1 || ViewOffset(op) % row != 0) return "rows of several matrices";
-  if (rows->type != host.f32 && rows->type != host.f16) return "rows of type " + std::string(host.type_name(rows->type));
+  if (rows->ne[2] != 1 || rows->ne[3] != 1 || ViewOffset(op) % row != 0)
+    return "rows of several matrices";
+  if (rows->type != host.f32 && rows->type != host.f16)
+    return "rows of type " + std::string(host.type_name(rows->type));
   if (cells->type != host.i64 && cells->type != host.i32) return "cells of another type";
   args->first_cell = static_cast<int64_t>(ViewOffset(op) / row);
   args->n_rows = rows->ne[1];
@@ -76,40 +83,52 @@ std::string ParseSetRows(const ggml_tensor* op, RowsArgs* args) {
 std::string ParseAttend(const ggml_tensor* op, const KvTensor** kv, sparkv_layer_shape* shape,
                         sparkv_attend_args* args) {
   const Host& host = TheHost();
-  const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
+  const ggml_tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3],
+                    *sinks = op->src[4];
   const KvTensor* keys = KvOf(k);
   const KvTensor* values = KvOf(v);
-  if (!keys || !values || !keys->keys || keys->buffer != values->buffer) return "keys and values of different caches";
+  if (!keys || !values || !keys->keys || keys->buffer != values->buffer)
+    return "keys and values of different caches";
   if (values->keys) return "values are a view of the keys (MLA)";
   if (keys->layer != values->layer) return "keys and values of different layers";
 
   *kv = keys;
-  *shape = {static_cast<int32_t>(k->ne[2]), static_cast<int32_t>(k->ne[0]), static_cast<int32_t>(v->ne[0])};
-  const auto fits = [](const ggml_tensor* view, const KvTensor* tensor) {  // [dim, n_kv, heads, streams] of whole rows
+  *shape = {static_cast<int32_t>(k->ne[2]), static_cast<int32_t>(k->ne[0]),
+            static_cast<int32_t>(v->ne[0])};
+  const auto fits = [](const ggml_tensor* view,
+                       const KvTensor* tensor) {  // [dim, n_kv, heads, streams] of whole rows
     const size_t head = static_cast<size_t>(view->ne[0]) * 2;
     return view->nb[0] == 2 && view->nb[1] == tensor->row_bytes && view->nb[2] == head &&
            head * static_cast<size_t>(view->ne[2]) == tensor->row_bytes &&
            (view->ne[3] == 1 || view->nb[3] == tensor->stream_bytes);
   };
   if (!fits(k, keys)) return "keys are not read as rows of cells";
-  if (!fits(v, values)) return "values are not read as rows of cells: flash attention is off, use -fa on";
-  if (k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] || k->ne[3] != q->ne[3]) {
+  if (!fits(v, values))
+    return "values are not read as rows of cells: flash attention is off, use -fa on";
+  if (k->ne[1] != v->ne[1] || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3] ||
+      k->ne[3] != q->ne[3]) {
     return "keys and values of different shapes";
   }
   const size_t first_stream = ViewOffset(k) / keys->stream_bytes;
-  if (ViewOffset(k) % keys->stream_bytes != 0 || ViewOffset(v) != first_stream * values->stream_bytes) {
+  if (ViewOffset(k) % keys->stream_bytes != 0 ||
+      ViewOffset(v) != first_stream * values->stream_bytes) {
     return "the view does not start at cell 0";
   }
-  if (q->type != host.f32 || op->type != host.f32) return "queries of type " + std::string(host.type_name(q->type));
-  if (q->ne[0] != k->ne[0] || q->nb[0] != 4 || q->ne[2] % k->ne[2] != 0) return "queries of another shape";
+  if (q->type != host.f32 || op->type != host.f32)
+    return "queries of type " + std::string(host.type_name(q->type));
+  if (q->ne[0] != k->ne[0] || q->nb[0] != 4 || q->ne[2] % k->ne[2] != 0)
+    return "queries of another shape";
   if (mask) {
-    if (mask->type != host.f16 || mask->nb[0] != 2) return "a mask of type " + std::string(host.type_name(mask->type));
+    if (mask->type != host.f16 || mask->nb[0] != 2)
+      return "a mask of type " + std::string(host.type_name(mask->type));
     if (mask->ne[2] != 1) return "one mask per head";
-    if (mask->ne[0] < k->ne[1] || mask->ne[1] < q->ne[1] || (mask->ne[3] != 1 && mask->ne[3] != q->ne[3])) {
+    if (mask->ne[0] < k->ne[1] || mask->ne[1] < q->ne[1] ||
+        (mask->ne[3] != 1 && mask->ne[3] != q->ne[3])) {
       return "a mask of another shape";
     }
   }
-  if (sinks && (sinks->type != host.f32 || sinks->ne[0] != q->ne[2])) return "sinks of another shape";
+  if (sinks && (sinks->type != host.f32 || sinks->ne[0] != q->ne[2]))
+    return "sinks of another shape";
 
   *args = {};
   args->struct_size = sizeof(*args);
@@ -140,21 +159,26 @@ std::string ParseRope(const ggml_tensor* op, const KvTensor** kv, sparkv_rope* r
   const Host& host = TheHost();
   const ggml_tensor *view = op->src[0], *shift = op->src[1], *factors = op->src[2];
   *kv = KvOf(op);
-  if (!*kv || !(*kv)->keys || KvOf(view) != *kv || ViewOffset(view) != ViewOffset(op)) return "not a shift of keys";
+  if (!*kv || !(*kv)->keys || KvOf(view) != *kv || ViewOffset(view) != ViewOffset(op))
+    return "not a shift of keys";
   const int32_t n_rot = op->op_params[1], mode = op->op_params[2];
-  // channels are rotated from where the view starts in the first head, plus an offset within the view
+  // channels are rotated from where the view starts in the first head, plus an offset within the
+  // view
   const size_t first = ViewOffset(view) / 2 + static_cast<size_t>(op->op_params[15]);
   if (mode != 0 && mode != kRopeNeox) return "RoPE of mode " + std::to_string(mode);
   const sparkv_layer_shape shape = (*kv)->buffer->shape((*kv)->layer);
   const Buffer& buffer = *(*kv)->buffer;
-  if (view->nb[2] != (*kv)->row_bytes || view->ne[2] != buffer.cells() * buffer.n_streams() || view->ne[3] != 1 ||
+  if (view->nb[2] != (*kv)->row_bytes || view->ne[2] != buffer.cells() * buffer.n_streams() ||
+      view->ne[3] != 1 ||
       view->ne[1] * static_cast<int64_t>(view->nb[1]) != static_cast<int64_t>(view->nb[2]) ||
-      (shape.n_kv_heads != 0 && view->ne[1] != shape.n_kv_heads) || n_rot <= 0 || n_rot > view->ne[0] ||
-      (first + static_cast<size_t>(n_rot)) * 2 > view->nb[1]) {
+      (shape.n_kv_heads != 0 && view->ne[1] != shape.n_kv_heads) || n_rot <= 0 ||
+      n_rot > view->ne[0] || (first + static_cast<size_t>(n_rot)) * 2 > view->nb[1]) {
     return "the view is not all cells";
   }
-  if (shift->type != host.i32 || shift->ne[0] != view->ne[2] || shift->nb[0] != 4) return "shifts of another shape";
-  if (factors && (factors->type != host.f32 || factors->ne[0] < n_rot / 2)) return "factors of another shape";
+  if (shift->type != host.i32 || shift->ne[0] != view->ne[2] || shift->nb[0] != 4)
+    return "shifts of another shape";
+  if (factors && (factors->type != host.f32 || factors->ne[0] < n_rot / 2))
+    return "factors of another shape";
 
   *rope = {};
   rope->struct_size = sizeof(*rope);
@@ -195,7 +219,8 @@ std::string Check(const ggml_tensor* op) {
 }
 
 std::string Describe(const ggml_tensor* op, const std::string& reason) {
-  return std::string(TheHost().op_name(op->op)) + " on " + RootName(FindCacheTensor(op)) + ": " + reason;
+  return std::string(TheHost().op_name(op->op)) + " on " + RootName(FindCacheTensor(op)) + ": " +
+         reason;
 }
 
 std::string SetRows(const ggml_tensor* op) {
@@ -217,8 +242,9 @@ std::string SetRows(const ggml_tensor* op) {
   }
   const auto write = args.kv->keys ? sparkv_cache_write_keys : sparkv_cache_write_values;
   sparkv_error error = {};
-  const sparkv_status status = write(args.kv->buffer->Cache(), static_cast<int32_t>(args.kv->layer), cells.data(),
-                                     args.n_rows, args.rows, args.type, args.row_stride, &error);
+  const sparkv_status status =
+      write(args.kv->buffer->Cache(), static_cast<int32_t>(args.kv->layer), cells.data(),
+            args.n_rows, args.rows, args.type, args.row_stride, &error);
   return status == SPARKV_OK ? "" : error.text;
 }
 
@@ -238,9 +264,9 @@ std::string Rotate(const ggml_tensor* op) {
   if (std::string reason = ParseRope(op, &kv, &rope); !reason.empty()) return reason;
   const ggml_tensor* shift = op->src[1];
   sparkv_error error = {};
-  const sparkv_status status =
-      sparkv_cache_rotate_keys(kv->buffer->Cache(), static_cast<int32_t>(kv->layer),
-                               static_cast<const int32_t*>(shift->data), shift->ne[0], &rope, &error);
+  const sparkv_status status = sparkv_cache_rotate_keys(
+      kv->buffer->Cache(), static_cast<int32_t>(kv->layer),
+      static_cast<const int32_t*>(shift->data), shift->ne[0], &rope, &error);
   return status == SPARKV_OK ? "" : error.text;
 }
 
@@ -281,7 +307,8 @@ bool SupportsOp(const ggml_tensor* op) {
   was_planned = true;
   const ggml_tensor* cached = FindCacheTensor(op);
   if (!cached) {
-    // Other tensors in our buffers (copies of a state) are only stored; the host computes them elsewhere.
+    // Other tensors in our buffers (copies of a state) are only stored; the host computes them
+    // elsewhere.
     const ggml_tensor* root = op->view_src ? op->view_src : op;
     return IsEmptyOp(op->op) && root->buffer && root->buffer->buft == &ThePlugin().buffer_type;
   }
@@ -289,7 +316,8 @@ bool SupportsOp(const ggml_tensor* op) {
   const KvTensor* kv = KvOf(cached);
   if (kv) {  // else the dummy of a measurement
     const std::lock_guard lock(kv->buffer->mutex);
-    if (const std::string reason = Check(op); !reason.empty()) kv->buffer->Refuse(Describe(op, reason));
+    if (const std::string reason = Check(op); !reason.empty())
+      kv->buffer->Refuse(Describe(op, reason));
   }
   return true;
 }
@@ -301,7 +329,8 @@ ggml_status Compute(ggml_backend_t backend, ggml_cgraph* graph) {
   for (int i = 0; i < n; ++i) {
     const ggml_tensor* node = host.graph_node(graph, i);
     if (IsEmptyOp(node->op) || (node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) continue;
-    if (const ggml_status status = ComputeNode(ours, node); status != GGML_STATUS_SUCCESS) return status;
+    if (const ggml_status status = ComputeNode(ours, node); status != GGML_STATUS_SUCCESS)
+      return status;
   }
   return GGML_STATUS_SUCCESS;
 }

@@ -18,9 +18,12 @@ int CollectName(dl_phdr_info* info, size_t, void* names) {
   return 0;
 }
 
-// A handle whose symbols include ggml, or NULL. The handles stay open: they only count references of what is loaded.
+// A handle whose symbols include ggml, or NULL. The handles stay open: they only count references
+// of what is loaded.
 void* FindGgml(const void* caller) {
-  const auto has_ggml = [](void* handle) { return handle && dlsym(handle, "ggml_backend_buffer_init"); };
+  const auto has_ggml = [](void* handle) {
+    return handle && dlsym(handle, "ggml_backend_buffer_init");
+  };
   Dl_info info;
   if (dladdr(caller, &info) && info.dli_fname) {
     void* handle = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
@@ -74,31 +77,40 @@ std::string BindHost(const void* caller, Host* host) {
   const std::string wanted = std::string("this plugin is built for ggml ") + kBuiltFor;
   if (!ggml || !Bind(ggml, "ggml_version", &host->version)) {
     const bool old = ggml && dlsym(ggml, "ggml_backend_buffer_init");
-    return (old ? "this program holds a ggml without ggml_version(), " : "this program shows no ggml, ") + wanted;
+    return (old ? "this program holds a ggml without ggml_version(), "
+                : "this program shows no ggml, ") +
+           wanted;
   }
-  // The version comes first: nothing else of an unknown generation may be called. Structures have changed within one
-  // GGML_BACKEND_API_VERSION, so only the release whose headers we saw is safe.
+  // The version comes first: nothing else of an unknown generation may be called. Structures have
+  // changed within one GGML_BACKEND_API_VERSION, so only the release whose headers we saw is safe.
   const char* version = host->version();
   if (!version || std::strcmp(version, kBuiltFor) != 0) {
-    return std::string("this program has ggml ") + (version ? version : "of no version") + ", " + wanted;
+    return std::string("this program has ggml ") + (version ? version : "of no version") + ", " +
+           wanted;
   }
-  const bool bound = Bind(ggml, "ggml_op_name", &host->op_name) && Bind(ggml, "ggml_type_name", &host->type_name) &&
+  const bool bound = Bind(ggml, "ggml_op_name", &host->op_name) &&
+                     Bind(ggml, "ggml_type_name", &host->type_name) &&
                      Bind(ggml, "ggml_tensor_overhead", &host->tensor_overhead) &&
                      Bind(ggml, "ggml_graph_n_nodes", &host->graph_n_nodes) &&
                      Bind(ggml, "ggml_graph_node", &host->graph_node) &&
                      Bind(ggml, "ggml_backend_buffer_init", &host->buffer_init);
-  if (!bound) return std::string("ggml ") + version + " of this program hides functions that a backend needs";
+  if (!bound)
+    return std::string("ggml ") + version + " of this program hides functions that a backend needs";
   if (host->tensor_overhead() != kObjectSize + sizeof(ggml_tensor)) {
-    return std::string("ggml ") + version + " of this program has another ggml_tensor than the one we were built for";
+    return std::string("ggml ") + version +
+           " of this program has another ggml_tensor than the one we were built for";
   }
   const bool named =
       FindOp(*host, "NONE", &host->none) && FindOp(*host, "RESHAPE", &host->reshape) &&
       FindOp(*host, "VIEW", &host->view) && FindOp(*host, "PERMUTE", &host->permute) &&
       FindOp(*host, "TRANSPOSE", &host->transpose) && FindOp(*host, "SET_ROWS", &host->set_rows) &&
-      FindOp(*host, "FLASH_ATTN_EXT", &host->flash_attn_ext) && FindOp(*host, "ROPE", &host->rope) &&
-      FindType(*host, "f16", &host->f16) && FindType(*host, "f32", &host->f32) &&
-      FindType(*host, "i32", &host->i32) && FindType(*host, "i64", &host->i64);
-  return named ? "" : std::string("ggml ") + version + " of this program lacks an op or a type that we need";
+      FindOp(*host, "FLASH_ATTN_EXT", &host->flash_attn_ext) &&
+      FindOp(*host, "ROPE", &host->rope) && FindType(*host, "f16", &host->f16) &&
+      FindType(*host, "f32", &host->f32) && FindType(*host, "i32", &host->i32) &&
+      FindType(*host, "i64", &host->i64);
+  return named ? ""
+               : std::string("ggml ") + version +
+                     " of this program lacks an op or a type that we need";
 }
 
 bool IsRpcServer() {

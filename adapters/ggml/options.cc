@@ -14,8 +14,8 @@ namespace sparkv {
 namespace {
 
 constexpr char kPrefix[] = "SPARKV_";
-constexpr const char* kParameters[] = {"RATIO",  "RECOVER", "GROUP",   "KEPT", "VALUES", "SINKS",
-                                       "WINDOW", "OBSERVE", "SEAL",    "SIMD", "THREADS"};
+constexpr const char* kParameters[] = {"RATIO",  "RECOVER", "GROUP", "KEPT", "VALUES", "SINKS",
+                                       "WINDOW", "OBSERVE", "SEAL",  "SIMD", "THREADS"};
 constexpr const char* kOthers[] = {"PRESET", "LOG", "STATS", "WEIGHTS", "SALIENCY", "ALLOW_RPC"};
 constexpr const char* kLevels[] = {"off", "error", "warn", "info", "debug"};
 
@@ -29,7 +29,8 @@ std::string Env(const char* name) {
 std::string UnknownVariable() {
   for (char** entry = environ; *entry; ++entry) {
     if (std::strncmp(*entry, kPrefix, std::strlen(kPrefix)) != 0) continue;
-    const std::string name(*entry + std::strlen(kPrefix), std::strcspn(*entry, "=") - std::strlen(kPrefix));
+    const std::string name(*entry + std::strlen(kPrefix),
+                           std::strcspn(*entry, "=") - std::strlen(kPrefix));
     const auto is_name = [&](const char* known) { return name == known; };
     if (std::any_of(std::begin(kParameters), std::end(kParameters), is_name)) continue;
     if (std::any_of(std::begin(kOthers), std::end(kOthers), is_name)) continue;
@@ -41,9 +42,11 @@ std::string UnknownVariable() {
 // Takes ":number" off the end of `text`; false when there is none.
 bool TakeNumber(std::string* text, int* number) {
   const size_t colon = text->rfind(':');
-  if (colon == std::string::npos || colon + 1 == text->size() || text->size() - colon > 6) return false;
+  if (colon == std::string::npos || colon + 1 == text->size() || text->size() - colon > 6)
+    return false;
   const std::string digits = text->substr(colon + 1);
-  if (!std::all_of(digits.begin(), digits.end(), [](unsigned char c) { return std::isdigit(c); })) return false;
+  if (!std::all_of(digits.begin(), digits.end(), [](unsigned char c) { return std::isdigit(c); }))
+    return false;
   *number = std::atoi(digits.c_str());
   text->resize(colon);
   return true;
@@ -69,7 +72,8 @@ std::string ReadOptions(Options* options) {
   const std::string level = Env("LOG");
   if (!level.empty()) {
     const auto* found = std::find(std::begin(kLevels), std::end(kLevels), level);
-    if (found == std::end(kLevels)) return "SPARKV_LOG=" + level + ": not one of off, error, warn, info, debug";
+    if (found == std::end(kLevels))
+      return "SPARKV_LOG=" + level + ": not one of off, error, warn, info, debug";
     options->log = static_cast<LogLevel>(found - std::begin(kLevels));
   }
 
@@ -83,14 +87,16 @@ std::string ReadOptions(Options* options) {
     const std::string value = Env(parameter);
     if (value.empty()) continue;
     std::string key = parameter;
-    std::transform(key.begin(), key.end(), key.begin(), [](unsigned char c) { return std::tolower(c); });
+    std::transform(key.begin(), key.end(), key.begin(),
+                   [](unsigned char c) { return std::tolower(c); });
     if (sparkv_config_set(&options->config, key.c_str(), value.c_str(), &error) != SPARKV_OK) {
       return std::string(kPrefix) + parameter + "=" + value + ": " + error.text;
     }
   }
 
   const std::string allow_rpc = Env("ALLOW_RPC");
-  if (!allow_rpc.empty() && allow_rpc != "0" && allow_rpc != "1") return "SPARKV_ALLOW_RPC=" + allow_rpc + ": not 0 or 1";
+  if (!allow_rpc.empty() && allow_rpc != "0" && allow_rpc != "1")
+    return "SPARKV_ALLOW_RPC=" + allow_rpc + ": not 0 or 1";
   options->allow_rpc = allow_rpc == "1";
   options->stats = Env("STATS");
   options->weights = Env("WEIGHTS");
@@ -107,8 +113,11 @@ void Log(LogLevel level, const char* format, ...) {
   va_start(args, format);
   std::vsnprintf(line, sizeof(line), format, args);
   va_end(args);
-  const char* kind = level == LogLevel::kError ? "error: " : level == LogLevel::kWarn ? "warning: " : "";
-  std::fprintf(stderr, "sparkv: %s%s\n", kind, line);  // one call: lines of other threads do not mix in
+  const char* kind = level == LogLevel::kError  ? "error: "
+                     : level == LogLevel::kWarn ? "warning: "
+                                                : "";
+  std::fprintf(stderr, "sparkv: %s%s\n", kind,
+               line);  // one call: lines of other threads do not mix in
 }
 
 }  // namespace sparkv

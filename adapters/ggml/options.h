@@ -20,10 +20,12 @@ struct Options {
   bool allow_rpc = false;
 };
 
-// Returns "" or one line that names the variable and the value at fault. An unset or empty variable is its default.
+// Returns "" or one line that names the variable and the value at fault. An unset or empty variable
+// is its default.
 std::string ReadOptions(Options* options);
 
-// One line on stderr, "sparkv: ...". Not the host's log: llama-bench drops that, and an error must be seen.
+// One line on stderr, "sparkv: ...". Not the host's log: llama-bench drops that, and an error must
+// be seen.
 void Log(LogLevel level, const char* format, ...) __attribute__((format(printf, 2, 3)));
 void SetLogLevel(LogLevel level);
 

@@ -26,7 +26,9 @@ const char* BackendName(ggml_backend_t) { return kName; }
 void FreeBackend(ggml_backend_t backend) {
   static std::atomic_flag said = ATOMIC_FLAG_INIT;
   if (!SawCache() && WasPlanned() && !said.test_and_set()) {
-    Log(LogLevel::kWarn, "no KV cache was put on device %s (-nkvo, -ngl 0 or a model without one): nothing was packed",
+    Log(LogLevel::kWarn,
+        "no KV cache was put on device %s (-nkvo, -ngl 0 or a model without one): nothing was "
+        "packed",
         kName);
   }
   delete static_cast<Backend*>(backend->context);
@@ -50,8 +52,8 @@ void SetThreads(ggml_backend_t backend, int n_threads) {
 const char* DeviceName(ggml_backend_dev_t) { return kName; }
 const char* DeviceDescription(ggml_backend_dev_t) { return ThePlugin().description.c_str(); }
 
-// An integrated GPU: llama.cpp gives it layers by --device or when there is no real GPU, and sends to it only the ops
-// that it claims.
+// An integrated GPU: llama.cpp gives it layers by --device or when there is no real GPU, and sends
+// to it only the ops that it claims.
 enum ggml_backend_dev_type DeviceType(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_IGPU; }
 
 size_t MemInfo(const char* field) {
@@ -70,13 +72,15 @@ size_t MemInfo(const char* field) {
   return kib * 1024;
 }
 
-// System memory, in the currency of the host: it counts the cache as f16 when it fits a context into what is free
+// System memory, in the currency of the host: it counts the cache as f16 when it fits a context
+// into what is free
 // (-fit), so a preset that packs to a third has room for three times as much.
 void DeviceMemory(ggml_backend_dev_t, size_t* free, size_t* total) {
   const sparkv_config& config = ThePlugin().options.config;
   const size_t packed =
       sparkv_key_row_bytes(&config, kBitsHeadDim) + sparkv_value_row_bytes(&config, kBitsHeadDim);
-  const double shrink = packed > 0 ? std::max(1.0, 4.0 * kBitsHeadDim / static_cast<double>(packed)) : 1.0;
+  const double shrink =
+      packed > 0 ? std::max(1.0, 4.0 * kBitsHeadDim / static_cast<double>(packed)) : 1.0;
   *free = static_cast<size_t>(static_cast<double>(MemInfo("MemAvailable")) * shrink);
   *total = static_cast<size_t>(static_cast<double>(MemInfo("MemTotal")) * shrink);
 }
@@ -107,7 +111,8 @@ ggml_backend_dev_t GetDevice(ggml_backend_reg_t, size_t index) {
 }
 
 void* GetProcAddress(ggml_backend_reg_t, const char* name) {
-  return std::strcmp(name, "ggml_backend_set_n_threads") == 0 ? reinterpret_cast<void*>(SetThreads) : nullptr;
+  return std::strcmp(name, "ggml_backend_set_n_threads") == 0 ? reinterpret_cast<void*>(SetThreads)
+                                                              : nullptr;
 }
 
 void FillInterfaces(Plugin* plugin) {
@@ -127,7 +132,8 @@ void FillInterfaces(Plugin* plugin) {
   plugin->device = {calls, &plugin->reg, nullptr};
 }
 
-// The instruction set that caches will use; also proves that the configuration makes a cache on this machine.
+// The instruction set that caches will use; also proves that the configuration makes a cache on
+// this machine.
 std::string FindIsa(const Options& options, std::string* isa) {
   const sparkv_layer_shape layer = {1, kBitsHeadDim, kBitsHeadDim};
   sparkv_shape shape = {};

@@ -1,5 +1,6 @@
-// The one device of this plugin and what every part of it needs. Filled once by ggml_backend_score or
-// ggml_backend_init, never changed and never destroyed afterwards: hosts free buffers as late as in exit handlers.
+// The one device of this plugin and what every part of it needs. Filled once by ggml_backend_score
+// or ggml_backend_init, never changed and never destroyed afterwards: hosts free buffers as late as
+// in exit handlers.
 #pragma once
 
 #include <string>

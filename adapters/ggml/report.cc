@@ -38,7 +38,8 @@ std::string ConfigText(const sparkv_config& config) {
 std::string Fields(const CacheReport& report) {
   const sparkv_memory& m = report.memory;
   return Format(
-      "\"keys_bits_per_element\": %.4f, \"values_bits_per_element\": %.4f, \"bits_per_element\": %.4f, "
+      "\"keys_bits_per_element\": %.4f, \"values_bits_per_element\": %.4f, \"bits_per_element\": "
+      "%.4f, "
       "\"resident_bytes\": %llu, \"peak_bytes\": %llu, \"f16_bytes\": %llu, \"tokens\": %lld",
       m.key_bits, m.value_bits, m.bits, static_cast<unsigned long long>(m.resident),
       static_cast<unsigned long long>(m.peak), static_cast<unsigned long long>(m.f16_bytes),
@@ -49,20 +50,28 @@ std::string Kinds(const sparkv_memory& m) {
   const struct {
     const char* name;
     uint64_t bytes;
-  } kinds[] = {{"key_masks", m.key_masks},       {"key_signs", m.key_signs},
-               {"key_scales", m.key_scales},     {"key_kept", m.key_kept},
-               {"value_scales", m.value_scales}, {"value_codes", m.value_codes},
-               {"dense_keys", m.dense_keys},     {"dense_values", m.dense_values},
-               {"tables", m.tables},             {"cells", m.cells},
-               {"slack", m.slack},               {"workspace", m.workspace}};
+  } kinds[] = {{"key_masks", m.key_masks},
+               {"key_signs", m.key_signs},
+               {"key_scales", m.key_scales},
+               {"key_kept", m.key_kept},
+               {"value_scales", m.value_scales},
+               {"value_codes", m.value_codes},
+               {"dense_keys", m.dense_keys},
+               {"dense_values", m.dense_values},
+               {"tables", m.tables},
+               {"cells", m.cells},
+               {"slack", m.slack},
+               {"workspace", m.workspace}};
   std::string json;
   for (const auto& kind : kinds) {
-    json += Format("%s\"%s\": %llu", json.empty() ? "" : ", ", kind.name, static_cast<unsigned long long>(kind.bytes));
+    json += Format("%s\"%s\": %llu", json.empty() ? "" : ", ", kind.name,
+                   static_cast<unsigned long long>(kind.bytes));
   }
   return json;
 }
 
-// Sums; peaks of different caches need not coincide, so the sum is an upper bound. Bits are weighted by elements.
+// Sums; peaks of different caches need not coincide, so the sum is an upper bound. Bits are
+// weighted by elements.
 CacheReport Total(const std::vector<CacheReport>& reports) {
   CacheReport total;
   double keys = 0, values = 0, key_bits = 0, value_bits = 0;
@@ -73,7 +82,8 @@ CacheReport Total(const std::vector<CacheReport>& reports) {
     total.memory.peak += m.peak;
     total.memory.f16_bytes += m.f16_bytes;
     const double n_keys = static_cast<double>(m.tokens) * static_cast<double>(report.key_elements);
-    const double n_values = static_cast<double>(m.tokens) * static_cast<double>(report.value_elements);
+    const double n_values =
+        static_cast<double>(m.tokens) * static_cast<double>(report.value_elements);
     keys += n_keys;
     values += n_values;
     key_bits += m.key_bits * n_keys;
@@ -122,20 +132,23 @@ CacheReport MakeReport(const sparkv_cache* cache, const std::vector<sparkv_layer
 std::string ReportLine(const CacheReport& report) {
   const sparkv_memory& m = report.memory;
   return Format(
-      "%lld tokens in %d layers: keys %.2f, values %.2f, together %.2f bits per element; resident %.2f MiB, "
+      "%lld tokens in %d layers: keys %.2f, values %.2f, together %.2f bits per element; resident "
+      "%.2f MiB, "
       "peak %.2f MiB, f16 %.2f MiB",
       static_cast<long long>(m.tokens), report.n_layers, m.key_bits, m.value_bits, m.bits,
       static_cast<double>(m.resident) / kMiB, static_cast<double>(m.peak) / kMiB,
       static_cast<double>(m.f16_bytes) / kMiB);
 }
 
-std::string StatsJson(const Options& options, const std::string& isa, const std::vector<CacheReport>& reports) {
-  std::string json = Format("{\"preset\": \"%s\", \"config\": \"%s\", \"isa\": \"%s\", \"version\": \"%s\",\n ",
-                            options.config.preset, ConfigText(options.config).c_str(), isa.c_str(), sparkv_version());
+std::string StatsJson(const Options& options, const std::string& isa,
+                      const std::vector<CacheReport>& reports) {
+  std::string json = Format(
+      "{\"preset\": \"%s\", \"config\": \"%s\", \"isa\": \"%s\", \"version\": \"%s\",\n ",
+      options.config.preset, ConfigText(options.config).c_str(), isa.c_str(), sparkv_version());
   json += Fields(Total(reports)) + ",\n \"caches\": [";
   for (size_t i = 0; i < reports.size(); ++i) {
-    json += Format("%s\n  {\"layers\": %d, ", i == 0 ? "" : ",", reports[i].n_layers) + Fields(reports[i]) +
-            ",\n   \"memory\": {" + Kinds(reports[i].memory) + "}}";
+    json += Format("%s\n  {\"layers\": %d, ", i == 0 ? "" : ",", reports[i].n_layers) +
+            Fields(reports[i]) + ",\n   \"memory\": {" + Kinds(reports[i].memory) + "}}";
   }
   return json + "]}\n";
 }
@@ -147,7 +160,8 @@ std::string SaliencyJson(sparkv_cache* cache, int layer, int head, int head_dim)
   const size_t dim = static_cast<size_t>(head_dim);
   std::vector<float> saliency(static_cast<size_t>(now.tokens) * dim);
   std::vector<uint8_t> kept(saliency.size());
-  const int64_t n = sparkv_cache_saliency(cache, layer, head, now.tokens, saliency.data(), kept.data());
+  const int64_t n =
+      sparkv_cache_saliency(cache, layer, head, now.tokens, saliency.data(), kept.data());
 
   std::string masks, rows;
   std::vector<uint8_t> bits((dim + 7) / 8), bytes(dim);
@@ -162,8 +176,8 @@ std::string SaliencyJson(sparkv_cache* cache, int layer, int head, int head_dim)
     masks += comma + Hex(bits.data(), bits.size()) + "\"";
     rows += comma + Hex(bytes.data(), bytes.size()) + "\"";
   }
-  return Format("{\"layer\": %d, \"head\": %d, \"head_dim\": %d, \"tokens\": %lld,\n \"kept\": [", layer, head, head_dim,
-                static_cast<long long>(n)) +
+  return Format("{\"layer\": %d, \"head\": %d, \"head_dim\": %d, \"tokens\": %lld,\n \"kept\": [",
+                layer, head, head_dim, static_cast<long long>(n)) +
          masks + "],\n \"saliency\": [" + rows + "]}\n";
 }
 

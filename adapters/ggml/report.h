@@ -18,13 +18,15 @@ struct CacheReport {
 
 CacheReport MakeReport(const sparkv_cache* cache, const std::vector<sparkv_layer_shape>& layers);
 std::string ReportLine(const CacheReport& report);
-std::string StatsJson(const Options& options, const std::string& isa, const std::vector<CacheReport>& reports);
+std::string StatsJson(const Options& options, const std::string& isa,
+                      const std::vector<CacheReport>& reports);
 // Picture data of one head of `layer`.
 std::string SaliencyJson(sparkv_cache* cache, int layer, int head, int head_dim);
 
 // The old file or the new one, whatever happens. False after logging why.
 bool WriteFile(const std::string& path, const std::string& bytes);
-// False when the file does not exist or cannot be read; a file that exists but cannot be read is logged.
+// False when the file does not exist or cannot be read; a file that exists but cannot be read is
+// logged.
 bool ReadFile(const std::string& path, std::string* bytes);
 
 }  // namespace sparkv

@@ -1,8 +1,9 @@
-// A program that loads the plugin as ggml does, but is another host than the one the plugin is built for:
+// A program that loads the plugin as ggml does, but is another host than the one the plugin is
+// built for:
 //   fake_host PLUGIN TEXT...
 // passes when the plugin refuses to load with exactly one line on stderr that holds every TEXT.
-// The macros choose which ggml this program pretends to be; the functions that a plugin must not call in a host of
-// another generation end the test.
+// The macros choose which ggml this program pretends to be; the functions that a plugin must not
+// call in a host of another generation end the test.
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -63,16 +64,19 @@ int main(int argc, char** argv) {
   if (!plugin) return Fail(std::string("dlopen: ") + dlerror());
   const auto score = reinterpret_cast<int (*)()>(dlsym(plugin, "ggml_backend_score"));
   const auto init = reinterpret_cast<void* (*)()>(dlsym(plugin, "ggml_backend_init"));
-  if (!score || !init) return Fail("the plugin exports no ggml_backend_score or no ggml_backend_init");
+  if (!score || !init)
+    return Fail("the plugin exports no ggml_backend_score or no ggml_backend_init");
 
   const std::string said = Stderr([&] {
     if (score() != 0) std::_Exit(76);
     if (init() != nullptr) std::_Exit(77);
     dlclose(plugin);
   });
-  if (std::count(said.begin(), said.end(), '\n') != 1) return Fail("not one line on stderr: " + said);
+  if (std::count(said.begin(), said.end(), '\n') != 1)
+    return Fail("not one line on stderr: " + said);
   for (int i = 2; i < argc; ++i) {
-    if (said.find(argv[i]) == std::string::npos) return Fail("no '" + std::string(argv[i]) + "' in: " + said);
+    if (said.find(argv[i]) == std::string::npos)
+      return Fail("no '" + std::string(argv[i]) + "' in: " + said);
   }
   return 0;
 }

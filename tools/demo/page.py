@@ -77,7 +77,7 @@ def render(report, saliency_svg):
     return """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>sparkv demo</title><style>%s</style></head><body><main>
-<h1>The same question, with %.0f %% of the cache</h1>
+<h1>The same question, with %.0f %% of the cache memory</h1>
 <p class="lead">%s answers from a document of %s tokens (%s), once with llama.cpp's f16 cache and once with the packed cache
 of sparkv, in the same unmodified llama-server. %d threads, context %s.</p>
 <div class="card"><strong>%s</strong></div>

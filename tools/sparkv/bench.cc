@@ -118,18 +118,7 @@ void PrintTable(const Json& report) {
 }
 
 int Bench(const Settings& settings) {
-  std::vector<Cache> caches;
-  for (const auto& name : SplitList("--baselines", settings.baselines)) {
-    if (!IsHostType(name))
-      throw Error(kUsage, fmt::format("--baselines: '{}' is not a cache type of llama.cpp", name));
-    caches.push_back(MakeCache(name, {}));
-  }
-  if (settings.kv.preset.empty()) {
-    caches.push_back(MakeCache("", settings.kv));
-  } else {
-    for (const auto& name : SplitList("--kv-preset", settings.kv.preset))
-      caches.push_back(MakeCache(name, settings.kv));
-  }
+  const std::vector<Cache> caches = MakeCaches(settings.baselines, settings.kv);
   RequireModel(settings.model);
 
   const char* policy = getenv("OMP_WAIT_POLICY");

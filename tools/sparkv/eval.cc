@@ -104,8 +104,8 @@ Json RunPerplexity(const Settings& settings, const Cache& cache, const std::stri
         for (const auto& [label, field] : fields) {
           if (const auto number = NumberAfter(line, label)) result[field] = *number;
         }
-        if (line.size() > 4 && isdigit(static_cast<unsigned char>(line[3])))
-          progress.Update(fmt::format("chunk {}", line.substr(0, 4)));
+        if (line.rfind("   ", 0) == 0) progress.Update(fmt::format("chunk {}", line.substr(0, 4)));
+        progress.Update(fmt::format("chunk {}", line.substr(0, 4)));
       },
       nullptr);
   if (makes_base) return result;
@@ -195,18 +195,7 @@ void PrintTable(const Json& report) {
 }
 
 int Eval(Settings settings) {
-  std::vector<Cache> caches;
-  for (const auto& name : SplitList("--baselines", settings.baselines)) {
-    if (!IsHostType(name))
-      throw Error(kUsage, fmt::format("--baselines: '{}' is not a cache type of llama.cpp", name));
-    caches.push_back(MakeCache(name, {}));
-  }
-  if (settings.kv.preset.empty()) {
-    caches.push_back(MakeCache("", settings.kv));
-  } else {
-    for (const auto& name : SplitList("--kv-preset", settings.kv.preset))
-      caches.push_back(MakeCache(name, settings.kv));
-  }
+  const std::vector<Cache> caches = MakeCaches(settings.baselines, settings.kv);
   RequireModel(settings.model);
   const TemporaryFolder folder;
   const std::string prose = settings.file.empty() ? BuiltinText() : ReadFile(settings.file);

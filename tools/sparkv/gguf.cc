@@ -62,7 +62,7 @@ class Reader {
   }
 
   [[noreturn]] void Fail(const std::string& field, const std::string& what) const {
-    throw Error(kRuntime, fmt::format("{}: {}: {}", path_, field, what));
+    throw Error(kRuntime, fmt::format("{}: {}: {}", path_, Printable(field), what));
   }
 
   void Read(void* bytes, uint64_t n, const std::string& field) {
@@ -277,10 +277,11 @@ ModelShape ReadModelShape(const std::string& path) {
   ModelShape shape;
   shape.architecture = data.Text("general.architecture");
   if (shape.architecture.empty()) reader.Fail("general.architecture", "is missing");
-  shape.name = data.Text("general.name");
+  shape.name = Printable(data.Text("general.name"));
   shape.file_type = data.Integer("general.file_type", 0, INT32_MAX).value_or(-1);
 
   const std::string prefix = shape.architecture + ".";
+  shape.architecture = Printable(shape.architecture);
   const std::string attention = prefix + "attention.";
   const int64_t layers = data.Required(prefix + "block_count", 1, kMaxLayers);
   const auto heads = data.PerLayer(attention + "head_count", layers, 0, kMaxHeads);

@@ -52,6 +52,18 @@ const HostType* FindHostType(const std::string& name) {
   throw Error(kUsage, fmt::format("--kv-{}: {}", field, reason));
 }
 
+// The parts between commas; none may be empty.
+std::vector<std::string> SplitList(const std::string& option, const std::string& list) {
+  std::vector<std::string> parts;
+  for (size_t start = 0; start <= list.size();) {
+    const size_t end = std::min(list.find(',', start), list.size());
+    if (end == start) throw Error(kUsage, fmt::format("{}: '{}' has an empty part", option, list));
+    parts.push_back(list.substr(start, end - start));
+    start = end + 1;
+  }
+  return parts;
+}
+
 }  // namespace
 
 void AddKvOptions(CLI::App* app, KvOptions* options) {
@@ -81,7 +93,7 @@ std::vector<std::string> Cache::Flags() const {
 Cache MakeCache(const std::string& name, const KvOptions& options) {
   Cache cache;
   cache.name = name;
-  if (IsHostType(name)) return cache;
+  if (FindHostType(name)) return cache;
   cache.packed = true;
   cache.config.struct_size = sizeof(cache.config);
   sparkv_error error = {};
@@ -100,18 +112,24 @@ Cache MakeCache(const std::string& name, const KvOptions& options) {
   return cache;
 }
 
-std::vector<std::string> SplitList(const std::string& option, const std::string& list) {
-  std::vector<std::string> parts;
-  for (size_t start = 0; start <= list.size();) {
-    const size_t end = std::min(list.find(',', start), list.size());
-    if (end == start) throw Error(kUsage, fmt::format("{}: '{}' has an empty part", option, list));
-    parts.push_back(list.substr(start, end - start));
-    start = end + 1;
+std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& options) {
+  std::vector<Cache> caches;
+  const auto add = [&](Cache cache) {
+    const bool known = std::any_of(caches.begin(), caches.end(),
+                                   [&](const Cache& other) { return other.name == cache.name; });
+    if (!known) caches.push_back(std::move(cache));
+  };
+  for (const auto& name : SplitList("--baselines", baselines)) {
+    if (!FindHostType(name))
+      throw Error(kUsage, fmt::format("--baselines: '{}' is not a cache type of llama.cpp", name));
+    add(MakeCache(name, {}));
   }
-  return parts;
+  if (options.preset.empty())
+    add(MakeCache("", options));
+  else
+    for (const auto& name : SplitList("--kv-preset", options.preset)) add(MakeCache(name, options));
+  return caches;
 }
-
-bool IsHostType(const std::string& name) { return FindHostType(name) != nullptr; }
 
 double HostBits(const std::string& name) {
   const HostType* type = FindHostType(name);

@@ -29,9 +29,9 @@ struct Cache {
 
 // Checks preset and parameters; throws Error(kUsage) naming the option and the value.
 Cache MakeCache(const std::string& name, const KvOptions& options);
-// `list` is comma-separated; empty parts are refused.
-std::vector<std::string> SplitList(const std::string& option, const std::string& list);
-bool IsHostType(const std::string& name);
+// What bench and eval compare: `baselines`, a list of llama.cpp's types, then the presets of
+// `options`, each once.
+std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& options);
 // Stored bits per element of llama.cpp's own types, by their block layout.
 double HostBits(const std::string& name);
 

@@ -90,6 +90,13 @@ nlohmann::json Machine() {
   return {{"cpu", cpu}, {"cores", std::thread::hardware_concurrency()}, {"load", load}};
 }
 
+std::string Printable(std::string text) {
+  for (char& c : text) {
+    if (c < 0x20 || c > 0x7e) c = '?';
+  }
+  return text;
+}
+
 std::string ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;

@@ -57,6 +57,10 @@ void PrintJson(const nlohmann::json& json);
 // {"cpu", "cores", "load"}: the load is that of the last minute before the command began to work.
 nlohmann::json Machine();
 
+// Text from a file that nobody vouches for, safe to show on a terminal: other bytes than printable
+// ASCII become '?'.
+std::string Printable(std::string text);
+
 std::string ReadFile(const std::string& path);
 void WriteFile(const std::string& path, const std::string& text);
 

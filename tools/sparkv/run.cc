@@ -76,7 +76,14 @@ int RunJson(Command command, const Cache& cache) {
   std::string text;
   RunToEnd(
       command, [&](const std::string& line) { text += line + "\n"; }, nullptr);
-  while (!text.empty() && isspace(static_cast<unsigned char>(text.back()))) text.pop_back();
+  const auto trim = [&] {
+    while (!text.empty() && isspace(static_cast<unsigned char>(text.back()))) text.pop_back();
+  };
+  trim();
+  if (constexpr std::string_view kEnd = "[end of text]"; text.ends_with(kEnd)) {
+    text.resize(text.size() - kEnd.size());  // the program's remark, not the model's
+    trim();
+  }
   PrintJson({{"text", text},
              {"cache", cache.name},
              {"command", command.args},

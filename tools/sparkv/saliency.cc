@@ -218,7 +218,7 @@ std::string DrawSaliency(const std::string& json, const std::string& source) {
   const Head head = Parse(json, source);
   const double cell = std::max(1.0, 192.0 / head.head_dim);
   const double height = cell * head.head_dim;
-  const double overview = 64, zoom = overview + height + 84;
+  const double overview = 78, zoom = overview + height + 84;
   const double total = zoom + height + 58;
   const int count = std::min(head.tokens, kZoomTokens);
   const int first = std::max(0, std::min(head.tokens / 10, head.tokens - count));
@@ -249,7 +249,7 @@ std::string DrawSaliency(const std::string& json, const std::string& source) {
           head.head_dim, dense, packed,
           packed ? fmt::format(" with {:.1f} channels kept each", double(kept) / packed) : ""));
   out += Text(kLeft, overview - 6, "All tokens", "font-weight=\"600\"");
-  out += Legend(kLeft + kWidth - 250, overview - 6, kBlue, "share of tokens that keep it, 0 to 1");
+  out += Legend(kLeft + kWidth - 262, overview - 6, kBlue, "share of tokens that keep it");
   out += Overview(head, overview, height) + Frame(overview, height) +
          ChannelAxis(overview, height, head.head_dim);
   out += TokenAxis(overview + height + 16, 0, head.tokens - 1);
@@ -257,8 +257,7 @@ std::string DrawSaliency(const std::string& json, const std::string& source) {
   out += Text(kLeft, zoom - 26, fmt::format("Tokens {} to {}", first, first + count - 1),
               "font-weight=\"600\"");
   out += Legend(kLeft, zoom - 6, kBlue, "kept, darker = more salient");
-  out += Legend(kLeft + 320, zoom - 6, kSand,
-                "pruned: only the sign and a shared magnitude are stored");
+  out += Legend(kLeft + 320, zoom - 6, kSand, "pruned, darker = more salient");
   out += Zoom(head, first, count, zoom, height) + Frame(zoom, height) +
          ChannelAxis(zoom, height, head.head_dim);
   out += TokenAxis(zoom + height + 16, first, first + count - 1);

@@ -31,8 +31,8 @@ if [ -f tests/fuzz/CMakeLists.txt ] && command -v clang++-14 >/dev/null; then
   cmake --preset fuzz >build/logs/configure-fuzz.log
   cmake --build --preset fuzz -j "$(nproc)"
   for target in build/fuzz/tests/bin/*_fuzz; do
-    if "$target" -max_total_time=20 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/ -verbosity=0 \
-      -print_final_stats=1; then
+    if "$target" -max_total_time=20 -max_len=16384 -rss_limit_mb=2048 -artifact_prefix=build/fuzz/ \
+      -verbosity=0 -print_funcs=0 -print_final_stats=1; then
       passed=$((passed + 1))
     else
       failed=$((failed + 1))

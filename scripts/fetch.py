@@ -73,12 +73,13 @@ def sha256_of(path):
 def arrived(folder):
     """Bytes of the archives below `folder`; pip may move them while we look."""
     size = 0
-    for path in folder.rglob("*"):
-        if path.suffix in (".gz", ".whl"):
-            try:
-                size += path.stat().st_size
-            except FileNotFoundError:
-                pass
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith((".tar.gz", ".whl")):
+                try:
+                    size += os.path.getsize(os.path.join(parent, name))
+                except FileNotFoundError:
+                    pass
     return size
 
 
@@ -242,8 +243,10 @@ def main(names):
     for name in names:
         try:
             steps[name]()
-        except (Missing, OSError) as error:
+        except Missing as error:
             missing.append(str(error))
+        except OSError as error:
+            missing.append(f"{name} ({error})")
     if missing:
         say("could not get " + "; nor ".join(missing))
     return 1 if missing else 0

@@ -265,61 +265,66 @@ TEST(Cache, NothingIsPackedInAPrefillThatEndsLater) {
   EXPECT_EQ(host.Memory().sealed, 131 - 8 - 2);
 }
 
-// The tables of the newest sequence, layer after layer, as save_weights has them.
-std::vector<uint16_t> NewestTables(const Host& host) {
+// f16 numbers of a weight table of all layers, and those of the newest sequence: the header of save_weights is 32 bytes.
+size_t TableNumbers(const std::vector<uint8_t>& weights) {
+  uint32_t n = 0;
+  std::memcpy(&n, weights.data() + 28, 4);
+  return n;
+}
+
+std::vector<uint16_t> NewestTable(const Host& host) {
   const std::vector<uint8_t> bytes = host.Weights();
-  size_t n = 0;
-  for (const Layer& layer : host.model.layers) n += size_t(layer.n_kv_heads) * sparkv_table_numbers(&host.config, layer.k_dim);
-  std::vector<uint16_t> tables(n);
-  EXPECT_GE(bytes.size(), 32 + n * 2);
-  std::memcpy(tables.data(), bytes.data() + 32, n * 2);
-  return tables;
+  std::vector<uint16_t> table(TableNumbers(bytes));
+  EXPECT_GE(bytes.size(), 32 + table.size() * 2);
+  std::memcpy(table.data(), bytes.data() + 32, table.size() * 2);
+  return table;
+}
+
+// u of one KV head from the first queries of a text.
+std::vector<float> Observed(const Host& host, int text, int l, int head) {
+  const Layer& layer = host.layer(l);
+  const size_t dim = size_t(layer.k_dim), n = size_t(host.config.observe);
+  std::vector<float> q(size_t(layer.group) * n * dim), u(dim);
+  for (size_t t = 0; t < n; ++t) {
+    const std::vector<float> row = Numbers(Content(text, int(t)), kQueries, l, layer.q_row());
+    for (size_t g = 0; g < size_t(layer.group); ++g) {
+      const float* from = row.data() + (size_t(head * layer.group) + g) * dim;
+      std::copy_n(from, dim, q.data() + (g * n + t) * dim);
+    }
+  }
+  EXPECT_EQ(sparkv_channel_weight(q.data(), layer.group, int(n), layer.k_dim, sparkv_group(host.config.group), u.data(), nullptr),
+            SPARKV_OK);
+  return u;
 }
 
 TEST_P(OneAnswer, PackedRowsAreThoseOfPackKeyUnderTheWeightsOfTheFirstQueries) {
   Host host(Small());
   host.Feed(0, 5, 0, 100, {100});
-  const std::vector<uint16_t> tables = NewestTables(host);
-  const int observe = host.config.observe, sinks = host.config.sinks;
-  size_t at = 0;
+  const std::vector<uint16_t> table = NewestTable(host);
+  size_t channels = 0, at = 0;
+  for (const Layer& layer : host.model.layers) channels += layer.k_row();
+  ASSERT_EQ(table.size() % channels, 0u);
+  const size_t parts = table.size() / channels;
+  ASSERT_GE(parts, 1u);
   for (int l = 0; l < host.n_layers(); ++l) {
     const Layer& layer = host.layer(l);
-    const size_t dim = size_t(layer.k_dim), v_dim = size_t(layer.v_dim), n = sparkv_table_numbers(&host.config, layer.k_dim);
-    for (int h = 0; h < layer.n_kv_heads; ++h, at += n) {
-      // The table, from what the host gave.
-      std::vector<float> q(size_t(layer.group * observe) * dim), u(dim), mean(dim), spread(dim);
-      for (int t = 0; t < observe; ++t) {
-        const std::vector<float> row = Numbers(Content(5, t), kQueries, l, layer.q_row());
-        const std::vector<float> k = Numbers(Content(5, t), kKeys, l, layer.k_row());
-        for (int g = 0; g < layer.group; ++g) {
-          std::copy_n(row.begin() + long(size_t(h * layer.group + g) * dim), dim, q.begin() + long(size_t(g * observe + t) * dim));
-        }
-        for (size_t j = 0; t >= sinks && j < dim; ++j) mean[j] += k[size_t(h) * dim + j] / float(observe - sinks);
+    const size_t dim = size_t(layer.k_dim), v_dim = size_t(layer.v_dim);
+    for (int h = 0; h < layer.n_kv_heads; ++h, at += parts * dim) {
+      // What a pruned channel is restored to falls with the root of its weight.
+      const std::vector<float> u = Observed(host, 5, l, h);
+      const double unit = HalfToFloat(table[at]) * std::sqrt(double(u[0]));
+      for (size_t j = 0; j < dim; ++j) {
+        ASSERT_NEAR(HalfToFloat(table[at + j]) * std::sqrt(double(u[j])), unit, unit * 3e-3) << "layer " << l << " channel " << j;
       }
-      for (int t = sinks; t < observe; ++t) {
-        const std::vector<float> k = Numbers(Content(5, t), kKeys, l, layer.k_row());
-        for (size_t j = 0; j < dim; ++j) spread[j] += (k[size_t(h) * dim + j] - mean[j]) * (k[size_t(h) * dim + j] - mean[j]);
-      }
-      for (float& x : spread) x = std::sqrt(x / float(observe - sinks));
-      ASSERT_EQ(sparkv_channel_weight(q.data(), layer.group, observe, layer.k_dim, sparkv_group(host.config.group), u.data(),
-                                      &host.error), SPARKV_OK) << host.error.text;
-      std::vector<uint16_t> table(n);
-      ASSERT_EQ(sparkv_make_table(&host.config, u.data(), mean.data(), spread.data(), layer.k_dim, table.data(), &host.error),
-                SPARKV_OK) << host.error.text;
-      for (size_t j = 0; j < n; ++j) {
-        const float want = HalfToFloat(table[j]), got = HalfToFloat(tables[at + j]);
-        ASSERT_NEAR(got, want, std::fabs(want) * 2e-3f + 1e-4f) << "layer " << l << " head " << h << " number " << j;
-      }
-      // The rows, bit for bit.
-      for (int t = sinks; t < 100 - host.config.window; ++t) {
+      for (int t = host.config.sinks; t < 100 - host.config.window; ++t) {
         const std::vector<uint16_t> k = Halves(Numbers(Content(5, t), kKeys, l, layer.k_row()));
         const std::vector<uint16_t> v = Halves(Numbers(Content(5, t), kValues, l, layer.v_row()));
         std::vector<uint8_t> k_row(sparkv_key_row_bytes(&host.config, layer.k_dim));
         std::vector<uint8_t> v_row(sparkv_value_row_bytes(&host.config, layer.v_dim));
         std::vector<uint16_t> k_back(dim), v_back(v_dim);
-        ASSERT_EQ(sparkv_pack_key(&host.config, &tables[at], &k[size_t(h) * dim], layer.k_dim, k_row.data(), k_row.size(),
+        ASSERT_EQ(sparkv_pack_key(&host.config, &table[at], &k[size_t(h) * dim], layer.k_dim, k_row.data(), k_row.size(),
                                   &host.error), SPARKV_OK) << host.error.text;
-        ASSERT_EQ(sparkv_unpack_key(&host.config, &tables[at], k_row.data(), k_row.size(), layer.k_dim, k_back.data(),
+        ASSERT_EQ(sparkv_unpack_key(&host.config, &table[at], k_row.data(), k_row.size(), layer.k_dim, k_back.data(),
                                     &host.error), SPARKV_OK) << host.error.text;
         ASSERT_EQ(sparkv_pack_value(&host.config, &v[size_t(h) * v_dim], layer.v_dim, v_row.data(), v_row.size(), &host.error),
                   SPARKV_OK);
@@ -327,11 +332,11 @@ TEST_P(OneAnswer, PackedRowsAreThoseOfPackKeyUnderTheWeightsOfTheFirstQueries) {
                   SPARKV_OK);
         const std::vector<uint16_t> keys = host.Read(kKeys, l, t, 1), values = host.Read(kValues, l, t, 1);
         ASSERT_TRUE(std::equal(k_back.begin(), k_back.end(), keys.begin() + long(size_t(h) * dim))) << "layer " << l << " token " << t;
-        ASSERT_TRUE(std::equal(v_back.begin(), v_back.end(), values.begin() + long(size_t(h) * v_dim))) << "layer " << l << " token " << t;
+        ASSERT_TRUE(std::equal(v_back.begin(), v_back.end(), values.begin() + long(size_t(h) * v_dim)))
+            << "layer " << l << " token " << t;
       }
     }
   }
-  EXPECT_EQ(at, tables.size());
 }
 
 // Attention over the rows the cache gives back is what it answered.
@@ -492,22 +497,22 @@ TEST(Cache, BitsPerElementAreThoseComputedByHand) {
   const sparkv_memory m = host.Memory();
   const uint64_t sealed = 4096 - 4 - 32, heads = 8;
   ASSERT_EQ(uint64_t(m.sealed), sealed);
-  // Key row of 64 channels, 32 kept: mask 8, signs 4, scales 2, 32 codes of 5 bits. Value row: scale 2, 64 codes of 4 bits.
+  // Key row of 64 channels: mask 8, signs 4, then scale and codes. Value row: scale 2, 64 codes of 4 bits.
+  const uint64_t key_row = sparkv_key_row_bytes(&host.config, 64);
   EXPECT_EQ(m.key_masks, sealed * heads * 8);
   EXPECT_EQ(m.key_signs, sealed * heads * 4);
-  EXPECT_EQ(m.key_scales, sealed * heads * 2);
-  EXPECT_EQ(m.key_kept, sealed * heads * 20);
+  EXPECT_EQ(m.key_scales + m.key_kept, sealed * heads * (key_row - 12));
   EXPECT_EQ(m.value_scales, sealed * heads * 2);
   EXPECT_EQ(m.value_codes, sealed * heads * 32);
   EXPECT_EQ(m.dense_keys, 36 * heads * 128);
   EXPECT_EQ(m.dense_values, 36 * heads * 128);
-  EXPECT_EQ(m.tables, heads * sparkv_table_numbers(&host.config, 64) * 2);
+  EXPECT_EQ(m.tables, TableNumbers(host.Weights()) * 2);
   EXPECT_EQ(m.f16_bytes, 4096 * heads * 256);
   const double elements = 4096.0 * heads * 64;
   EXPECT_NEAR(m.bits, 8.0 * double(m.resident - m.workspace) / (2 * elements), 1e-9);
   EXPECT_NEAR(m.key_bits + m.value_bits, 2 * m.bits, 1e-9);
-  EXPECT_GT(m.key_bits, 34 * 8 / 64.0);
-  EXPECT_GT(m.value_bits, 34 * 8 / 64.0);
+  EXPECT_GT(m.key_bits, double(key_row) * 8 / 64 * 0.99);
+  EXPECT_GT(m.value_bits, 34 * 8 / 64.0 * 0.99);
   EXPECT_LT(m.bits, 5.0);
 }
 

@@ -3,6 +3,7 @@
 
 usage: cli_test.py path/to/sparkv
 """
+
 import json
 import os
 import pathlib
@@ -17,8 +18,9 @@ import xml.etree.ElementTree
 
 SPARKV = sys.argv.pop(1)
 
-# One program under six names. It writes its arguments and environment to $CALLS and answers as the real one would.
-STAND_IN = r'''#!%s
+# One program under six names. It writes its arguments and environment to $CALLS and answers as the
+# real one would.
+STAND_IN = r"""#!%s
 import http.server, json, os, pathlib, re, signal, sys, time
 name, args = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
 env = {k: v for k, v in os.environ.items() if k.startswith(("SPARKV_", "GGML_", "OMP_"))}
@@ -28,8 +30,9 @@ def value(flag):
     return args[len(args) - 1 - args[::-1].index(flag) + 1]
 packed = "SPARKV" in args
 if "SPARKV_STATS" in env:
-    json.dump({"bits_per_element": 4.5, "keys_bits_per_element": 4.6, "values_bits_per_element": 4.4,
-               "resident_bytes": 1000, "config": "made up"}, open(env["SPARKV_STATS"], "w"))
+    json.dump({"bits_per_element": 4.5, "keys_bits_per_element": 4.6,
+               "values_bits_per_element": 4.4, "resident_bytes": 1000, "config": "made up"},
+              open(env["SPARKV_STATS"], "w"))
 if "--fail" in args:
     sys.stderr.write("stand-in: something went wrong\n")
     sys.exit(7)
@@ -44,16 +47,18 @@ if "--wait" in args:
     time.sleep(30)
 if name == "llama-bench":
     speed = 20.0 if packed else 10.0
-    print(json.dumps([{"n_prompt": 0, "n_gen": 8, "n_depth": d, "avg_ts": speed, "model_filename": "m", "model_type": "t",
-                       "n_threads": 2, "n_batch": 512, "n_ubatch": 128, "build_commit": "c"} for d in (0, 64)]))
+    print(json.dumps([{"n_prompt": 0, "n_gen": 8, "n_depth": d, "avg_ts": speed,
+                       "model_filename": "m", "model_type": "t", "n_threads": 2, "n_batch": 512,
+                       "n_ubatch": 128, "build_commit": "c"} for d in (0, 64)]))
 elif name == "llama-perplexity":
     if "--kl-divergence" not in args:
         open(value("--kl-divergence-base"), "w").write("base")
         print("[1]20.0,")
     else:
         kl = 0.005 if packed else 0.001
-        print("chunk header\n   1  20.1 +- 1\n\nMean PPL(Q)  :  20.5 +- 0.1\nMean PPL(Q)-PPL(base) : 0.5\n"
-              "Mean PPL(Q)/PPL(base)   :  1.025 +- 0.1\nMean    KLD:   %%f +- 0.1\n99.0%%%%   KLD:   0.07\n"
+        print("chunk header\n   1  20.1 +- 1\n\nMean PPL(Q)  :  20.5 +- 0.1\n"
+              "Mean PPL(Q)-PPL(base) : 0.5\nMean PPL(Q)/PPL(base)   :  1.025 +- 0.1\n"
+              "Mean    KLD:   %%f +- 0.1\n99.0%%%%   KLD:   0.07\n"
               "Same top p: 96.5 +- 0.1 %%%%" %% kl)
 elif name == "llama-quantize":
     open(args[2], "wb").write(open(args[1], "rb").read())
@@ -62,7 +67,9 @@ elif name == "llama-server" and "--port" in args:
         def log_message(self, *_): pass
         def reply(self, body):
             data = json.dumps(body).encode()
-            self.send_response(200); self.send_header("Content-Length", str(len(data))); self.end_headers()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
             self.wfile.write(data)
         def do_GET(self): self.reply({"status": "ok"})
         def do_POST(self):
@@ -77,13 +84,15 @@ elif name == "llama-server" and "--port" in args:
     http.server.HTTPServer(("127.0.0.1", int(value("--port"))), Handler).serve_forever()
 else:
     print("Paris. [end of text]")
-''' % sys.executable
+""" % sys.executable
 
 
 def gguf(pairs, magic=b"GGUF", version=3, tensors=0, count=None):
     """A GGUF file without weights; values: str, int (u32), list of int (i32), list of str."""
+
     def text(s):
         return struct.pack("<Q", len(s)) + s.encode()
+
     out = magic + struct.pack("<IQQ", version, tensors, len(pairs) if count is None else count)
     for key, value in pairs:
         out += text(key)
@@ -98,9 +107,16 @@ def gguf(pairs, magic=b"GGUF", version=3, tensors=0, count=None):
     return out
 
 
-SMALL = [("general.architecture", "llama"), ("general.file_type", 0), ("llama.block_count", 4),
-         ("llama.embedding_length", 576), ("llama.context_length", 8192), ("llama.attention.head_count", 9),
-         ("llama.attention.head_count_kv", 3), ("tokenizer.ggml.tokens", ["a", "bc", "def"])]
+SMALL = [
+    ("general.architecture", "llama"),
+    ("general.file_type", 0),
+    ("llama.block_count", 4),
+    ("llama.embedding_length", 576),
+    ("llama.context_length", 8192),
+    ("llama.attention.head_count", 9),
+    ("llama.attention.head_count_kv", 3),
+    ("tokenizer.ggml.tokens", ["a", "bc", "def"]),
+]
 
 
 def changed(key, value):
@@ -121,10 +137,17 @@ class Command(unittest.TestCase):
         self.plugin = self.folder / "libggml-sparkv.so"
         self.plugin.write_text("")
         self.model = self.write("model.gguf", gguf(SMALL))
-        self.environment = {k: v for k, v in os.environ.items()
-                            if not k.startswith(("SPARKV_", "LLAMA_", "GGML_", "OMP_"))}
-        self.environment.update(SPARKV_LLAMA_BIN=str(self.programs), SPARKV_PLUGIN=str(self.plugin),
-                                CALLS=str(self.folder / "calls"), XDG_CACHE_HOME=str(self.folder / "cache"))
+        self.environment = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("SPARKV_", "LLAMA_", "GGML_", "OMP_"))
+        }
+        self.environment.update(
+            SPARKV_LLAMA_BIN=str(self.programs),
+            SPARKV_PLUGIN=str(self.plugin),
+            CALLS=str(self.folder / "calls"),
+            XDG_CACHE_HOME=str(self.folder / "cache"),
+        )
 
     def write(self, name, data):
         path = self.folder / name
@@ -132,8 +155,14 @@ class Command(unittest.TestCase):
         return str(path)
 
     def run_sparkv(self, *args, **environment):
-        return subprocess.run([SPARKV, *map(str, args)], env={**self.environment, **environment}, capture_output=True,
-                              text=True, stdin=subprocess.DEVNULL, timeout=120)
+        return subprocess.run(
+            [SPARKV, *map(str, args)],
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+        )
 
     def calls(self):
         path = self.folder / "calls"
@@ -163,50 +192,97 @@ class Command(unittest.TestCase):
 
     def test_wrong_usage_is_one_line_and_code_two(self):
         for words, args in (
-                (["--kv-ratio", "2", "[0, 1]"], ["run", "-m", self.model, "--kv-ratio", "2"]),
-                (["--kv-ratio", "nan"], ["run", "-m", self.model, "--kv-ratio=nan"]),
-                (["--kv-preset", "sparse"], ["serve", "-m", self.model, "--kv-preset", "sparse"]),
-                (["--kv-sinks", "-1"], ["inspect", "-m", self.model, "--kv-sinks=-1"]),
-                (["--kv-colour"], ["run", "-m", self.model, "--kv-colour", "red"]),
-                (["--kv-preset"], ["bench", "-m", self.model, "--kv-preset", "exact,,exact"]),
-                (["--baselines", "q9_9"], ["eval", "-m", self.model, "--baselines", "q9_9"]),
-                (["-m"], ["run", "-p", "hello"]),
-                (["--json"], ["run", "-m", self.model, "--json"]),
-                (["--bogus"], ["bench", "--bogus"]),
-                (["-o", "picture.png"], ["inspect", "--saliency", self.model, "-o", "picture.png"]),
-                (["--completion", "tcsh"], ["--completion", "tcsh"]),
-                (["sub-command"], [])):
+            (["--kv-ratio", "2", "[0, 1]"], ["run", "-m", self.model, "--kv-ratio", "2"]),
+            (["--kv-ratio", "nan"], ["run", "-m", self.model, "--kv-ratio=nan"]),
+            (["--kv-preset", "sparse"], ["serve", "-m", self.model, "--kv-preset", "sparse"]),
+            (["--kv-sinks", "-1"], ["inspect", "-m", self.model, "--kv-sinks=-1"]),
+            (["--kv-colour"], ["run", "-m", self.model, "--kv-colour", "red"]),
+            (["--kv-preset"], ["bench", "-m", self.model, "--kv-preset", "exact,,exact"]),
+            (["--baselines", "q9_9"], ["eval", "-m", self.model, "--baselines", "q9_9"]),
+            (["-m"], ["run", "-p", "hello"]),
+            (["--json"], ["run", "-m", self.model, "--json"]),
+            (["--bogus"], ["bench", "--bogus"]),
+            (["-o", "picture.png"], ["inspect", "--saliency", self.model, "-o", "picture.png"]),
+            (["--completion", "tcsh"], ["--completion", "tcsh"]),
+            (["sub-command"], []),
+        ):
             with self.subTest(args=args):
                 self.refuses(2, words, *args)
 
     def test_what_is_missing_is_named_with_its_path(self):
         self.refuses(1, ["/no/model.gguf"], "run", "-m", "/no/model.gguf", "-p", "x")
         self.refuses(1, ["/no/model.gguf"], "inspect", "-m", "/no/model.gguf")
-        self.refuses(1, ["/no/plugin.so"], "run", "-m", self.model, "-p", "x", SPARKV_PLUGIN="/no/plugin.so")
-        self.refuses(1, ["/no/programs/llama-server"], "serve", "-m", self.model, SPARKV_LLAMA_BIN="/no/programs")
+        self.refuses(
+            1, ["/no/plugin.so"], "run", "-m", self.model, "-p", "x", SPARKV_PLUGIN="/no/plugin.so"
+        )
+        self.refuses(
+            1,
+            ["/no/programs/llama-server"],
+            "serve",
+            "-m",
+            self.model,
+            SPARKV_LLAMA_BIN="/no/programs",
+        )
         self.refuses(1, ["/no/text.txt"], "eval", "-m", self.model, "-f", "/no/text.txt")
 
     def test_run_gives_unknown_options_to_the_program_unchanged_and_in_order(self):
-        words = ["-m", self.model, "-ngl", "7", "-fa", "auto", "--temp", "0", "-n", "3", "-p", "two words", "--kv-unified"]
-        self.assertIn("Paris", self.succeeds("run", *words, "--kv-ratio", "0.25", "--", "--json", "--kv-preset"))
-        call, = self.calls()
+        words = [
+            "-m",
+            self.model,
+            "-ngl",
+            "7",
+            "-fa",
+            "auto",
+            "--temp",
+            "0",
+            "-n",
+            "3",
+            "-p",
+            "two words",
+            "--kv-unified",
+        ]
+        self.assertIn(
+            "Paris",
+            self.succeeds("run", *words, "--kv-ratio", "0.25", "--", "--json", "--kv-preset"),
+        )
+        (call,) = self.calls()
         self.assertEqual(call["name"], "llama-completion")
-        self.assertEqual(call["args"][-len(words) - 2:], words + ["--json", "--kv-preset"])
+        self.assertEqual(call["args"][-len(words) - 2 :], words + ["--json", "--kv-preset"])
 
     def test_run_hands_the_plugin_its_settings_and_nothing_it_does_not_know(self):
-        self.succeeds("run", "-m", self.model, "-p", "x", "--kv-preset", "spark-0.8", "--kv-sinks=8",
-                      SPARKV_WINDOW="64", SPARKV_SINKS="2")
-        call, = self.calls()
-        self.assertEqual(call["env"], {"GGML_BACKEND_PATH": str(self.plugin), "SPARKV_PRESET": "spark-0.8",
-                                       "SPARKV_SINKS": "8", "SPARKV_WINDOW": "64", "OMP_WAIT_POLICY": "passive"})
+        self.succeeds(
+            "run",
+            "-m",
+            self.model,
+            "-p",
+            "x",
+            "--kv-preset",
+            "spark-0.8",
+            "--kv-sinks=8",
+            SPARKV_WINDOW="64",
+            SPARKV_SINKS="2",
+        )
+        (call,) = self.calls()
+        self.assertEqual(
+            call["env"],
+            {
+                "GGML_BACKEND_PATH": str(self.plugin),
+                "SPARKV_PRESET": "spark-0.8",
+                "SPARKV_SINKS": "8",
+                "SPARKV_WINDOW": "64",
+                "OMP_WAIT_POLICY": "passive",
+            },
+        )
         flags = call["args"]
         self.assertEqual(flags[flags.index("-dev") + 1], "SPARKV")
         self.assertEqual(flags[flags.index("-ngl") + 1], "99")
         self.assertEqual(flags[flags.index("-fa") + 1], "on")
 
     def test_run_with_f16_leaves_the_plugin_out(self):
-        self.succeeds("run", "-m", self.model, "-p", "x", "--kv-preset", "f16", SPARKV_PLUGIN="/no/plugin.so")
-        call, = self.calls()
+        self.succeeds(
+            "run", "-m", self.model, "-p", "x", "--kv-preset", "f16", SPARKV_PLUGIN="/no/plugin.so"
+        )
+        (call,) = self.calls()
         self.assertNotIn("GGML_BACKEND_PATH", call["env"])
         self.assertNotIn("SPARKV", call["args"])
 
@@ -224,7 +300,11 @@ class Command(unittest.TestCase):
         report = json.loads(self.succeeds("run", "-m", self.model, "-p", "x", "--json"))
         self.assertEqual(report["text"], "Paris.")
         self.assertEqual(report["stats"]["bits_per_element"], 4.5)
-        self.assertIsNone(json.loads(self.succeeds("run", "-m", self.model, "-p", "x", "--json", "--kv-preset", "f16"))["stats"])
+        self.assertIsNone(
+            json.loads(
+                self.succeeds("run", "-m", self.model, "-p", "x", "--json", "--kv-preset", "f16")
+            )["stats"]
+        )
 
     def test_a_program_that_fails_or_dies_gives_code_one_and_its_last_words(self):
         done = self.run_sparkv("run", "-m", self.model, "-p", "x", "--fail")
@@ -239,8 +319,12 @@ class Command(unittest.TestCase):
         self.assertIn("something went wrong", done.stderr)
 
     def test_an_interrupt_reaches_the_program(self):
-        process = subprocess.Popen([SPARKV, "run", "-m", self.model, "-p", "x", "--wait"], env=self.environment,
-                                   stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [SPARKV, "run", "-m", self.model, "-p", "x", "--wait"],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.assertEqual(process.stdout.readline(), "ready\n")
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -251,7 +335,7 @@ class Command(unittest.TestCase):
 
     def test_serve_listens_here_only_and_keeps_weights_beside_the_slots(self):
         self.run_sparkv("serve", "-m", self.model, "--slot-save-path", self.folder, "--fail")
-        call, = self.calls()
+        (call,) = self.calls()
         self.assertEqual(call["args"][call["args"].index("--host") + 1], "127.0.0.1")
         self.assertEqual(call["env"]["SPARKV_WEIGHTS"], str(self.folder / "weights.sparkv"))
         self.run_sparkv("serve", "-m", self.model, "--host", "0.0.0.0", "--fail")
@@ -260,14 +344,41 @@ class Command(unittest.TestCase):
         self.assertNotIn("SPARKV_WEIGHTS", call["env"])
 
     def test_bench_lets_the_caches_take_turns_and_pairs_their_ratios(self):
-        report = json.loads(self.succeeds("bench", "-m", self.model, "-p", "0", "-n", "8", "-d", "0,64", "-r", "2",
-                                          "-ub", "128", "--json"))
+        report = json.loads(
+            self.succeeds(
+                "bench",
+                "-m",
+                self.model,
+                "-p",
+                "0",
+                "-n",
+                "8",
+                "-d",
+                "0,64",
+                "-r",
+                "2",
+                "-ub",
+                "128",
+                "--json",
+            )
+        )
         rows = report["results"]
-        self.assertEqual([(row["n_depth"], row["cache"], row["avg_ts"], row["ratio"]) for row in rows],
-                         [(0, "f16", 10, 1), (0, rows[1]["cache"], 20, 2), (64, "f16", 10, 1), (64, rows[1]["cache"], 20, 2)])
-        self.assertEqual(["SPARKV" in call["args"] for call in self.calls()], [False, True, True, False])
+        self.assertEqual(
+            [(row["n_depth"], row["cache"], row["avg_ts"], row["ratio"]) for row in rows],
+            [
+                (0, "f16", 10, 1),
+                (0, rows[1]["cache"], 20, 2),
+                (64, "f16", 10, 1),
+                (64, rows[1]["cache"], 20, 2),
+            ],
+        )
+        self.assertEqual(
+            ["SPARKV" in call["args"] for call in self.calls()], [False, True, True, False]
+        )
         self.assertEqual({call["env"]["OMP_WAIT_POLICY"] for call in self.calls()}, {"passive"})
-        self.assertEqual({call["args"][call["args"].index("-ub") + 1] for call in self.calls()}, {"128"})
+        self.assertEqual(
+            {call["args"][call["args"].index("-ub") + 1] for call in self.calls()}, {"128"}
+        )
         self.assertIn("cpu", report["machine"])
 
     def test_bench_writes_the_same_rows_as_table_and_csv(self):
@@ -279,7 +390,9 @@ class Command(unittest.TestCase):
         self.assertEqual({len(line.split(",")) for line in lines}, {len(lines[0].split(","))})
 
     def test_eval_compares_all_caches_against_one_base(self):
-        report = json.loads(self.succeeds("eval", "-m", self.model, "--json", "--kv-preset", "spark-0.5-i8,exact"))
+        report = json.loads(
+            self.succeeds("eval", "-m", self.model, "--json", "--kv-preset", "spark-0.5-i8,exact")
+        )
         rows = {row["cache"]: row for row in report["results"]}
         self.assertEqual(list(rows), ["f16", "q8_0", "q4_0", "spark-0.5-i8", "exact"])
         self.assertEqual(rows["f16"]["mean_kld"], 0.001)
@@ -288,18 +401,45 @@ class Command(unittest.TestCase):
         self.assertAlmostEqual(rows["exact"]["top1_agreement"], 0.965)
         self.assertEqual(rows["exact"]["perplexity"], 20.5)
         self.assertEqual(rows["exact"]["perplexity_ratio"], 1.025)
-        self.assertEqual([rows[name]["bits_per_element"] for name in rows], [16, 8.5, 4.5, 4.5, 4.5])
+        self.assertEqual(
+            [rows[name]["bits_per_element"] for name in rows], [16, 8.5, 4.5, 4.5, 4.5]
+        )
         base = self.calls()[0]
         self.assertEqual(base["args"][base["args"].index("-ctk") + 1], "f32")
-        self.assertEqual([a for f, a in zip(base["args"], base["args"][1:]) if f == "-fa"][-1], "off")
+        self.assertEqual(
+            [a for f, a in zip(base["args"], base["args"][1:]) if f == "-fa"][-1], "off"
+        )
 
     def test_eval_counts_a_passcode_only_when_it_is_exact(self):
-        report = json.loads(self.succeeds("eval", "-m", self.model, "--json", "--baselines", "f16", "--passcodes", "5"))
+        report = json.loads(
+            self.succeeds(
+                "eval", "-m", self.model, "--json", "--baselines", "f16", "--passcodes", "5"
+            )
+        )
         plain, packed = (row["passcodes"] for row in report["results"])
         self.assertEqual((plain["exact"], plain["asked"]), (5, 5))
-        self.assertEqual((packed["exact"], packed["asked"]), (0, 5))  # the stand-in puts a digit before the code
-        again = json.loads(self.succeeds("eval", "-m", self.model, "--json", "--baselines", "f16", "--passcodes", "5"))
-        other = json.loads(self.succeeds("eval", "-m", self.model, "--json", "--baselines", "f16", "--passcodes", "5", "-s", "2"))
+        self.assertEqual(
+            (packed["exact"], packed["asked"]), (0, 5)
+        )  # the stand-in puts a digit before the code
+        again = json.loads(
+            self.succeeds(
+                "eval", "-m", self.model, "--json", "--baselines", "f16", "--passcodes", "5"
+            )
+        )
+        other = json.loads(
+            self.succeeds(
+                "eval",
+                "-m",
+                self.model,
+                "--json",
+                "--baselines",
+                "f16",
+                "--passcodes",
+                "5",
+                "-s",
+                "2",
+            )
+        )
         codes = lambda r: [a["code"] for a in r["results"][0]["passcodes"]["answers"]]
         self.assertEqual(codes(report), codes(again))
         self.assertNotEqual(codes(report), codes(other))
@@ -309,46 +449,78 @@ class Command(unittest.TestCase):
         done = self.run_sparkv("eval", "-m", model, "--passcodes", "0", "--baselines", "f16")
         self.assertIn("quantised", done.stderr)
         for _ in range(2):
-            self.succeeds("eval", "-m", model, "--passcodes", "0", "--baselines", "f16", "--requantize-f32")
+            self.succeeds(
+                "eval", "-m", model, "--passcodes", "0", "--baselines", "f16", "--requantize-f32"
+            )
         names = [call["name"] for call in self.calls()]
         self.assertEqual(names.count("llama-quantize"), 1)
 
     def test_inspect_gives_the_bytes_of_every_layer(self):
-        report = json.loads(self.succeeds("inspect", "-m", self.model, "--kv-preset", "exact", "-c", "1024", "--json"))
-        layers, = report["layers"]
-        self.assertEqual((layers["first_layer"], layers["last_layer"], layers["kv_heads"]), (0, 3, 3))
+        report = json.loads(
+            self.succeeds(
+                "inspect", "-m", self.model, "--kv-preset", "exact", "-c", "1024", "--json"
+            )
+        )
+        (layers,) = report["layers"]
+        self.assertEqual(
+            (layers["first_layer"], layers["last_layer"], layers["kv_heads"]), (0, 3, 3)
+        )
         self.assertEqual(layers["bytes_per_token"], 3 * (128 + 128))
         f16 = report["caches"][0]
-        self.assertEqual((f16["cache"], f16["mib"], f16["bits_per_element"]), ("f16", 4 * 3 * 256 * 1024 / 2**20, 16))
-        packed = json.loads(self.succeeds("inspect", "-m", self.model, "-c", "4096", "--json"))["caches"][-1]
+        self.assertEqual(
+            (f16["cache"], f16["mib"], f16["bits_per_element"]),
+            ("f16", 4 * 3 * 256 * 1024 / 2**20, 16),
+        )
+        packed = json.loads(self.succeeds("inspect", "-m", self.model, "-c", "4096", "--json"))[
+            "caches"
+        ][-1]
         self.assertLess(packed["bits_per_element"], 5)
 
     def test_inspect_knows_heads_that_differ_by_layer_and_sliding_windows(self):
-        pairs = [("general.architecture", "gemma3"), ("gemma3.block_count", 6), ("gemma3.embedding_length", 640),
-                 ("gemma3.attention.head_count", 4), ("gemma3.attention.head_count_kv", [1, 1, 1, 1, 2, 1]),
-                 ("gemma3.attention.key_length", 256), ("gemma3.attention.value_length", 256),
-                 ("gemma3.attention.sliding_window", 512)]
-        report = json.loads(self.succeeds("inspect", "-m", self.write("g.gguf", gguf(pairs)), "-c", "32768", "--json"))
-        self.assertEqual([(g["first_layer"], g["last_layer"], g["kv_heads"], g["sliding_window"]) for g in report["layers"]],
-                         [(0, 3, 1, True), (4, 4, 2, True), (5, 5, 1, False)])
+        pairs = [
+            ("general.architecture", "gemma3"),
+            ("gemma3.block_count", 6),
+            ("gemma3.embedding_length", 640),
+            ("gemma3.attention.head_count", 4),
+            ("gemma3.attention.head_count_kv", [1, 1, 1, 1, 2, 1]),
+            ("gemma3.attention.key_length", 256),
+            ("gemma3.attention.value_length", 256),
+            ("gemma3.attention.sliding_window", 512),
+        ]
+        report = json.loads(
+            self.succeeds(
+                "inspect", "-m", self.write("g.gguf", gguf(pairs)), "-c", "32768", "--json"
+            )
+        )
+        self.assertEqual(
+            [
+                (g["first_layer"], g["last_layer"], g["kv_heads"], g["sliding_window"])
+                for g in report["layers"]
+            ],
+            [(0, 3, 1, True), (4, 4, 2, True), (5, 5, 1, False)],
+        )
         self.assertEqual(report["caches"][0]["mib"], (6 * 1024 + 32768) * 1024 / 2**20)
 
     def test_a_damaged_model_is_refused_by_field_and_value(self):
         key = "llama.attention.head_count_kv"
         for words, data in (
-                (["magic"], gguf(SMALL, magic=b"GGML")),
-                (["version", "9"], gguf(SMALL, version=9)),
-                (["metadata_kv_count", "18446744073709551615"], gguf(SMALL, count=2**64 - 1)),
-                (["llama.block_count", "0"], gguf(changed("llama.block_count", 0))),
-                (["llama.block_count", "4294967295"], gguf(changed("llama.block_count", 2**32 - 1))),
-                ([key, "3 items for 4 layers"], gguf(changed(key, [3, 3, 3]))),
-                ([key, "-1"], gguf(changed(key, [3, 3, 3, -1]))),
-                (["llama.block_count"], gguf(changed("llama.block_count", "four"))),
-                (["general.architecture"], gguf([("x", 1)])),
-                (["twice"], gguf(SMALL + [("llama.block_count", 4)])),
-                (["llama.embedding_length", "is missing"], gguf([p for p in SMALL if p[0] != "llama.embedding_length"])),
-                (["tokenizer.ggml.tokens"], gguf(SMALL)[:-1]),
-                (["key_length 7"], gguf(SMALL + [("llama.attention.key_length", 7)]))):
+            (["magic"], gguf(SMALL, magic=b"GGML")),
+            (["version", "9"], gguf(SMALL, version=9)),
+            (["metadata_kv_count", "18446744073709551615"], gguf(SMALL, count=2**64 - 1)),
+            (["llama.block_count", "0"], gguf(changed("llama.block_count", 0))),
+            (["llama.block_count", "4294967295"], gguf(changed("llama.block_count", 2**32 - 1))),
+            ([key, "3 items for 4 layers"], gguf(changed(key, [3, 3, 3]))),
+            ([key, "-1"], gguf(changed(key, [3, 3, 3, -1]))),
+            (["llama.block_count"], gguf(changed("llama.block_count", "four"))),
+            (["general.architecture"], gguf([("x", 1)])),
+            (["twice"], gguf(SMALL + [("llama.block_count", 4)])),
+            (
+                ["llama.embedding_length", "is missing"],
+                gguf([p for p in SMALL if p[0] != "llama.embedding_length"]),
+            ),
+            (["tokenizer.ggml.tokens"], gguf(SMALL)[:-1]),
+            (["key_length 7"], gguf(SMALL + [("llama.attention.key_length", 7)])),
+        ):
             with self.subTest(words=words):
                 self.refuses(1, words, "inspect", "-m", self.write("bad.gguf", data))
 
@@ -357,35 +529,64 @@ class Command(unittest.TestCase):
         for cut in range(0, len(whole), 3):
             self.refuses(1, ["bad.gguf"], "inspect", "-m", self.write("bad.gguf", whole[:cut]))
         for at in range(0, len(whole), 2):
-            flipped = whole[:at] + bytes([whole[at] ^ 0xff]) + whole[at + 1:]
+            flipped = whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
             done = self.run_sparkv("inspect", "-m", self.write("bad.gguf", flipped))
             self.assertIn(done.returncode, (0, 1), (at, done))
 
     def saliency(self, **changes):
-        data = {"layer": 2, "head": 1, "head_dim": 16, "tokens": 3, "kept": ["ffff", "0f00", "f00f"],
-                "saliency": ["00" * 16, "ff" * 16, "80" * 16]}
+        data = {
+            "layer": 2,
+            "head": 1,
+            "head_dim": 16,
+            "tokens": 3,
+            "kept": ["ffff", "0f00", "f00f"],
+            "saliency": ["00" * 16, "ff" * 16, "80" * 16],
+        }
         data.update(changes)
         return self.write("saliency.json", json.dumps(data))
 
     def test_the_picture_of_a_head_is_well_formed_and_self_contained(self):
         for suffix in ("svg", "html"):
             picture = self.folder / ("head." + suffix)
-            self.assertEqual(self.succeeds("inspect", "--saliency", self.saliency(), "-o", picture).strip(), str(picture))
+            self.assertEqual(
+                self.succeeds("inspect", "--saliency", self.saliency(), "-o", picture).strip(),
+                str(picture),
+            )
             text = picture.read_text()
-            svg = text[text.index("<svg"):text.index("</svg>") + 6]
+            svg = text[text.index("<svg") : text.index("</svg>") + 6]
             xml.etree.ElementTree.fromstring(svg)
             self.assertNotIn("src=", text)
             self.assertIn("layer 2, KV head 1", text)
             self.assertIn("3 tokens x 16 channels; 1 tokens dense", text)
 
     def test_a_damaged_picture_file_is_refused_by_field_and_value(self):
-        for words, changes in ((["tokens", "0"], {"tokens": 0}), (["head_dim", "100000"], {"head_dim": 100000}),
-                               (["kept"], {"kept": ["ffff"]}), (["kept[1]"], {"kept": ["ffff", "0f", "f00f"]}),
-                               (["saliency[2]", "'g'"], {"saliency": ["00" * 16, "ff" * 16, "g0" * 16]}),
-                               (["layer"], {"layer": "two"})):
+        for words, changes in (
+            (["tokens", "0"], {"tokens": 0}),
+            (["head_dim", "100000"], {"head_dim": 100000}),
+            (["kept"], {"kept": ["ffff"]}),
+            (["kept[1]"], {"kept": ["ffff", "0f", "f00f"]}),
+            (["saliency[2]", "'g'"], {"saliency": ["00" * 16, "ff" * 16, "g0" * 16]}),
+            (["layer"], {"layer": "two"}),
+        ):
             with self.subTest(changes=changes):
-                self.refuses(1, words, "inspect", "--saliency", self.saliency(**changes), "-o", self.folder / "x.svg")
-        self.refuses(1, ["not a JSON object"], "inspect", "--saliency", self.write("broken.json", "{"), "-o", "x.svg")
+                self.refuses(
+                    1,
+                    words,
+                    "inspect",
+                    "--saliency",
+                    self.saliency(**changes),
+                    "-o",
+                    self.folder / "x.svg",
+                )
+        self.refuses(
+            1,
+            ["not a JSON object"],
+            "inspect",
+            "--saliency",
+            self.write("broken.json", "{"),
+            "-o",
+            "x.svg",
+        )
 
     def test_completion_scripts_know_commands_and_options(self):
         for shell in ("bash", "zsh", "fish"):
@@ -394,7 +595,9 @@ class Command(unittest.TestCase):
                 self.assertIn(word, script)
         script = self.succeeds("--completion", "bash")
         ask = 'COMP_WORDS=(sparkv bench --kv-pre); COMP_CWORD=2; _sparkv; echo "${COMPREPLY[@]}"'
-        done = subprocess.run(["bash", "-c", script + ask], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["bash", "-c", script + ask], capture_output=True, text=True, check=True
+        )
         self.assertEqual(done.stdout.strip(), "--kv-preset")
 
 

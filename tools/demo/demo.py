@@ -1,13 +1,16 @@
-"""The main job of `make demo`: one question over one long document, asked of the same unmodified llama-server twice.
+"""The main job of `make demo`: one question over one long document, asked twice of llama-server.
 
-First with llama.cpp's plain f16 cache, then with the sparkv plugin. Prints a table on stdout and writes build/demo/
-(index.html, result.json, saliency.json, server logs). Standard library only.
+First with llama.cpp's plain f16 cache, then with the sparkv plugin, in the same unmodified program.
+Prints a table on stdout and writes build/demo/ (index.html, result.json, saliency.json, server
+logs). Standard library only.
 """
+
 import argparse
 import json
 import math
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -34,7 +37,7 @@ class DemoError(Exception):
 
 
 def say(text, last=[0.0]):
-    """Progress: rewritten in place on a terminal; elsewhere plain lines, at most one per three seconds."""
+    """Progress: rewritten in place on a terminal; elsewhere a plain line every three seconds."""
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K" + text)
     elif time.monotonic() - last[0] >= 3:
@@ -50,20 +53,55 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [str(options.server), "-m", str(options.model), "-c", str(context), "-t", str(options.threads),
-                   "-b", "512", "-ub", "128", "-np", "1", "-fa", "on", "-fit", "off", "--cache-ram", "0",
-                   "--no-webui", "--host", "127.0.0.1", "--port", str(self.port), *flags]
+        command = [
+            str(options.server),
+            "-m",
+            str(options.model),
+            "-c",
+            str(context),
+            "-t",
+            str(options.threads),
+            "-b",
+            "512",
+            "-ub",
+            "128",
+            "-np",
+            "1",
+            "-fa",
+            "on",
+            "-fit",
+            "off",
+            "--cache-ram",
+            "0",
+            "--no-webui",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *flags,
+        ]
         self.log = log
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SPARKV_", "GGML_BACKEND_PATH"))}
+        inherited = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("SPARKV_", "GGML_BACKEND_PATH"))
+        }
         with open(log, "w") as file:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                                            env={"OMP_WAIT_POLICY": "passive", **inherited, **environment})
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env={"OMP_WAIT_POLICY": "passive", **inherited, **environment},
+            )
 
     def __enter__(self):
         while True:
             if self.process.poll() is not None:
-                raise DemoError("llama-server ended with exit code %d; the end of %s:\n%s" %
-                                (self.process.returncode, self.log, "".join(open(self.log).readlines()[-8:])))
+                raise DemoError(
+                    "llama-server ended with exit code %d; the end of %s:\n%s"
+                    % (self.process.returncode, self.log, "".join(open(self.log).readlines()[-8:]))
+                )
             try:
                 with urllib.request.urlopen("http://127.0.0.1:%d/health" % self.port, timeout=5):
                     return self
@@ -79,18 +117,32 @@ class Server:
             self.process.wait()
 
     def post(self, path, body):
-        request = urllib.request.Request("http://127.0.0.1:%d%s" % (self.port, path), json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            "http://127.0.0.1:%d%s" % (self.port, path),
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
         try:
             with urllib.request.urlopen(request, timeout=1800) as answer:
                 return json.load(answer)
         except (urllib.error.URLError, OSError) as error:
-            raise DemoError("llama-server does not answer %s (%s); the end of %s:\n%s" %
-                            (path, error, self.log, "".join(open(self.log).readlines()[-8:]))) from error
+            raise DemoError(
+                "llama-server does not answer %s (%s); the end of %s:\n%s"
+                % (path, error, self.log, "".join(open(self.log).readlines()[-8:]))
+            ) from error
 
     def complete(self, tokens, n_predict, **more):
-        return self.post("/completion", {"prompt": tokens, "n_predict": n_predict, "temperature": 0,
-                                         "cache_prompt": True, "return_tokens": True, **more})
+        return self.post(
+            "/completion",
+            {
+                "prompt": tokens,
+                "n_predict": n_predict,
+                "temperature": 0,
+                "cache_prompt": True,
+                "return_tokens": True,
+                **more,
+            },
+        )
 
     def tokens(self, text, special=True):
         return self.post("/tokenize", {"content": text, "parse_special": special})["tokens"]
@@ -107,12 +159,18 @@ class Server:
     def next_token(self, tokens):
         """Log probabilities of all tokens of the vocabulary after `tokens`."""
         answer = self.complete(tokens, 1, n_probs=1 << 20)
-        return {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
+        return {
+            entry["id"]: entry["logprob"]
+            for entry in answer["completion_probabilities"][0]["top_logprobs"]
+        }
 
 
 def prompt_text(document):
-    return ("<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n%s\n\nQuestion: %s<|im_end|>\n<|im_start|>assistant\n" %
-            (SYSTEM, document, QUESTION))
+    return (
+        "<|im_start|>system\n%s<|im_end|>\n"
+        "<|im_start|>user\n%s\n\nQuestion: %s<|im_end|>\n<|im_start|>assistant\n"
+        % (SYSTEM, document, QUESTION)
+    )
 
 
 def kl_divergence(base, other):
@@ -125,12 +183,14 @@ def kl_divergence(base, other):
 
 
 def ask(options, name, environment, flags, forced=None):
-    """One run: prompt, answer, speed, memory, and the distributions along the answer tokens `forced` (or its own)."""
+    """One run: prompt, answer, speed, memory; the distributions along `forced`, or its own answer."""
     document = options.document.read_text().strip()
     # The twin is the same program with next to no cache: what it needs is what the cache does not.
     say("%s: a twin with an empty cache, to compare memory" % name)
-    with Server(options, TWIN_CONTEXT, options.out / (name + "-twin.log"), environment, flags) as twin:
-        twin.complete(twin.tokens(document)[:TWIN_CONTEXT - 16], 2)
+    with Server(
+        options, TWIN_CONTEXT, options.out / (name + "-twin.log"), environment, flags
+    ) as twin:
+        twin.complete(twin.tokens(document)[: TWIN_CONTEXT - 16], 2)
         twin_now, twin_peak = twin.resident()
 
     more = dict(environment)
@@ -178,32 +238,55 @@ def table(report):
     plain, packed = report["results"]
     rows = [
         ("", plain["cache"], packed["cache"]),
-        ("KV cache resident, measured", "%.1f MiB" % plain["kv_resident_mib"], "%.1f MiB" % packed["kv_resident_mib"]),
+        (
+            "KV cache resident, measured",
+            "%.1f MiB" % plain["kv_resident_mib"],
+            "%.1f MiB" % packed["kv_resident_mib"],
+        ),
         ("  its peak", "%.1f MiB" % plain["kv_peak_mib"], "%.1f MiB" % packed["kv_peak_mib"]),
         ("  by sparkv's own account", "-", "%.1f MiB" % (packed["stats"]["resident_bytes"] / MIB)),
-        ("bits per element, K", "%.2f" % bits(plain, "keys_bits_per_element"),
-         "%.2f" % bits(packed, "keys_bits_per_element")),
-        ("bits per element, V", "%.2f" % bits(plain, "values_bits_per_element"),
-         "%.2f" % bits(packed, "values_bits_per_element")),
-        ("prefill, tokens/s", "%.1f" % plain["prefill_tokens_per_second"],
-         "%.1f" % packed["prefill_tokens_per_second"]),
-        ("decode, tokens/s", "%.1f" % plain["decode_tokens_per_second"], "%.1f" % packed["decode_tokens_per_second"]),
+        (
+            "bits per element, K",
+            "%.2f" % bits(plain, "keys_bits_per_element"),
+            "%.2f" % bits(packed, "keys_bits_per_element"),
+        ),
+        (
+            "bits per element, V",
+            "%.2f" % bits(plain, "values_bits_per_element"),
+            "%.2f" % bits(packed, "values_bits_per_element"),
+        ),
+        (
+            "prefill, tokens/s",
+            "%.1f" % plain["prefill_tokens_per_second"],
+            "%.1f" % packed["prefill_tokens_per_second"],
+        ),
+        (
+            "decode, tokens/s",
+            "%.1f" % plain["decode_tokens_per_second"],
+            "%.1f" % packed["decode_tokens_per_second"],
+        ),
         ("mean KL to f16 over the answer", "0", "%.4f" % packed["mean_kl"]),
         ("answer is right", *("yes" if r["right"] else "NO" for r in (plain, packed))),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["  ".join((row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]))) for row in rows]
+    lines = [
+        "  ".join((row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2])))
+        for row in rows
+    ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
 
 
 def notes(report):
     return [
-        "Resident: VmRSS of llama-server with the document in its cache, minus VmRSS of a twin with the same flags but "
+        "Resident: VmRSS of llama-server with the document in its cache, "
+        "minus VmRSS of a twin with the same flags but "
         "-c %d. The peak is the same with VmHWM." % TWIN_CONTEXT,
-        "KL: the f16 answer (%d tokens) is forced on both; at each token the next-token distributions over the whole "
+        "KL: the f16 answer (%d tokens) is forced on both; at each token the next-token "
+        "distributions over the whole "
         "vocabulary are compared, in nats." % report["answer_tokens"],
-        "Decode: %d further tokens, with everything before them in the cache. One run each: llama.cpp's speed varies with "
+        "Decode: %d further tokens, with everything before them in the cache. One run each: the "
+        "speed varies with "
         "the load of the machine (%.1f at the start)." % (DECODE_TOKENS, report["load"]),
     ]
 
@@ -211,12 +294,18 @@ def notes(report):
 def arguments():
     build = ROOT / "build"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=pathlib.Path, default=build / "models" / "smollm2-135m-instruct-q4_1.gguf")
-    parser.add_argument("--document", type=pathlib.Path, default=ROOT / "tools" / "demo" / "document.txt")
+    parser.add_argument(
+        "--model", type=pathlib.Path, default=build / "models" / "smollm2-135m-instruct-q4_1.gguf"
+    )
+    parser.add_argument(
+        "--document", type=pathlib.Path, default=ROOT / "tools" / "demo" / "document.txt"
+    )
     parser.add_argument("--server", type=pathlib.Path, default=build / "bin" / "llama-server")
     parser.add_argument("--plugin", type=pathlib.Path, default=build / "lib" / "libggml-sparkv.so")
     parser.add_argument("--sparkv", type=pathlib.Path, default=build / "bin" / "sparkv")
-    parser.add_argument("--out", type=pathlib.Path, default=build / "demo", help="folder for the page and the logs")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=build / "demo", help="folder for the page and the logs"
+    )
     parser.add_argument("--preset", default="", help="sparkv preset; its default when empty")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args()
@@ -240,14 +329,32 @@ def main():
     divergences = [kl_divergence(p, q) for p, q in zip(base, other)]
     packed["mean_kl"] = sum(divergences) / max(len(divergences), 1)
 
-    report = {"question": QUESTION, "model": options.model.name, "document": options.document.name,
-              "document_tokens": plain["document_tokens"], "context": CONTEXT, "threads": options.threads,
-              "load": load, "answer_tokens": len(answer), "kl_by_token": divergences, "results": [plain, packed],
-              "seconds": time.monotonic() - started}
+    report = {
+        "question": QUESTION,
+        "model": options.model.name,
+        "document": options.document.name,
+        "document_tokens": plain["document_tokens"],
+        "context": CONTEXT,
+        "threads": options.threads,
+        "load": load,
+        "answer_tokens": len(answer),
+        "kl_by_token": divergences,
+        "results": [plain, packed],
+        "seconds": time.monotonic() - started,
+    }
     report["notes"] = notes(report)
     picture = options.out / "saliency.svg"
-    drawn = subprocess.run([str(options.sparkv), "inspect", "--saliency", str(options.out / "saliency.json"), "-o",
-                            str(picture)], stdout=subprocess.DEVNULL)
+    drawn = subprocess.run(
+        [
+            str(options.sparkv),
+            "inspect",
+            "--saliency",
+            str(options.out / "saliency.json"),
+            "-o",
+            str(picture),
+        ],
+        stdout=subprocess.DEVNULL,
+    )
     if drawn.returncode != 0:
         raise DemoError("%s inspect --saliency failed" % options.sparkv)
     (options.out / "result.json").write_text(json.dumps(report, indent=2))
@@ -255,8 +362,10 @@ def main():
 
     if sys.stderr.isatty():
         say("")
-    print("%s, a document of %d tokens, llama-server -c %d, %d threads" %
-          (report["model"], report["document_tokens"], CONTEXT, options.threads))
+    print(
+        "%s, a document of %d tokens, llama-server -c %d, %d threads"
+        % (report["model"], report["document_tokens"], CONTEXT, options.threads)
+    )
     print("\nQuestion  %s" % QUESTION)
     for result in report["results"]:
         print("%-9s %s" % (result["cache"] if result is plain else "sparkv", result["answer"]))
@@ -268,6 +377,7 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends with us
     try:
         sys.exit(main())
     except DemoError as error:

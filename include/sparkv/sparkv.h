@@ -80,7 +80,7 @@ SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char*
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe, seal, simd, threads) from
  * text. Unknown names and bad values are SPARKV_INVALID and leave `config` as it was. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key, const char* value, sparkv_error* error);
-/* One line, e.g. "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 32 seal stream". Always
+/* One line, e.g. "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal stream". Always
  * zero-terminated; returns the length it needed. */
 SPARKV_API size_t sparkv_config_text(const sparkv_config* config, char* text, size_t size);
 
@@ -116,10 +116,10 @@ SPARKV_API sparkv_status sparkv_think(const float* q, int32_t group, int32_t n_q
 /* Bytes of one packed key or value row of one head; 0 when the shape is not allowed (head_dim 32..512 in steps of 8). */
 SPARKV_API size_t sparkv_key_row_bytes(const sparkv_config* config, int32_t head_dim);
 SPARKV_API size_t sparkv_value_row_bytes(const sparkv_config* config, int32_t head_dim);
-/* Weight table of one head from u: a[head_dim] as f16, what is stored once per sequence, layer and head. */
+/* Weight table of one head from u: f16 [head_dim], what is stored once per sequence, layer and head. */
 SPARKV_API sparkv_status sparkv_make_table(const sparkv_config* config, const float* u, int32_t head_dim, uint16_t* table,
                                            sparkv_error* error);
-/* One row of one head, f16 in, packed bytes out and back. `table` may be NULL when nothing is pruned and kept is f16.
+/* One row of one head, f16 in, packed bytes out and back. `table` may be NULL when nothing is pruned.
  * `row_size` must be the exact row bytes. Unpacking treats the bytes as hostile: SPARKV_CORRUPT names the field. */
 SPARKV_API sparkv_status sparkv_pack_key(const sparkv_config* config, const uint16_t* table, const uint16_t* k,
                                          int32_t head_dim, uint8_t* row, size_t row_size, sparkv_error* error);

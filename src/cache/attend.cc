@@ -155,8 +155,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         const int64_t cell = stream_cell + w * 64 + i;
         tile.key[i] = base + layout_.key_at(layer, head, cell);
         tile.value[i] = base + layout_.value_at(layer, head, cell);
-        const float* table = table_of_[cells_.table(cell)];
-        tile.table[i] = table != nullptr ? table + size_t(head) * size_t(k_dim) : nullptr;
+        tile.table[i] = HeadTable(layer, cells_.table(cell), head);
       }
       if (block.slope != nullptr) {
         for (int64_t t = 0; t < n; ++t) {

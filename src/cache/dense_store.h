@@ -29,6 +29,7 @@ class DenseStore {
     }
     region_.Touch(size_t(slot) * slot_bytes_, slot_bytes_);
     ++used_;
+    high_ = std::max(high_, end_);
     return slot;
   }
   void Free(int32_t slot) {
@@ -36,23 +37,25 @@ class DenseStore {
     std::push_heap(free_.begin(), free_.end(), std::greater<>());
     --used_;
   }
-  // Gives back the pages behind the last slot in use.
+  // Gives back the pages of free slots, but for one that the next token is likely to take.
   void Trim() {
-    if (used_ == end_) return;
     std::sort(free_.begin(), free_.end());  // ascending order is a heap for std::greater
-    const int64_t old_end = end_;
     while (!free_.empty() && free_.back() == end_ - 1) {
       free_.pop_back();
       --end_;
     }
-    if (end_ < old_end) {
-      const size_t from = size_t(end_) * slot_bytes_;
-      region_.Release(from, size_t(old_end) * slot_bytes_ - from + 4095);
+    for (size_t i = free_.empty() ? 0 : 1; i < free_.size();) {
+      size_t run = i + 1;
+      while (run < free_.size() && free_[run] == free_[run - 1] + 1) ++run;
+      region_.Release(size_t(free_[i]) * slot_bytes_, (run - i) * slot_bytes_);
+      i = run;
     }
+    if (end_ < high_) region_.Release(size_t(end_) * slot_bytes_, size_t(high_ - end_) * slot_bytes_ + 4095);
+    high_ = end_;
   }
   void Clear() {
     free_.clear();
-    end_ = used_ = 0;
+    end_ = used_ = high_ = 0;
     region_.Release(0, region_.size() + 4096);
   }
   uint16_t* numbers(int32_t slot) const { return reinterpret_cast<uint16_t*>(region_.data() + size_t(slot) * slot_bytes_); }
@@ -62,7 +65,8 @@ class DenseStore {
  private:
   Reserve region_;
   size_t slot_bytes_ = 0;
-  int64_t max_slots_ = 0, end_ = 0, used_ = 0;
+  int64_t max_slots_ = 0, used_ = 0;
+  int64_t end_ = 0, high_ = 0;  // slots behind end_ are free; those behind high_ are not committed
   std::vector<int32_t> free_;
 };
 

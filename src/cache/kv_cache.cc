@@ -54,10 +54,12 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape, s
     layer.value = ValueLayout::Make(s.v_dim, sparkv_number(config.values));
     layer.packed_at = l.group_bytes;
     layer.dense_at = l.dense_slot_numbers;
-    layer.channel_at = l.table_channels;
+    layer.channel_at = l.channels;
+    layer.table_at = l.table_numbers;
     l.group_bytes += size_t(s.n_kv_heads) * layer.head_group_bytes();
     l.dense_slot_numbers += layer.k_row() + layer.v_row();
-    l.table_channels += layer.k_row();
+    l.channels += layer.k_row();
+    l.table_numbers += layer.key.needs_table() ? layer.k_row() : 0;
     c->needs_weights_ |= layer.key.needs_table();
     l.layers.push_back(layer);
   }
@@ -70,7 +72,7 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape, s
   if (Status s = c->cells_.Map(l.cells()); !s.ok()) return s;
   if (Status s = c->dense_.Map(l.dense_slot_numbers, l.cells()); !s.ok()) return s;
   if (Status s = c->packed_.Map(l.group_bytes, int64_t(n_groups)); !s.ok()) return s;
-  c->tables_.Init(l.table_channels);
+  c->tables_.Init(l.table_numbers);
   c->sealed_bits_.assign(size_t(l.words_per_stream() * l.n_streams), 0);
   c->dense_cells_.resize(size_t(l.n_streams));
   c->used_end_.assign(size_t(l.n_streams), 0);
@@ -157,25 +159,30 @@ void KvCache::ExpandTables(int layer_index) {
     table_of_.assign(tables_.count(), nullptr);
     return;
   }
-  const size_t row = layer.k_row();
+  const size_t row = layer.table_row(), head = row / size_t(layer.n_kv_heads);
   const std::vector<uint16_t> known = tables_.Known();
-  table_f32_.resize((known.size() + 1) * (row + 16));  // vectors may read 16 floats past a head's table
-  weight_f32_.resize(table_f32_.size());
+  table_f32_.resize(known.size() * row + 16);  // vectors may read 16 floats past the end
   table_of_.assign(tables_.count(), nullptr);
   for (size_t i = 0; i < known.size(); ++i) {
-    ExpandTable(tables_.at(known[i])->a.data() + layer.channel_at, int(row), &table_f32_[i * row], &weight_f32_[i * row]);
+    const uint16_t* table = tables_.at(known[i])->a.data() + layer.table_at;
+    for (int h = 0; h < layer.n_kv_heads; ++h) {
+      ExpandTable(table + size_t(h * layer.k_dim()), layer.k_dim(), &table_f32_[i * row + size_t(h) * head]);
+    }
     table_of_[known[i]] = &table_f32_[i * row];
   }
 }
 
+// KeyWeights of a head, or NULL when keys need none. ExpandTables(layer) was called.
+const float* KvCache::HeadTable(const LayerLayout& layer, uint16_t id, int head) const {
+  if (id == 0 || table_of_[id] == nullptr) return nullptr;
+  return table_of_[id] + size_t(head * kWeightParts * layer.k_dim());
+}
+
 // key, value: f16 rows of all heads; either may be NULL. ExpandTables(layer) was called.
 void KvCache::PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key, const uint16_t* value) {
-  const float* table = table_id != 0 ? table_of_[table_id] : nullptr;
-  const float* weight = table != nullptr ? weight_f32_.data() + (table - table_f32_.data()) : nullptr;
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     if (key != nullptr) {
-      const size_t at = size_t(h) * size_t(layer.k_dim());
-      ops_->pack_key(layer.key, table != nullptr ? table + at : nullptr, weight != nullptr ? weight + at : nullptr, key + at,
+      ops_->pack_key(layer.key, HeadTable(layer, table_id, h), key + size_t(h) * size_t(layer.k_dim()),
                      packed_.data() + layout_.key_at(layer, h, cell));
     }
     if (value != nullptr) {
@@ -201,9 +208,8 @@ Status KvCache::Read(bool keys, int layer_index, int64_t first, int64_t n, uint1
         const uint16_t id = cells_.table(cell);
         for (int h = 0; h < layer.n_kv_heads; ++h) {
           if (keys) {
-            const size_t at = size_t(h) * size_t(layer.k_dim());
-            ops_->unpack_key(layer.key, id != 0 && table_of_[id] != nullptr ? table_of_[id] + at : nullptr,
-                             packed_.data() + layout_.key_at(layer, h, cell), out + at);
+            ops_->unpack_key(layer.key, HeadTable(layer, id, h), packed_.data() + layout_.key_at(layer, h, cell),
+                             out + size_t(h) * size_t(layer.k_dim()));
           } else {
             ops_->unpack_value(layer.value, packed_.data() + layout_.value_at(layer, h, cell),
                                out + size_t(h) * size_t(layer.v_dim()));
@@ -227,13 +233,12 @@ int64_t KvCache::Saliency(int layer_index, int kv_head, int64_t max_cells, float
   for (int64_t cell = 0; cell < layout_.cells() && n < max_cells; ++cell) {
     if (cells_.state(cell) == CellState::kEmpty) continue;
     if (Status s = Read(true, layer_index, cell, 1, row.data()); !s.ok()) break;
-    const uint16_t id = cells_.table(cell);
-    const float* table = id != 0 ? table_of_[id] : nullptr;
+    const float* table = HeadTable(layer, cells_.table(cell), kv_head);
     float* out = saliency + size_t(n) * dim;
     float largest = 0.0f;
     for (size_t j = 0; j < dim; ++j) {
-      const float weight = table != nullptr ? weight_f32_[size_t(table - table_f32_.data()) + at + j] : 1.0f;
-      out[j] = std::abs(HalfToFloat(row[at + j])) * weight;
+      const float k = HalfToFloat(row[at + j]);
+      out[j] = std::abs(k) * (table != nullptr ? KeyWeights(table, layer.k_dim()).weight[j] : 1.0f);
       largest = std::max(largest, out[j]);
     }
     for (size_t j = 0; j < dim && largest > 0.0f; ++j) out[j] /= largest;
@@ -274,9 +279,9 @@ void KvCache::Memory(sparkv_memory* m) const {
   const uint64_t key_rows = m->key_masks + m->key_signs + m->key_scales + m->key_kept;
   const uint64_t value_rows = m->value_scales + m->value_codes;
   m->slack = packed_.committed() - (key_rows + value_rows) + dense_.committed() - (m->dense_keys + m->dense_values);
-  m->workspace = (flight_keys_.capacity() + flight_values_.capacity()) * 2 + observed_.size() * layout_.table_channels * 4 +
+  m->workspace = (flight_keys_.capacity() + flight_values_.capacity()) * 2 + observed_.size() * layout_.channels * 4 +
                  (view_.packed_bits.capacity() + view_.dense_bits.capacity()) * 8 +
-                 (table_f32_.capacity() + weight_f32_.capacity() + partial_.capacity()) * 4;
+                 (table_f32_.capacity() + partial_.capacity()) * 4;
   for (const auto& space : thread_space_) m->workspace += space.capacity() * 4;
   m->resident = packed_.committed() + dense_.committed() + m->tables + m->cells + m->workspace;
   m->peak = std::max<uint64_t>(peak_, m->resident);

@@ -114,6 +114,7 @@ class KvCache {
   void SetSealedBit(int64_t cell, bool sealed);
   void PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key, const uint16_t* value);
   void ExpandTables(int layer);
+  const float* HeadTable(const LayerLayout& layer, uint16_t id, int head) const;
   void NotePeak();
   void NoteHighWater();
 
@@ -147,10 +148,10 @@ class KvCache {
   std::vector<uint16_t> flight_keys_, flight_values_;
   int arena_layer_ = -1;
 
-  // Energies of queries that may still be needed for a table: f32 [table_channels] per cell.
+  // Energies of queries that may still be needed for a table: f32 [channels] per cell.
   std::unordered_map<int64_t, std::vector<float>> observed_;
 
-  std::vector<float> table_f32_, weight_f32_;       // of one layer, [table][k_row]
+  std::vector<float> table_f32_;                    // KeyWeights of one layer, [table][n_kv_heads][kWeightParts][k_dim]
   std::vector<const float*> table_of_;              // [id] -> row in table_f32_, or NULL
   std::vector<std::vector<float>> thread_space_;    // attention scratch per thread
   std::vector<float> partial_;                      // attention states of split tasks

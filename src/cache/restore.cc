@@ -12,14 +12,12 @@
 namespace sparkv {
 
 bool KvCache::PacksToItself(const LayerLayout& layer, uint16_t table_id, const uint16_t* row) {
-  const float* table = table_of_[table_id];
-  const float* weight = weight_f32_.data() + (table - table_f32_.data());
   uint8_t packed[2 * kMaxHeadDim + 128];
   uint16_t again[kMaxHeadDim];
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     const size_t at = size_t(h) * size_t(layer.k_dim());
-    ops_->pack_key(layer.key, table + at, weight + at, row + at, packed);
-    ops_->unpack_key(layer.key, table + at, packed, again);
+    ops_->pack_key(layer.key, HeadTable(layer, table_id, h), row + at, packed);
+    ops_->unpack_key(layer.key, HeadTable(layer, table_id, h), packed, again);
     for (int j = 0; j < layer.k_dim(); ++j) {
       if (again[j] != row[at + size_t(j)] && ((again[j] | row[at + size_t(j)]) & 0x7fffu) != 0) return false;
     }
@@ -252,7 +250,7 @@ struct WeightsHeader {
   uint64_t fingerprint;  // of shape and key configuration
   uint64_t checksum;     // of everything behind the header
   uint32_t n_tables;
-  uint32_t n_channels;
+  uint32_t n_numbers;     // f16 numbers per table
 };
 static_assert(sizeof(WeightsHeader) == 32);
 
@@ -269,7 +267,7 @@ uint64_t KvCache::Fingerprint() const {
 
 size_t KvCache::SaveWeights(void* bytes, size_t size) const {
   const std::vector<uint16_t> known = tables_.Known();
-  const size_t table_bytes = layout_.table_channels * 2;
+  const size_t table_bytes = layout_.table_numbers * 2;
   const size_t needed = sizeof(WeightsHeader) + known.size() * table_bytes;
   if (size < needed || bytes == nullptr) return needed;
   uint8_t* out = static_cast<uint8_t*>(bytes) + sizeof(WeightsHeader);
@@ -281,7 +279,7 @@ size_t KvCache::SaveWeights(void* bytes, size_t size) const {
   std::memcpy(header.magic, kMagic, sizeof(kMagic));
   header.fingerprint = Fingerprint();
   header.n_tables = uint32_t(known.size());
-  header.n_channels = uint32_t(layout_.table_channels);
+  header.n_numbers = uint32_t(layout_.table_numbers);
   header.checksum = Fnv1a(static_cast<uint8_t*>(bytes) + sizeof(header), known.size() * table_bytes);
   std::memcpy(bytes, &header, sizeof(header));
   return needed;
@@ -292,21 +290,21 @@ Status KvCache::LoadWeights(const void* bytes, size_t size) {
   if (size < sizeof(header)) return Status::Corrupt("weights: " + std::to_string(size) + " bytes are no header");
   std::memcpy(&header, bytes, sizeof(header));
   if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0) return Status::Corrupt("weights.magic: not sparkvw1");
-  if (header.fingerprint != Fingerprint() || header.n_channels != layout_.table_channels) {
+  if (header.fingerprint != Fingerprint() || header.n_numbers != layout_.table_numbers) {
     return Status::Invalid("weights.fingerprint: made for another model shape or another key configuration");
   }
-  const size_t table_bytes = layout_.table_channels * 2;
+  const size_t table_bytes = layout_.table_numbers * 2;
   if (header.n_tables > 65535 || size - sizeof(header) != size_t(header.n_tables) * table_bytes) {
     return Status::Corrupt("weights.n_tables: " + std::to_string(header.n_tables) + " tables do not fit " +
                            std::to_string(size) + " bytes");
   }
   const uint8_t* in = static_cast<const uint8_t*>(bytes) + sizeof(header);
   if (header.checksum != Fnv1a(in, size - sizeof(header))) return Status::Corrupt("weights.checksum: bytes are damaged");
-  // A weight is finite and not negative: anything else would reach keys.
+  // Anything that is not finite would reach keys.
   for (size_t i = 0; i < size - sizeof(header); i += 2) {
     uint16_t a;
     std::memcpy(&a, in + i, 2);
-    if (a >= 0x7c00u) return Status::Corrupt("weights.a: value " + std::to_string(i / 2) + " is negative or not finite");
+    if ((a & 0x7c00u) == 0x7c00u) return Status::Corrupt("weights: number " + std::to_string(i / 2) + " is not finite");
   }
   // Oldest first, so that the newest is tried first again; the store keeps the newest ones.
   for (uint32_t t = header.n_tables; t-- > 0;) {

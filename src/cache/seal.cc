@@ -32,9 +32,10 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
                   args.q_head_stride / sizeof(float), group, dim, sparkv_group(config_.group), out + size_t(h) * size_t(dim));
     }
   };
-  std::vector<float> one(layer.k_row()), sum(layer.k_row());
+  const size_t n = layer.k_row();
+  std::vector<float> one(n), u(n);
   for (const NewTable& table : step_.new_tables) {
-    std::fill(sum.begin(), sum.end(), 0.0f);
+    std::fill(u.begin(), u.end(), 0.0f);
     for (const auto& [rank, cell] : table.queries) {
       const float* e = one.data();
       if (const auto kept = observed_.find(cell); kept != observed_.end()) {
@@ -42,17 +43,17 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
       } else {
         energy(cell, one.data());
       }
-      for (size_t j = 0; j < sum.size(); ++j) sum[j] += e[j];
+      for (size_t j = 0; j < n; ++j) u[j] += e[j];
     }
-    for (float& u : sum) u = std::sqrt(u);
+    for (float& x : u) x = std::sqrt(x);
     for (int h = 0; h < layer.n_kv_heads; ++h) {
       const size_t at = size_t(h) * size_t(dim);
-      MakeTable(sparkv_recover(config_.recover), sum.data() + at, dim, tables_.at(table.id)->a.data() + layer.channel_at + at);
+      MakeTable(layer.key.recover, u.data() + at, dim, tables_.at(table.id)->a.data() + layer.table_at + at);
     }
   }
   for (const int64_t cell : step_.observed) {
     std::vector<float>& kept = observed_[cell];
-    kept.resize(layout_.table_channels);
+    kept.resize(layout_.channels);
     energy(cell, kept.data() + layer.channel_at);
   }
 }

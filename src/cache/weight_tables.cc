@@ -13,7 +13,7 @@ uint16_t WeightTables::Make() {
   if (id > 65535) return 0;
   if (id == tables_.size()) tables_.emplace_back();
   tables_[id] = std::make_unique<WeightTable>();
-  tables_[id]->a.assign(channels_, 0x3c00u);
+  tables_[id]->a.assign(numbers_, 0);
   tables_[id]->refs = 1;
   ++n_tables_;
   Used(uint16_t(id));
@@ -56,18 +56,18 @@ std::vector<uint16_t> WeightTables::Known() const {
   return ids;
 }
 
-void MakeTable(sparkv_recover recover, const float* u, int head_dim, uint16_t* a) {
+namespace {
+
+uint16_t Weight(double x) { return FloatToHalf(float(std::fmin(std::fmax(x, 0x1p-14), 65504.0))); }
+
+}  // namespace
+
+void MakeTable(sparkv_recover recover, const float* u, int head_dim, uint16_t* restore) {
   float largest = 0.0f;
   for (int j = 0; j < head_dim; ++j) largest = std::fmax(largest, std::isfinite(u[j]) ? u[j] : 0.0f);
-  if (!(largest > 0.0f)) {
-    for (int j = 0; j < head_dim; ++j) a[j] = 0x3c00u;
-    return;
-  }
-  // weight w: the reference ranks by k^2 u, so |k| sqrt(u); the paper by |k| u. Scaled to a root mean square of 1.
+  // weight: the reference ranks by k^2 u, so |k| sqrt(u); the paper by |k| u. Scaled to a root mean square of 1.
   const auto alive = [&](int j) { return u[j] > 1e-12f * largest && std::isfinite(u[j]); };
-  const auto weight = [&](int j) {
-    return recover == SPARKV_RECOVER_PAPER ? double(u[j]) : std::sqrt(double(u[j]));
-  };
+  const auto weight = [&](int j) { return recover == SPARKV_RECOVER_PAPER ? double(u[j]) : std::sqrt(double(u[j])); };
   double energy = 0.0;
   int n_alive = 0;
   for (int j = 0; j < head_dim; ++j) {
@@ -75,21 +75,15 @@ void MakeTable(sparkv_recover recover, const float* u, int head_dim, uint16_t* a
     energy += weight(j) * weight(j);
     ++n_alive;
   }
-  const double rms = std::sqrt(energy / n_alive);
-  for (int j = 0; j < head_dim; ++j) {
-    if (!alive(j)) {
-      a[j] = 0;
-      continue;
-    }
-    const double x = rms / weight(j);
-    a[j] = FloatToHalf(float(std::fmin(std::fmax(x, 0x1p-14), 65504.0)));
-  }
+  const double rms = n_alive > 0 ? std::sqrt(energy / n_alive) : 1.0;
+  // No query energy at all: |k| alone decides.
+  for (int j = 0; j < head_dim; ++j) restore[j] = n_alive == 0 ? 0x3c00u : alive(j) ? Weight(rms / weight(j)) : uint16_t{0};
 }
 
-void ExpandTable(const uint16_t* a, int n, float* table, float* weight) {
-  for (int j = 0; j < n; ++j) {
-    table[j] = HalfToFloat(a[j]);
-    if (weight != nullptr) weight[j] = table[j] > 0.0f ? 1.0f / table[j] : 0.0f;
+void ExpandTable(const uint16_t* restore, int head_dim, float* out) {
+  for (int j = 0; j < head_dim; ++j) {
+    out[j] = HalfToFloat(restore[j]);
+    out[head_dim + j] = out[j] > 0.0f ? 1.0f / out[j] : 0.0f;
   }
 }
 

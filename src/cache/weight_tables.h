@@ -10,16 +10,16 @@
 
 namespace sparkv {
 
-// f16 a[channel] for every layer and KV head: what a pruned or integer channel is multiplied with.
+// For every layer and KV head that prunes, f16 restore [k_dim] (format/row_layout.h).
 struct WeightTable {
-  std::vector<uint16_t> a;  // [table_channels]
+  std::vector<uint16_t> a;  // [table_numbers]
   int64_t refs = 0;         // cells that refer to it
   uint64_t last_use = 0;
 };
 
 class WeightTables {
  public:
-  void Init(size_t channels) { channels_ = channels; }
+  void Init(size_t numbers) { numbers_ = numbers; }
 
   // A new table with one reference held by the caller until Unref; 0 when all numbers are taken.
   uint16_t Make();
@@ -34,22 +34,22 @@ class WeightTables {
   // Known tables, newest use first.
   std::vector<uint16_t> Known() const;
   void Used(uint16_t id) { tables_[id]->last_use = ++clock_; }
-  size_t bytes() const { return n_tables_ * channels_ * sizeof(uint16_t); }
+  size_t bytes() const { return n_tables_ * numbers_ * sizeof(uint16_t); }
   size_t count() const { return tables_.size(); }
 
  private:
   static constexpr size_t kIdle = 8;  // tables kept without references
   void DropIdle();
 
-  size_t channels_ = 0;
+  size_t numbers_ = 0;
   std::vector<std::unique_ptr<WeightTable>> tables_{1};  // index = number; entry 0 stays empty
   size_t n_tables_ = 0;
   uint64_t clock_ = 0;
 };
 
-// u [head_dim] -> a [head_dim] f16 such that z = k / a is what the configuration ranks by (docs/format.md, "weights").
-void MakeTable(sparkv_recover recover, const float* u, int head_dim, uint16_t* a);
-// f32 copies for the kernels: a, and weight = 1 / a (0 where a is 0).
-void ExpandTable(const uint16_t* a, int n, float* table, float* weight);
+// Weights of one head from u [head_dim] of its queries (method/observe.h): restore, f16 [head_dim].
+void MakeTable(sparkv_recover recover, const float* u, int head_dim, uint16_t* restore);
+// restore of one head -> f32 KeyWeights [kWeightParts][head_dim].
+void ExpandTable(const uint16_t* restore, int head_dim, float* out);
 
 }  // namespace sparkv

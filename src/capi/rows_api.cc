@@ -38,20 +38,18 @@ Status CheckSize(size_t size, uint32_t bytes) {
   return Status::Invalid("row_size: " + std::to_string(size) + " is not the row's " + std::to_string(bytes) + " bytes");
 }
 
-Status CheckTable(const uint16_t* table, int32_t head_dim) {
+Status CheckTable(const KeyLayout& layout, const uint16_t* table) {
+  if (!layout.needs_table()) return Status::Ok();
   if (table == nullptr) return Status::Invalid("table: NULL, but this configuration packs with weights");
-  for (int32_t j = 0; j < head_dim; ++j) {
+  for (int j = 0; j < layout.head_dim; ++j) {
     if (table[j] >= 0x7c00u) return Status::Corrupt("table[" + std::to_string(j) + "]: negative or not finite");
   }
   return Status::Ok();
 }
 
 Status CheckKeyRow(const KeyLayout& layout, const uint8_t* row) {
-  if (layout.number != SPARKV_F16) {
-    const unsigned scale = unsigned(row[0] | row[1] << 8);
-    if (!layout.restores() && scale >> 10 != kRatioZero && (scale & 1023) != 0) {
-      return Status::Corrupt("scale: a pruned magnitude, but this row restores nothing");
-    }
+  if (layout.number != SPARKV_F16 && !layout.restores() && layout.kept > 0 && RatioOf(uint32_t(row[0] | row[1] << 8)) != 0) {
+    return Status::Corrupt("scale: a pruned magnitude, but this row restores nothing");
   }
   if (layout.mask_bytes != 0) {
     int kept = 0;
@@ -104,7 +102,7 @@ sparkv_status sparkv_make_table(const sparkv_config* config, const float* u, int
     Row row;
     if (Status s = sparkv::MakeRow(config, head_dim, &row); !s.ok()) return s;
     if (u == nullptr || table == nullptr) return Status::Invalid(u == nullptr ? "u: NULL" : "table: NULL");
-    sparkv::MakeTable(sparkv_recover(config->recover), u, head_dim, table);
+    sparkv::MakeTable(row.key.recover, u, head_dim, table);
     return Status::Ok();
   });
 }
@@ -116,12 +114,10 @@ sparkv_status sparkv_pack_key(const sparkv_config* config, const uint16_t* table
     if (Status s = sparkv::MakeRow(config, head_dim, &r); !s.ok()) return s;
     if (Status s = sparkv::CheckSize(row_size, r.key.bytes); !s.ok()) return s;
     if (k == nullptr || row == nullptr) return Status::Invalid(k == nullptr ? "k: NULL" : "row: NULL");
-    float a[sparkv::kMaxHeadDim], weight[sparkv::kMaxHeadDim];
-    if (r.key.needs_table()) {
-      if (Status s = sparkv::CheckTable(table, head_dim); !s.ok()) return s;
-      sparkv::ExpandTable(table, head_dim, a, weight);
-    }
-    r.ops->pack_key(r.key, a, weight, k, row);
+    float weights[sparkv::kWeightParts * sparkv::kMaxHeadDim];
+    if (Status s = sparkv::CheckTable(r.key, table); !s.ok()) return s;
+    if (r.key.needs_table()) sparkv::ExpandTable(table, head_dim, weights);
+    r.ops->pack_key(r.key, weights, k, row);
     return Status::Ok();
   });
 }
@@ -133,13 +129,11 @@ sparkv_status sparkv_unpack_key(const sparkv_config* config, const uint16_t* tab
     if (Status s = sparkv::MakeRow(config, head_dim, &r); !s.ok()) return s;
     if (Status s = sparkv::CheckSize(row_size, r.key.bytes); !s.ok()) return s;
     if (k == nullptr || row == nullptr) return Status::Invalid(k == nullptr ? "k: NULL" : "row: NULL");
-    float a[sparkv::kMaxHeadDim];
-    if (r.key.needs_table()) {
-      if (Status s = sparkv::CheckTable(table, head_dim); !s.ok()) return s;
-      sparkv::ExpandTable(table, head_dim, a, nullptr);
-    }
+    float weights[sparkv::kWeightParts * sparkv::kMaxHeadDim];
+    if (Status s = sparkv::CheckTable(r.key, table); !s.ok()) return s;
+    if (r.key.needs_table()) sparkv::ExpandTable(table, head_dim, weights);
     if (Status s = sparkv::CheckKeyRow(r.key, row); !s.ok()) return s;
-    r.ops->unpack_key(r.key, a, row, k);
+    r.ops->unpack_key(r.key, weights, row, k);
     return Status::Ok();
   });
 }

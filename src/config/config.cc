@@ -15,10 +15,13 @@ namespace {
 struct Start {
   sparkv_recover recover;
   sparkv_group group;
+  int window;
 };
-constexpr Start kPaper = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED};
-constexpr Start kPacked = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED};
-constexpr int kSinks = 4, kWindow = 32, kObserve = 32;
+constexpr Start kPaper = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED, 32};
+// The newest tokens are read most: 64 more dense ones take 0.18 bits at 4,096 tokens and a third of the
+// divergence away.
+constexpr Start kPacked = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED, 96};
+constexpr int kSinks = 4, kObserve = 32;
 
 // The first name of a number is the one written; the others are read as well.
 struct Name {
@@ -143,7 +146,6 @@ Status SetPreset(std::string_view name, sparkv_config* config) {
   next.seal = SPARKV_SEAL_STREAM;
   next.simd = SPARKV_SIMD_AUTO;
   next.sinks = kSinks;
-  next.window = kWindow;
   next.observe = kObserve;
   Start start = kPaper;
   std::string full_name(name);
@@ -184,6 +186,7 @@ Status SetPreset(std::string_view name, sparkv_config* config) {
     }
   }
   next.recover = start.recover;
+  next.window = start.window;
   next.group = start.group;
   std::memcpy(next.preset, full_name.c_str(), full_name.size() + 1);
   *config = next;

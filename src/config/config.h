@@ -26,7 +26,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
 // that is not.
 Status CheckConfig(const sparkv_config& config);
 
-// "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 32 seal stream". Group,
+// "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal stream". Group,
 // observe, simd and threads follow when they are not what a preset of that kind starts from.
 std::string ConfigText(const sparkv_config& config);
 

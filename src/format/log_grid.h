@@ -66,17 +66,24 @@ struct LogGrid {
   }
 };
 
-using KeyScaleGrid = LogGrid<16, 32, 1022>;    // largest kept |z| of a key row; 10 bits
-using ValueScaleGrid = LogGrid<64, 32, 4094>;  // largest |x| of a rotated value row; 12 bits
+using KeyScaleGrid = LogGrid<32, 16, 1022>;    // largest kept |k| of a key row; 10 bits
 using MeanGrid = LogGrid<8, 20, 255>;          // magnitude of pruned channels beside f16 kept ones; 8 bits
+using ValueScaleGrid = LogGrid<64, 32, 4094>;  // largest |x| of a rotated value row; 12 bits
 inline constexpr int kKeyScaleNotFinite = 1023;
 inline constexpr int kValueScaleNotFinite = 4095;
 
-// Pruned magnitude beside integer kept ones: largest * 2^(-r / 8), r = 0..62; r = 63 is zero.
-inline constexpr int kRatioZero = 63;
+// Magnitude of pruned channels beside integer kept ones: largest * 2^((9 - r) / 4), r = 1..63; r = 0 is zero. 6 bits.
+inline constexpr int kMaxRatio = 63;
+inline constexpr int kRatioOne = 9;
 static inline float RatioValue(int r) {
-  if (r == kRatioZero) return 0.0f;
-  return kPow2Table[(64 - r % 8 * 8) % 64] * std::bit_cast<float>(uint32_t(127 - (r + 7) / 8) << 23);
+  if (r == 0) return 0.0f;
+  const int quarter = kRatioOne - r + 64;  // quarters of an octave above 2^-16
+  return kPow2Table[quarter % 4 * 16] * std::bit_cast<float>(uint32_t(quarter / 4 - 16 + 127) << 23);
 }
+
+// The scale word of a key row with integer kept channels.
+static inline int KeyScaleOf(uint32_t word) { return int(word & 1023); }
+static inline int RatioOf(uint32_t word) { return int(word >> 10); }
+static inline uint32_t ScaleWord(int scale, int ratio) { return uint32_t(scale) | uint32_t(ratio) << 10; }
 
 }  // namespace sparkv

@@ -24,8 +24,9 @@ static inline int NumberBits(sparkv_number number) {
 }
 
 // A packed key row of one head: | scale | mask | signs | low codes | high codes |
-//   scale  u16: bits 0..9 KeyScaleGrid code of the largest kept |z|, bits 10..15 ratio of the pruned magnitude (integer kept);
-//          u8:  MeanGrid code of the pruned magnitude (f16 kept, recovered); absent for f16 kept that restore nothing
+//   scale  u16: bits 0..9 KeyScaleGrid code of the largest kept |k|, bits 10..15 the pruned magnitude as a ratio to it
+//          (integer kept);
+//          u8: MeanGrid code of the pruned magnitude (f16 kept, recovered); absent for f16 kept that restore nothing
 //   mask   head_dim bits, bit j = channel j is kept; absent when all or none are
 //   signs  one bit per pruned channel in channel order, 1 = positive; absent when pruned channels restore to zero
 //   codes  kept channels in channel order: f16 as they are; int8: a byte; int6, int5, int4: low 4 bits as nibbles (even rank
@@ -39,7 +40,7 @@ struct KeyLayout {
   uint32_t bytes = 0;
 
   bool restores() const { return recover != SPARKV_RECOVER_ZERO && pruned > 0; }
-  bool needs_table() const { return pruned > 0 || number != SPARKV_F16; }
+  bool needs_table() const { return pruned > 0; }  // weights decide which channels are pruned and restore them
 
   static KeyLayout Make(int head_dim, int kept, sparkv_number number, sparkv_recover recover) {
     KeyLayout l;
@@ -91,6 +92,19 @@ struct ValueLayout {
     return l;
   }
 };
+
+// Weights of one head as the kernels read them, [2][head_dim] f32 (docs/format.md, "weights"): channels are ranked by
+// |k| * weight; a pruned one is restored as sign * magnitude * restore, a kept integer one is level(code) * largest.
+// weight = 1 / restore, 0 where restore is 0.
+struct KeyWeights {
+  const float *restore, *weight;
+  KeyWeights(const float* table, int head_dim) : restore(table), weight(table + head_dim) {}
+};
+inline constexpr int kWeightParts = 2;
+
+// Level of an integer code in [-1, 1]: x = (code + 0.5) / half - 1 stretched to reach both ends, level = x (a + (1 - a) |x|).
+// Levels lie closer together near zero, because a few channels carry most of a key's size.
+inline constexpr float kLevelLinear = 0.7f;
 
 // Value rows are rotated in blocks of the largest power of two that divides the head size (64: one block; 96: three of 32).
 static inline int RotationBlock(int head_dim) { return head_dim & -head_dim; }

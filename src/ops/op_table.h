@@ -17,7 +17,7 @@ struct PackedTile {
   uint64_t rows = 0;
   const uint8_t* key[kTile];
   const uint8_t* value[kTile];
-  const float* table[kTile];  // f32 weights a[head_dim] the key was packed with; not read when the layout needs none
+  const float* table[kTile];  // KeyWeights the key was packed with; not read when the layout needs none
 };
 
 struct DenseTile {
@@ -58,8 +58,8 @@ static inline size_t ScratchFloats(int k_dim, int v_dim) {
 struct OpTable {
   const char* name;
 
-  // One row of one head. k, v: f16. `table`: f32 a[head_dim], `weight` its inverse (0 where a is 0); NULL when not needed.
-  void (*pack_key)(const KeyLayout& layout, const float* table, const float* weight, const uint16_t* k, uint8_t* row);
+  // One row of one head. k, v: f16. table: KeyWeights, NULL when not needed.
+  void (*pack_key)(const KeyLayout& layout, const float* table, const uint16_t* k, uint8_t* row);
   void (*pack_value)(const ValueLayout& layout, const uint16_t* v, uint8_t* row);
   // Back to f16, value rotation undone. The same bits on every instruction set.
   void (*unpack_key)(const KeyLayout& layout, const float* table, const uint8_t* row, uint16_t* k);

@@ -34,14 +34,9 @@ class Input {
     size_ -= bytes;
     return taken;
   }
-  std::vector<float> TakeFinite(size_t n) {
-    std::vector<float> taken = Take<float>(n);
-    for (float& x : taken) x = std::isfinite(x) ? x : 1.0f;
-    return taken;
-  }
   std::vector<float> TakePositive(size_t n) {
-    std::vector<float> taken = TakeFinite(n);
-    for (float& x : taken) x = std::fabs(x);
+    std::vector<float> taken = Take<float>(n);
+    for (float& x : taken) x = std::isfinite(x) ? std::fabs(x) : 1.0f;
     return taken;
   }
   int Below(int n) { return Take<uint8_t>(1)[0] % n; }
@@ -66,13 +61,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   config.ratio = input.Below(101) / 100.0;
   const int dim = 32 + 8 * input.Below(61);
 
-  const std::vector<float> weight = input.TakePositive(dim), spread = input.TakePositive(dim);
-  const std::vector<float> mean = input.TakeFinite(dim);
-  std::vector<uint16_t> table(sparkv_table_numbers(&config, dim));
-  if (!table.empty()) {
-    Require(sparkv_make_table(&config, weight.data(), mean.data(), spread.data(), dim, table.data(),
-                              &error) == SPARKV_OK, "a table of finite numbers", error);
-  }
+  const std::vector<float> weight = input.TakePositive(dim);
+  std::vector<uint16_t> table(dim);
+  Require(sparkv_make_table(&config, weight.data(), dim, table.data(), &error) == SPARKV_OK,
+          "a table of finite numbers", error);
 
   const std::vector<uint16_t> row_in = input.Take<uint16_t>(dim);
   const size_t key_bytes = sparkv_key_row_bytes(&config, dim);

@@ -48,7 +48,7 @@ TEST(Config, NoNameMeansTheDefaultPreset) {
   EXPECT_STREQ(Preset(nullptr).preset, "spark-0.5-i5");
   EXPECT_STREQ(Preset("").preset, "spark-0.5-i5");
   EXPECT_EQ(Text(Preset(nullptr)),
-            "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 32 seal stream");
+            "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal stream");
 }
 
 TEST(Config, ExactPrunesNothingAndRoundsNothing) {

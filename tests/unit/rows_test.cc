@@ -11,25 +11,23 @@
 namespace sparkv::test {
 namespace {
 
-struct Table {
-  std::vector<uint16_t> a;
-  std::vector<float> table, weight;
-};
-
-Table TableOf(const sparkv_config& config, const std::vector<float>& u) {
-  Table t;
-  const size_t n = u.size();
-  t.a.resize(n);
-  t.table.resize(n + 16);
-  t.weight.resize(n + 16);
-  MakeTable(sparkv_recover(config.recover), u.data(), int(n), t.a.data());
-  ExpandTable(t.a.data(), int(n), t.table.data(), t.weight.data());
-  return t;
-}
-
 KeyLayout LayoutOf(const sparkv_config& config, int head_dim) {
   return KeyLayout::Make(head_dim, KeptChannels(config.ratio, head_dim), sparkv_number(config.kept),
                          sparkv_recover(config.recover));
+}
+
+struct Table {
+  std::vector<uint16_t> a;
+  std::vector<float> table;
+};
+
+Table TableOf(const KeyLayout& layout, const std::vector<float>& u) {
+  Table t;
+  t.a.resize(u.size());
+  t.table.resize(kWeightParts * u.size() + 16);
+  MakeTable(layout.recover, u.data(), int(u.size()), t.a.data());
+  ExpandTable(t.a.data(), int(u.size()), t.table.data());
+  return t;
 }
 
 TEST(Rows, SizesAreThoseOfTheFormatDocument) {
@@ -67,21 +65,21 @@ TEST(Rows, EveryInstructionSetWritesTheSameBytesAndPackingIsIdempotent) {
     for (const sparkv_config& config : AllConfigs()) {
       const KeyLayout layout = LayoutOf(config, dim);
       for (int weights = 0; weights < kWeightKinds; ++weights) {
-        const Table table = TableOf(config, HardWeights(dim, weights, rng));
+        const Table table = TableOf(layout, HardWeights(dim, weights, rng));
         for (int kind = 0; kind < kKinds; ++kind) {
           const std::vector<uint16_t> k = HardRow(dim, kind, rng);
           std::vector<uint8_t> first(layout.bytes + 64, 0xaa), row(layout.bytes + 64, 0xaa);
-          ops[0]->pack_key(layout, table.table.data(), table.weight.data(), k.data(), first.data());
+          ops[0]->pack_key(layout, table.table.data(), k.data(), first.data());
           std::vector<uint16_t> back(k.size()), other(k.size());
           ops[0]->unpack_key(layout, table.table.data(), first.data(), back.data());
           for (const OpTable* op : ops) {
             std::fill(row.begin(), row.end(), 0xaa);
-            op->pack_key(layout, table.table.data(), table.weight.data(), k.data(), row.data());
+            op->pack_key(layout, table.table.data(), k.data(), row.data());
             ASSERT_EQ(row, first) << op->name << " " << Name(config) << " D " << dim << " kind " << kind << " weights " << weights;
             op->unpack_key(layout, table.table.data(), row.data(), other.data());
             ASSERT_EQ(other, back) << op->name << " " << Name(config);
           }
-          ops[0]->pack_key(layout, table.table.data(), table.weight.data(), back.data(), row.data());
+          ops[0]->pack_key(layout, table.table.data(), back.data(), row.data());
           ASSERT_EQ(row, first) << "not idempotent: " << Name(config) << " D " << dim << " kind " << kind << " weights "
                                 << weights;
         }
@@ -126,20 +124,20 @@ TEST(Rows, ErrorsLieWhereTheFormatPutsThem) {
     double low, high;
   };
   for (const Case c : {Case{"spark-0.5", 2e-4, 1e-3}, Case{"spark-0.5-i8", 4e-4, 2e-3}, Case{"spark-0.5-i5", .005, .03},
-                       Case{"spark-0.5-i4", .02, .12}, Case{"spark-0.8", 2e-3, 1e-2}, Case{"spark-0-i8", 2e-4, 1e-3}}) {
+                       Case{"spark-0.5-i4", .02, .12}, Case{"spark-0.8", 2e-3, 1e-2}, Case{"spark-0-i8", 5e-5, 5e-4}}) {
     sparkv_config config = Blank();
     ASSERT_EQ(sparkv_config_preset(&config, c.preset, nullptr), SPARKV_OK) << c.preset;
     const KeyLayout layout = LayoutOf(config, 64);
     double error = 0.0, energy = 0.0;
     for (int i = 0; i < 400; ++i) {
-      const Table table = TableOf(config, HardWeights(64, 0, rng));
+      const Table table = TableOf(layout, HardWeights(64, 0, rng));
       const std::vector<uint16_t> k = HardRow(64, 0, rng);
       std::vector<uint8_t> row(layout.bytes);
       std::vector<uint16_t> back(64);
-      CpuOps(SPARKV_SIMD_AUTO)->pack_key(layout, table.table.data(), table.weight.data(), k.data(), row.data());
+      CpuOps(SPARKV_SIMD_AUTO)->pack_key(layout, table.table.data(), k.data(), row.data());
       CpuOps(SPARKV_SIMD_AUTO)->unpack_key(layout, table.table.data(), row.data(), back.data());
       for (size_t j = 0; j < 64; ++j) {
-        const double w = table.weight[j], x = HalfToFloat(k[j]) * w, y = HalfToFloat(back[j]) * w;
+        const double w = KeyWeights(table.table.data(), 64).weight[j], x = HalfToFloat(k[j]) * w, y = HalfToFloat(back[j]) * w;
         error += (x - y) * (x - y);
         energy += x * x;
       }
@@ -154,11 +152,11 @@ TEST(Rows, NaNStaysInItsOwnRow) {
   for (const sparkv_config& config : AllConfigs()) {
     const KeyLayout layout = LayoutOf(config, 64);
     if (layout.kept < 2) continue;
-    const Table table = TableOf(config, HardWeights(64, 0, rng));
+    const Table table = TableOf(layout, HardWeights(64, 0, rng));
     const std::vector<uint16_t> k = HardRow(64, 8, rng);
     std::vector<uint8_t> row(layout.bytes);
     std::vector<uint16_t> back(64);
-    CpuOps(SPARKV_SIMD_PLAIN)->pack_key(layout, table.table.data(), table.weight.data(), k.data(), row.data());
+    CpuOps(SPARKV_SIMD_PLAIN)->pack_key(layout, table.table.data(), k.data(), row.data());
     CpuOps(SPARKV_SIMD_PLAIN)->unpack_key(layout, table.table.data(), row.data(), back.data());
     int nan = 0;
     for (const uint16_t h : back) nan += std::isnan(HalfToFloat(h)) ? 1 : 0;
@@ -170,7 +168,8 @@ TEST(Rows, UnpackRefusesHostileBytes) {
   sparkv_config config = Blank();
   ASSERT_EQ(sparkv_config_preset(&config, "spark-0.5-i5", nullptr), SPARKV_OK);
   std::mt19937 rng(9);
-  const Table table = TableOf(config, HardWeights(80, 0, rng));
+  const KeyLayout layout = LayoutOf(config, 80);
+  const Table table = TableOf(layout, HardWeights(80, 0, rng));
   const std::vector<uint16_t> k = HardRow(80, 0, rng);
   std::vector<uint8_t> row(sparkv_key_row_bytes(&config, 80));
   std::vector<uint16_t> back(80);
@@ -192,7 +191,7 @@ TEST(Rows, UnpackRefusesHostileBytes) {
 
 TEST(LogGrid, CeilAndNearestAreWhatTheySay) {
   std::mt19937 rng(1);
-  std::uniform_real_distribution<float> octave(-30.0f, 30.0f);
+  std::uniform_real_distribution<float> octave(-15.0f, 15.0f);
   for (int i = 0; i < 20000; ++i) {
     const float x = std::exp2(octave(rng));
     const int e = KeyScaleGrid::Ceil(x, 0x1p-8f);
@@ -205,8 +204,8 @@ TEST(LogGrid, CeilAndNearestAreWhatTheySay) {
   }
   for (int e = 1; e < 256; ++e) ASSERT_EQ(MeanGrid::Nearest(MeanGrid::Value(e)), e);
   for (int e = 1; e < 1023; ++e) ASSERT_EQ(KeyScaleGrid::Ceil(KeyScaleGrid::Value(e), 0x1p-8f), e);
-  for (int r = 0; r < 63; ++r) ASSERT_NEAR(RatioValue(r), std::exp2(-r / 8.0), 1e-6);
-  EXPECT_EQ(RatioValue(63), 0.0f);
+  for (int r = 1; r <= kMaxRatio; ++r) ASSERT_NEAR(RatioValue(r), std::exp2((kRatioOne - r) / 4.0), 1e-6 * RatioValue(r));
+  EXPECT_EQ(RatioValue(0), 0.0f);
   EXPECT_EQ(KeyScaleGrid::Ceil(0.0f, 0x1p-8f), 0);
 }
 

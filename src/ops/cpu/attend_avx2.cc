@@ -79,7 +79,7 @@ inline void CodeBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* code
 inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
   const int n = layout.head_dim;
   const uint8_t* halves = row + layout.low_at;
-  if (!layout.needs_table()) {
+  if (layout.pruned == 0 && layout.number == SPARKV_F16) {
     for (int j = 0; j < n; j += 8) {
       _mm256_storeu_ps(out + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + 2 * j))));
     }
@@ -87,27 +87,29 @@ inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* r
   }
   const bool integers = layout.number != SPARKV_F16;
   alignas(32) uint8_t codes[kMaxHeadDim + 64];
-  float top = 0.0f, centre = 1.0f;
-  if (integers) {
-    CodeBytes(layout, row, codes);
-    centre = float(1 << (NumberBits(layout.number) - 1)) - 0.5f;
-    top = KeptStep(layout, row) * centre;
-  }
+  const float middle = Middle(layout), top = integers ? LargestKept(row) : 0.0f;
+  if (integers) CodeBytes(layout, row, codes);
+  const KeyWeights w(table, n);
   const float magnitude = PrunedMagnitude(layout, row);
-  const __m256 step = _mm256_set1_ps(top / centre), offset = _mm256_set1_ps(-top);
+  const __m256 to_unit = _mm256_set1_ps(1.0f / middle), minus_one = _mm256_set1_ps(-1.0f);
+  const __m256 linear = _mm256_set1_ps(kLevelLinear * top), square = _mm256_set1_ps((1.0f - kLevelLinear) * top);
+  const __m256 magnitude_bits = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const __m256 plus = _mm256_set1_ps(magnitude), minus = _mm256_set1_ps(-magnitude);
   unsigned rank = 0, pruned_rank = 0;
   for (int j = 0; j < n; j += 8) {
     const unsigned mask = layout.mask_bytes != 0 ? row[layout.mask_at + unsigned(j) / 8] : layout.kept > 0 ? 255u : 0u;
     const unsigned positive =
         layout.sign_bytes != 0 ? _pdep_u32(Bits8At(row + layout.sign_at, pruned_rank), ~mask & 255u) : 0u;
-    const __m256 a = _mm256_loadu_ps(table + j);
-    const __m256 pruned = _mm256_mul_ps(_mm256_blendv_ps(minus, plus, Lanes(positive)), a);
+    __m256 pruned = _mm256_setzero_ps();
+    if (layout.pruned > 0) {
+      pruned = _mm256_mul_ps(_mm256_blendv_ps(minus, plus, Lanes(positive)), _mm256_loadu_ps(w.restore + j));
+    }
     __m256 kept;
     if (integers) {
       const __m128i bytes = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + rank)),
                                              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[mask].data())));
-      kept = _mm256_mul_ps(_mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), step, offset), a);
+      const __m256 x = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), to_unit, minus_one);
+      kept = _mm256_mul_ps(x, _mm256_fmadd_ps(_mm256_and_ps(x, magnitude_bits), square, linear));
     } else {
       // Byte pairs of the half at rank r are 2r and 2r + 1.
       const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[mask].data()));

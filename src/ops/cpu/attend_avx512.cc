@@ -62,14 +62,13 @@ template <sparkv_number kNumber>
 inline void IntegerKeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
   const int n = layout.head_dim;
   constexpr int kBits = kNumber == SPARKV_INT8 ? 8 : kNumber == SPARKV_INT6 ? 6 : kNumber == SPARKV_INT5 ? 5 : 4;
-  constexpr float kCentre = float(1 << (kBits - 1)) - 0.5f;
-  const uint32_t scale = GetScale(row);
-  const int e = int(scale & 1023);
-  const bool finite = e != kKeyScaleNotFinite;
-  const float top = finite ? KeyScaleGrid::Value(e) : std::numeric_limits<float>::quiet_NaN();
-  const float magnitude = layout.restores() && finite ? top * RatioValue(int(scale >> 10)) : 0.0f;
-  const __m512 step = _mm512_set1_ps(top * (1.0f / kCentre));
-  const __m512 offset = _mm512_set1_ps(-kCentre * (top * (1.0f / kCentre)));
+  constexpr float kMiddle = float(1 << (kBits - 1)) - 0.5f;
+  // Masked loads keep off the weights when nothing is pruned and there are none.
+  const float* restore = table;
+  const float top = LargestKept(row);
+  const float magnitude = layout.restores() ? PrunedMagnitude(layout, row) : 0.0f;
+  const __m512 to_unit = _mm512_set1_ps(1.0f / kMiddle), minus_one = _mm512_set1_ps(-1.0f);
+  const __m512 linear = _mm512_set1_ps(kLevelLinear * top), square = _mm512_set1_ps((1.0f - kLevelLinear) * top);
   const __m512 plus = _mm512_set1_ps(magnitude), minus = _mm512_set1_ps(-magnitude);
   // All codes first, as bytes, when they do not fit one register: a 64-channel piece starts at any rank.
   alignas(64) uint8_t codes[kMaxHeadDim + 64];
@@ -92,9 +91,12 @@ inline void IntegerKeyRow(const KeyLayout& layout, const float* table, const uin
     const int quarters = n - j0 >= 64 ? 4 : (n - j0 + 15) / 16;
     const auto quarter = [&](int i, __m128i bytes) {
       const __mmask16 kept = __mmask16(mask >> (16 * i)), plus_bits = __mmask16(positive >> (16 * i));
-      const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), step, offset);
+      const int j = j0 + 16 * i;
+      const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), to_unit, minus_one);
+      const __m512 slope = _mm512_fmadd_ps(_mm512_abs_ps(x), square, linear);
       const __m512 z = _mm512_mask_mov_ps(_mm512_mask_blend_ps(plus_bits, minus, plus), kept, x);
-      _mm512_storeu_ps(out + j0 + 16 * i, _mm512_mul_ps(z, _mm512_loadu_ps(table + j0 + 16 * i)));
+      const __m512 unit = _mm512_mask_loadu_ps(slope, __mmask16(~kept), restore + j);
+      _mm512_storeu_ps(out + j, _mm512_mul_ps(z, unit));
     };
     quarter(0, _mm512_castsi512_si128(expanded));
     if (quarters > 1) quarter(1, _mm512_extracti32x4_epi32(expanded, 1));

@@ -20,7 +20,7 @@ bool HalfRow(const uint16_t* half, int n, float* out) {
 void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
   const uint8_t* codes = row + layout.low_at;
   const bool integers = layout.number != SPARKV_F16;
-  if (!layout.needs_table()) {
+  if (layout.pruned == 0 && !integers) {
     for (int j = 0; j < layout.head_dim; ++j) {
       uint16_t half;
       std::memcpy(&half, codes + 2 * size_t(j), 2);
@@ -28,14 +28,14 @@ void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, flo
     }
     return;
   }
+  const KeyWeights w(table, layout.head_dim);
   const float magnitude = PrunedMagnitude(layout, row);
-  const float step = integers ? KeptStep(layout, row) : 0.0f;
-  const float centre = integers ? float(1 << (NumberBits(layout.number) - 1)) - 0.5f : 0.0f;
+  const float largest = integers ? LargestKept(row) : 0.0f, middle = Middle(layout);
   int rank = 0, pruned_rank = 0;
   for (int j = 0; j < layout.head_dim; ++j) {
     if (MaskBit(layout, row, j)) {
       if (integers) {
-        out[j] = (float(GetCode(layout, row, rank)) - centre) * step * table[j];
+        out[j] = Level(GetCode(layout, row, rank), middle) * largest;
       } else {
         uint16_t half;
         std::memcpy(&half, codes + 2 * size_t(rank), 2);
@@ -45,7 +45,7 @@ void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, flo
     } else {
       const int at = pruned_rank++;
       const bool positive = layout.sign_bytes != 0 && (row[layout.sign_at + unsigned(at) / 8] >> (at % 8) & 1);
-      out[j] = (positive ? magnitude : -magnitude) * table[j];
+      out[j] = (positive ? magnitude : -magnitude) * w.restore[j];
     }
   }
 }

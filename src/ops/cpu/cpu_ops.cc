@@ -8,7 +8,7 @@ namespace sparkv {
 
 #define SPARKV_DECLARE_OPS(isa)                                                                                          \
   namespace isa {                                                                                                        \
-  void PackKey(const KeyLayout&, const float*, const float*, const uint16_t*, uint8_t*);                                 \
+  void PackKey(const KeyLayout&, const float*, const uint16_t*, uint8_t*);                                               \
   void PackValue(const ValueLayout&, const uint16_t*, uint8_t*);                                                         \
   void UnpackKey(const KeyLayout&, const float*, const uint8_t*, uint16_t*);                                             \
   void UnpackValue(const ValueLayout&, const uint8_t*, uint16_t*);                                                       \

@@ -6,10 +6,9 @@
 // staying above the pruned one, so that the same channels are selected again.
 
 constexpr int kLanes16 = 16;
-constexpr float kHalfNoise = 0x1p-9f;       // wider than the relative rounding error of f16 (2^-11) and of z
 constexpr float kKeyTolerance = 0x1p-8f;
 constexpr float kValueTolerance = 0x1p-9f;
-constexpr int kSettle = 64;                 // rounds of pack and unpack for rows near the ends of f16's range
+constexpr int kSettle = 24;                 // rounds of pack and unpack for rows near the ends of f16's range
 
 inline void PutCode(const KeyLayout& layout, uint8_t* row, int rank, int code) {
   uint8_t* low = row + layout.low_at;
@@ -39,54 +38,55 @@ inline uint16_t Saturate(float x) {
 }
 
 void UnpackKey(const KeyLayout& layout, const float* table, const uint8_t* row, uint16_t* k) {
+  if (layout.pruned == 0 && layout.number == SPARKV_F16) {
+    std::memcpy(k, row + layout.low_at, 2 * size_t(layout.head_dim));
+    return;
+  }
+  const KeyWeights w(table, layout.head_dim);
   const float magnitude = PrunedMagnitude(layout, row);
   const bool integers = layout.number != SPARKV_F16;
-  const float step = integers ? KeptStep(layout, row) : 0.0f;
-  const float centre = integers ? float(1 << (NumberBits(layout.number) - 1)) - 0.5f : 0.0f;
+  const float largest = integers ? LargestKept(row) : 0.0f, middle = Middle(layout);
   int rank = 0, pruned_rank = 0;
   for (int j = 0; j < layout.head_dim; ++j) {
+    float y = 0.0f;
     if (MaskBit(layout, row, j)) {
-      if (integers) {
-        k[j] = Saturate((float(GetCode(layout, row, rank)) - centre) * step * table[j]);
-      } else {
-        std::memcpy(&k[j], row + layout.low_at + 2 * size_t(rank), 2);
+      const int at = rank++;
+      if (!integers) {
+        std::memcpy(&k[j], row + layout.low_at + 2 * size_t(at), 2);
+        continue;
       }
-      ++rank;
+      y = Level(GetCode(layout, row, at), middle) * largest;
     } else {
-      float x = 0.0f;
+      const int at = pruned_rank++;
       if (layout.sign_bytes != 0) {
-        const bool positive = row[layout.sign_at + unsigned(pruned_rank) / 8] >> (pruned_rank % 8) & 1;
-        x = magnitude * table[j];
-        if (!positive) x = -x;
-        if (x == 0.0f) x = 0.0f;
+        const bool positive = row[layout.sign_at + unsigned(at) / 8] >> (at % 8) & 1;
+        y = magnitude * w.restore[j];
+        if (!positive) y = -y;
       }
-      ++pruned_rank;
-      k[j] = Saturate(x);
-      if (k[j] == 0x8000u) k[j] = 0;
     }
+    k[j] = Saturate(y);
+    if (k[j] == 0x8000u) k[j] = 0;
   }
 }
 
 // One pass; *fragile is set when f16 rounding of the unpacked row may exceed what the grids tolerate.
-inline void PackKeyOnce(const KeyLayout& layout, const float* table, const float* weight, const uint16_t* k, uint8_t* row,
-                        bool* fragile) {
+inline void PackKeyOnce(const KeyLayout& layout, const float* table, const uint16_t* k, uint8_t* row, bool* fragile) {
   const int n = layout.head_dim;
   std::memset(row, 0, layout.bytes);
-  if (!layout.needs_table()) {
+  if (layout.pruned == 0 && layout.number == SPARKV_F16) {
     std::memcpy(row + layout.low_at, k, 2 * size_t(n));
     return;
   }
-  alignas(64) float z[kMaxHeadDim];
+  const KeyWeights w(table, n);  // not read when nothing is pruned
+  alignas(64) float value[kMaxHeadDim];
   alignas(64) float score[kMaxHeadDim];
   uint64_t mask[kMaxHeadDim / 64] = {};
   bool finite = true;
   for (int j = 0; j < n; ++j) {
-    const float x = HalfToFloat(k[j]);
-    z[j] = x * weight[j];
+    value[j] = HalfToFloat(k[j]);
+    score[j] = layout.pruned > 0 ? std::fabs(value[j]) * w.weight[j] : 0.0f;
     finite &= (k[j] & 0x7c00u) != 0x7c00u;
   }
-  // A channel without weight keeps NaN out of the products above only if its key is finite.
-  for (int j = 0; j < n; ++j) score[j] = std::fabs(z[j]);
   if (!finite) {
     for (int j = 0; j < n; ++j) {
       if ((k[j] & 0x7c00u) == 0x7c00u) score[j] = std::numeric_limits<float>::quiet_NaN();
@@ -96,18 +96,11 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const float
   const auto kept = [&](int j) { return (mask[j / 64] >> (j % 64) & 1) != 0; };
   if (layout.mask_bytes != 0) std::memcpy(row + layout.mask_at, mask, layout.mask_bytes);
 
-  float largest = 0.0f, threshold = std::numeric_limits<float>::infinity();
-  int largest_at = -1;
-  for (int j = 0; j < n; ++j) {
-    if (!kept(j)) continue;
-    if (score[j] > largest) {
-      largest = score[j];
-      largest_at = j;
-    }
-    if (score[j] < threshold) threshold = score[j];
-  }
+  float threshold = std::numeric_limits<float>::infinity();
+  for (int j = 0; j < n; ++j) threshold = kept(j) && score[j] < threshold ? score[j] : threshold;
 
-  // c = mean of the pruned z^2 (reference) or |z| (paper) strictly below the threshold; dead channels do not count.
+  // c = mean of the pruned z^2 (reference) or |z| (paper), z = |k| * weight, strictly below the threshold; channels without
+  // weight do not count.
   float magnitude = 0.0f;
   if (layout.restores()) {
     const bool square = layout.recover == SPARKV_RECOVER_MEAN;
@@ -116,16 +109,16 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const float
       for (int lane = 0; lane < kLanes16; ++lane) {
         const int j = j0 + lane;
         if (j >= n) break;
-        const bool counts = !kept(j) && score[j] < threshold && weight[j] > 0.0f;
+        const bool counts = !kept(j) && score[j] < threshold && w.weight[j] > 0.0f;
         const float x = square ? score[j] * score[j] : score[j];
         sum[lane] += counts ? x : 0.0f;
         count[lane] += counts ? 1.0f : 0.0f;
       }
     }
-    for (int step = kLanes16 / 2; step > 0; step /= 2) {
-      for (int lane = 0; lane < step; ++lane) {
-        sum[lane] += sum[lane + step];
-        count[lane] += count[lane + step];
+    for (int half = kLanes16 / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) {
+        sum[lane] += sum[lane + half];
+        count[lane] += count[lane + half];
       }
     }
     magnitude = count[0] > 0.0f ? sum[0] / count[0] : 0.0f;
@@ -133,6 +126,7 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const float
     if (!std::isfinite(magnitude)) magnitude = 0.0f;
   }
 
+  float unit = 0.0f;  // smallest distance between two levels
   if (layout.number == SPARKV_F16) {
     int rank = 0;
     for (int j = 0; j < n; ++j) {
@@ -140,75 +134,107 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const float
     }
     if (layout.restores()) {
       int e = MeanGrid::Nearest(magnitude);
-      while (e > 0 && MeanGrid::Value(e) >= threshold * (1.0f - kHalfNoise)) --e;
+      while (e > 0 && MeanGrid::Value(e) * (1.0f + kKeyTolerance) >= threshold) --e;
       row[0] = uint8_t(e);
     }
   } else if (layout.kept == 0) {
-    PutScale(row, uint32_t(KeyScaleGrid::Nearest(magnitude)));
+    const int scale = KeyScaleGrid::Nearest(magnitude);
+    PutScale(row, ScaleWord(scale, scale > 0 ? kRatioOne : 0));
   } else if (!finite) {
     // NaN stays in its own token: kept channels unpack to NaN, pruned ones to zero.
-    PutScale(row, uint32_t(kKeyScaleNotFinite | kRatioZero << 10));
+    PutScale(row, ScaleWord(kKeyScaleNotFinite, 0));
     return;
   } else {
-    const int e = KeyScaleGrid::Ceil(largest, kKeyTolerance);
-    const float top = KeyScaleGrid::Value(e);
-    int ratio = kRatioZero;
-    if (magnitude > 0.0f && e > 0) {
-      ratio = 1;
-      while (ratio < kRatioZero && top * RatioValue(ratio) * (top * RatioValue(ratio + 1)) > magnitude * magnitude) ++ratio;
-      while (ratio < kRatioZero && top * RatioValue(ratio) >= threshold * (1.0f - kHalfNoise)) ++ratio;
+    float largest = 0.0f;
+    int largest_at = -1;
+    for (int j = 0; j < n; ++j) {
+      if (kept(j) && std::fabs(value[j]) > largest) {
+        largest = std::fabs(value[j]);
+        largest_at = j;
+      }
     }
-    PutScale(row, uint32_t(e | ratio << 10));
-    if (e > 0) {
-      const int half = 1 << (NumberBits(layout.number) - 1);
-      const float step = top / (float(half) - 0.5f);
-      const float inverse = 1.0f / step;
-      const float floor_magnitude = top * RatioValue(ratio) * (1.0f + kKeyTolerance);
+    const int scale = KeyScaleGrid::Ceil(largest, kKeyTolerance);
+    const float top = KeyScaleGrid::Value(scale);
+    int ratio = 0;
+    if (magnitude > 0.0f && scale > 0) {
+      ratio = 1;
+      while (ratio < kMaxRatio && top * RatioValue(ratio) * (top * RatioValue(ratio + 1)) > magnitude * magnitude) ++ratio;
+      while (ratio <= kMaxRatio && top * RatioValue(ratio) >= threshold) ++ratio;
+      if (ratio > kMaxRatio || magnitude < 0.5f * top * RatioValue(kMaxRatio)) ratio = 0;
+    }
+    const int half = 1 << (NumberBits(layout.number) - 1);
+    const float middle = Middle(layout);
+    unit = kLevelLinear * top / middle;
+    // Again with a smaller pruned magnitude when a kept channel cannot be put above it.
+    for (bool above = scale == 0; !above; ratio = above || ratio == 0 ? ratio : (ratio + 1) % (kMaxRatio + 1)) {
+      above = true;
+      std::memset(row + layout.low_at, 0, layout.low_bytes + layout.high_bytes);
+      const float at_least = top * RatioValue(ratio) * (1.0f + kKeyTolerance);
       int rank = 0;
       for (int j = 0; j < n; ++j) {
         if (!kept(j)) continue;
-        int level = int(score[j] * inverse);
-        if (level > half - 1 || j == largest_at) level = half - 1;
-        while (level < half - 1 && (float(level) + 0.5f) * step <= floor_magnitude) ++level;
-        PutCode(layout, row, rank++, z[j] < 0.0f ? half - 1 - level : half + level);
+        // The inverse of level(), then the nearer of two neighbours.
+        const float t = std::fabs(value[j]) / top;
+        const float b = 1.0f - kLevelLinear;
+        const float x = (std::sqrt(kLevelLinear * kLevelLinear + 4.0f * b * t) - kLevelLinear) / (2.0f * b) * middle;
+        int level = x < float(half - 1) ? int(x) : half - 1;
+        while (level < half - 1 && t + t > Level(half + level, middle) + Level(half + level + 1, middle)) ++level;
+        while (level > 0 && t + t <= Level(half + level - 1, middle) + Level(half + level, middle)) --level;
+        if (j == largest_at) level = half - 1;
+        if (ratio > 0) {
+          while (level < half - 1 && Level(half + level, middle) * top * w.weight[j] <= at_least) ++level;
+          if (Level(half + level, middle) * top * w.weight[j] <= at_least) above = false;
+        }
+        PutCode(layout, row, rank++, value[j] < 0.0f ? half - 1 - level : half + level);
       }
     }
+    PutScale(row, ScaleWord(scale, ratio));
   }
-  if (layout.sign_bytes != 0) {
+
+  // Fragile: near the ends of its range f16 rounds coarsely.
+  const float restored = PrunedMagnitude(layout, row);
+  int rank = 0;
+  for (int j = 0; j < n; ++j) {
+    if (kept(j)) {
+      if (layout.number == SPARKV_F16) continue;
+      if (unit < 0x1p-18f || unit * 512.0f > 65000.0f) *fragile = true;
+      continue;
+    }
+    const int at = rank++;
+    if (layout.sign_bytes == 0) continue;
+    const float x = restored * w.restore[j];
+    if (x < 0x1p-12f || x > 65000.0f) *fragile = true;
     // A channel that unpacks to zero has no sign: its bit is 0.
-    const float restored = PrunedMagnitude(layout, row);
-    int rank = 0;
-    for (int j = 0; j < n; ++j) {
-      if (kept(j)) continue;
-      const float x = restored * table[j];
-      const bool nonzero = x >= 0x1p-25f;
-      if (nonzero && HalfToFloat(k[j]) > 0.0f) {
-        row[layout.sign_at + unsigned(rank) / 8] |= uint8_t(1u << (rank % 8));
-      }
-      if (x < 0x1p-13f || x > 65000.0f) *fragile = true;
-      ++rank;
-    }
-  }
-  if (layout.number != SPARKV_F16) {
-    for (int j = 0; j < n; ++j) {
-      const float x = largest * table[j];
-      if (x < 0x1p-8f || x > 65000.0f) *fragile = true;
-    }
+    if (Saturate(x) != 0 && value[j] > 0.0f) row[layout.sign_at + unsigned(at) / 8] |= uint8_t(1u << (at % 8));
   }
 }
 
-void PackKey(const KeyLayout& layout, const float* table, const float* weight, const uint16_t* k, uint8_t* row) {
+// Packs what the row unpacks to until the bytes stay the same.
+inline bool Settle(const KeyLayout& layout, const float* table, uint8_t* row) {
   bool fragile = false;
-  PackKeyOnce(layout, table, weight, k, row, &fragile);
-  // Near the ends of f16's range its rounding is coarse: settle on bytes that pack to themselves.
-  for (int round = 0; fragile && round < kSettle; ++round) {
+  for (int round = 0; round < kSettle; ++round) {
     uint16_t unpacked[kMaxHeadDim];
     uint8_t again[2 * kMaxHeadDim + 128];
     UnpackKey(layout, table, row, unpacked);
-    PackKeyOnce(layout, table, weight, unpacked, again, &fragile);
-    if (std::memcmp(row, again, layout.bytes) == 0) return;
+    PackKeyOnce(layout, table, unpacked, again, &fragile);
+    if (std::memcmp(row, again, layout.bytes) == 0) return true;
     std::memcpy(row, again, layout.bytes);
   }
+  return false;
+}
+
+void PackKey(const KeyLayout& layout, const float* table, const uint16_t* k, uint8_t* row) {
+  bool fragile = false;
+  PackKeyOnce(layout, table, k, row, &fragile);
+  if (!fragile || Settle(layout, table, row)) return;
+  // f16 is too coarse for the pruned channels: they unpack to zero, which is exact.
+  if (layout.sign_bytes != 0) std::memset(row + layout.sign_at, 0, layout.sign_bytes);
+  if (layout.number == SPARKV_F16) {
+    if (layout.scale_bytes != 0) row[0] = 0;
+  } else {
+    PutScale(row, ScaleWord(layout.kept > 0 ? KeyScaleOf(GetScale(row)) : 0, 0));
+  }
+  Settle(layout, table, row);
 }
 
 void UnpackValue(const ValueLayout& layout, const uint8_t* row, uint16_t* v) {

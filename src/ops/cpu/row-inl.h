@@ -18,20 +18,23 @@ inline bool MaskBit(const KeyLayout& layout, const uint8_t* row, int j) {
 }
 
 inline uint32_t GetScale(const uint8_t* row) { return uint32_t(row[0] | row[1] << 8); }
-// Magnitude shared by the pruned channels, in units of z.
+// Largest kept |k|, NaN where the row is not finite.
+inline float LargestKept(const uint8_t* row) {
+  const int e = KeyScaleOf(GetScale(row));
+  return e == kKeyScaleNotFinite ? std::numeric_limits<float>::quiet_NaN() : KeyScaleGrid::Value(e);
+}
+
+// Magnitude shared by the pruned channels, in units of |k| * weight.
 inline float PrunedMagnitude(const KeyLayout& layout, const uint8_t* row) {
   if (!layout.restores()) return 0.0f;
   if (layout.number == SPARKV_F16) return MeanGrid::Value(row[0]);
   const uint32_t scale = GetScale(row);
-  const int e = int(scale & 1023);
-  return e == kKeyScaleNotFinite ? 0.0f : KeyScaleGrid::Value(e) * RatioValue(int(scale >> 10));
+  return KeyScaleOf(scale) == kKeyScaleNotFinite ? 0.0f : KeyScaleGrid::Value(KeyScaleOf(scale)) * RatioValue(RatioOf(scale));
 }
 
-// Step of the kept integers: z = (code - half + 0.5) * step; half = 2^(bits-1). NaN where the row is not finite.
-inline float KeptStep(const KeyLayout& layout, const uint8_t* row) {
-  const int e = int(GetScale(row) & 1023);
-  if (e == kKeyScaleNotFinite) return std::numeric_limits<float>::quiet_NaN();
-  const int half = 1 << (NumberBits(layout.number) - 1);
-  return KeyScaleGrid::Value(e) / (float(half) - 0.5f);
+// level(code) of row_layout.h; middle = 2^(bits - 1) - 0.5.
+inline float Level(int code, float middle) {
+  const float x = (float(code) - middle) * (1.0f / middle);
+  return x * (kLevelLinear + (1.0f - kLevelLinear) * std::fabs(x));
 }
-
+inline float Middle(const KeyLayout& layout) { return float(1 << (NumberBits(layout.number) - 1)) - 0.5f; }

@@ -183,7 +183,7 @@ def kl_divergence(base, other):
 
 
 def ask(options, name, environment, flags, forced=None):
-    """One run: prompt, answer, speed, memory; the distributions along `forced`, or its own answer."""
+    """One run: prompt, answer, speed, memory; distributions along `forced`, or its own answer."""
     document = options.document.read_text().strip()
     # The twin is the same program with next to no cache: what it needs is what the cache does not.
     say("%s: a twin with an empty cache, to compare memory" % name)

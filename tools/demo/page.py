@@ -107,7 +107,8 @@ def render(report, saliency_svg):
 <title>sparkv demo</title><style>%s</style></head><body><main>
 <h1>The same question, with %.0f %% of the cache memory</h1>
 <p class="lead">%s answers from a document of %s tokens (%s), once with llama.cpp's f16 cache and
-once with the packed cache of sparkv, in the same unmodified llama-server. %d threads, context %s.</p>
+once with the packed cache of sparkv, in the same unmodified llama-server. %d threads, context
+%s.</p>
 <div class="card"><strong>%s</strong></div>
 %s
 <h2>Memory of the KV cache</h2>

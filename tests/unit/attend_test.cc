@@ -1,0 +1,503 @@
+// Attention kernels of every instruction set against attention in double precision over the same rows.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cstring>
+#include <limits>
+
+#include "cache/weight_tables.h"
+#include "cache_model.h"
+#include "hard_rows.h"
+#include "ops/hadamard.h"
+
+namespace sparkv::test {
+namespace {
+
+constexpr double kSums = 1e-5;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }
+
+struct Shape {
+  KeyLayout key;
+  ValueLayout value;
+  int group = 1, n_tokens = 1;
+  float scale = 0.125f, softcap = 0.0f, max_bias = 0.0f;
+  int n_rows() const { return n_tokens * group; }
+};
+
+Shape MakeShape(int k_dim, int v_dim, int group, int n_tokens, double ratio = 0.5, sparkv_number kept = SPARKV_INT5,
+                sparkv_number values = SPARKV_INT4) {
+  Shape shape;
+  shape.key = KeyLayout::Make(k_dim, k_dim - int(ratio * k_dim), kept, SPARKV_RECOVER_MEAN);
+  shape.value = ValueLayout::Make(v_dim, values);
+  shape.group = group;
+  shape.n_tokens = n_tokens;
+  shape.scale = 1.0f / std::sqrt(float(k_dim));
+  return shape;
+}
+
+// Row t of a tile: 0 .. 63. Packed bytes end where a cache lets readers overrun; dense rows end sharply.
+class Tile {
+ public:
+  Tile(const Shape& shape, const OpTable* ops, uint64_t rows, bool dense, std::mt19937& rng) : rows(rows), dense(dense) {
+    const KeyLayout& key = shape.key;
+    const size_t dim = size_t(key.head_dim), v_dim = size_t(shape.value.head_dim);
+    std::normal_distribution<float> normal;
+    std::vector<uint16_t> restore(dim);
+    for (uint16_t& x : restore) x = FloatToHalf(std::exp(0.5f * normal(rng)));
+    table.resize(size_t(kWeightParts) * dim + 16);
+    ExpandTable(restore.data(), key.head_dim, table.data());
+    for (int t = 0; t < kTile; ++t) {
+      std::vector<uint16_t> k(dim), v(v_dim);
+      for (uint16_t& x : k) x = FloatToHalf(normal(rng));
+      for (uint16_t& x : v) x = FloatToHalf(normal(rng));
+      Set(shape, ops, t, k, v);
+    }
+  }
+  void Set(const Shape& shape, const OpTable* ops, int t, const std::vector<uint16_t>& k, const std::vector<uint16_t>& v) {
+    keys[t] = k;
+    values[t] = v;
+    packed_keys[t].assign(shape.key.bytes + 128, 0xee);
+    packed_values[t].assign(shape.value.bytes + 128, 0xee);
+    ops->pack_key(shape.key, table.data(), k.data(), packed_keys[t].data());
+    ops->pack_value(shape.value, v.data(), packed_values[t].data());
+  }
+
+  uint64_t rows;
+  bool dense;
+  std::vector<float> table;
+  std::vector<uint16_t> keys[kTile], values[kTile];
+  std::vector<uint8_t> packed_keys[kTile], packed_values[kTile];
+};
+
+struct State {
+  State(const Shape& shape)
+      : stride(PadTo16(shape.value.head_dim)), o(size_t(shape.n_rows()) * stride, 0.0f), m(size_t(shape.n_rows()), -kInf),
+        d(size_t(shape.n_rows()), 0.0f) {}
+  AttentionState view() { return {o.data(), m.data(), d.data()}; }
+  size_t stride;
+  std::vector<float> o, m, d;
+};
+
+std::vector<float> Slopes(float max_bias, int n_heads) {
+  std::vector<float> slopes(size_t(n_heads), 1.0f);
+  const int power = int(std::bit_floor(unsigned(n_heads)));
+  for (int h = 0; h < n_heads && max_bias > 0.0f; ++h) {
+    slopes[size_t(h)] = float(h < power ? std::pow(2.0, -double(max_bias) / power * (h + 1))
+                                        : std::pow(2.0, -double(max_bias) / 2 / power * (2 * (h - power) + 1)));
+  }
+  return slopes;
+}
+
+// One call of the kernel. q: [n_rows][k_dim]; visible: [n_tokens]; mask: [n_tokens][64] or empty.
+void Attend(const Shape& shape, const OpTable* ops, const Tile& tile, const std::vector<float>& q,
+            const std::vector<uint64_t>& visible, const std::vector<uint16_t>& mask, State& state) {
+  std::vector<float> scratch(ScratchFloats(shape.key.head_dim, shape.value.head_dim), 0.0f);
+  Scratch s;
+  s.key_rows = scratch.data();
+  s.key_cols = s.key_rows + size_t(kTile) * PadTo16(shape.key.head_dim);
+  s.value = s.key_cols + size_t(kTile) * PadTo16(shape.key.head_dim);
+  s.score = s.value + size_t(kTile) * PadTo16(shape.value.head_dim);
+  const std::vector<float> slopes = Slopes(shape.max_bias, shape.group);
+  QueryBlock block{};
+  block.q = q.data();
+  block.q_stride = size_t(shape.key.head_dim);
+  block.n_rows = shape.n_rows();
+  block.group = shape.group;
+  block.k_dim = shape.key.head_dim;
+  block.v_dim = shape.value.head_dim;
+  block.o_stride = int(state.stride);
+  block.scale = shape.scale;
+  block.softcap = shape.softcap;
+  block.slope = mask.empty() ? nullptr : slopes.data();
+  std::vector<const uint16_t*> masks(size_t(shape.n_tokens));
+  for (size_t t = 0; t < masks.size(); ++t) masks[t] = mask.empty() ? nullptr : mask.data() + t * kTile;
+  if (tile.dense) {
+    DenseTile in{};
+    in.rows = tile.rows;
+    for (int t = 0; t < kTile; ++t) {
+      in.key[t] = tile.rows >> t & 1 ? tile.keys[t].data() : nullptr;
+      in.value[t] = tile.rows >> t & 1 ? tile.values[t].data() : nullptr;
+    }
+    ops->attend_dense(block, in, visible.data(), masks.data(), s, state.view());
+  } else {
+    PackedTile in{};
+    in.rows = tile.rows;
+    for (int t = 0; t < kTile; ++t) {
+      in.key[t] = tile.rows >> t & 1 ? tile.packed_keys[t].data() : nullptr;
+      in.value[t] = tile.rows >> t & 1 ? tile.packed_values[t].data() : nullptr;
+      in.table[t] = tile.table.data();
+    }
+    ops->attend_packed(shape.key, shape.value, block, in, visible.data(), masks.data(), s, state.view());
+  }
+}
+
+// Row t as the kernel reads it: a query that is a unit vector scores one channel, and alone its weight is 1.
+void Probe(const Shape& shape, const OpTable* ops, const Tile& tile, int t, std::vector<float>* k, std::vector<float>* v) {
+  Shape probe = shape;
+  probe.group = 1;
+  probe.n_tokens = shape.key.head_dim;
+  probe.scale = 1.0f;
+  probe.softcap = probe.max_bias = 0.0f;
+  const size_t dim = size_t(shape.key.head_dim);
+  std::vector<float> q(dim * dim, 0.0f);
+  for (size_t j = 0; j < dim; ++j) q[j * dim + j] = 1.0f;
+  State state(probe);
+  Attend(probe, ops, tile, q, std::vector<uint64_t>(dim, uint64_t{1} << t), {}, state);
+  *k = state.m;
+  v->assign(state.o.begin(), state.o.begin() + shape.value.head_dim);
+  if (!tile.dense && shape.value.rotated()) Rotate(v->data(), shape.value.head_dim, RotationBlock(shape.value.head_dim));
+}
+
+struct Case {
+  Shape shape;
+  std::vector<Tile> tiles;                     // packed ones first, as in the cache
+  std::vector<std::vector<uint64_t>> visible;  // [tile][token]
+  std::vector<std::vector<uint16_t>> mask;     // [tile][token][64], or empty
+  std::vector<float> q;
+  std::vector<float> sinks;  // only for the reference: the cache adds them
+};
+
+std::vector<float> Output(Case& c, const OpTable* ops) {
+  State state(c.shape);
+  bool rotated = c.shape.value.rotated();
+  const auto unrotate = [&] {
+    for (int r = 0; rotated && r < c.shape.n_rows(); ++r) {
+      Rotate(&state.o[size_t(r) * state.stride], c.shape.value.head_dim, RotationBlock(c.shape.value.head_dim));
+    }
+    rotated = false;
+  };
+  for (size_t i = 0; i < c.tiles.size(); ++i) {
+    if (c.tiles[i].dense) unrotate();
+    Attend(c.shape, ops, c.tiles[i], c.q, c.visible[i], c.mask.empty() ? std::vector<uint16_t>{} : c.mask[i], state);
+  }
+  unrotate();
+  std::vector<float> out;
+  for (size_t r = 0; r < size_t(c.shape.n_rows()); ++r) {
+    for (size_t j = 0; j < size_t(c.shape.value.head_dim); ++j) {
+      out.push_back(state.d[r] == 0.0f ? 0.0f : state.o[r * state.stride + j] / state.d[r]);
+    }
+  }
+  return out;
+}
+
+std::vector<double> Want(const Case& c, const OpTable* ops) {
+  std::vector<float> k, v, mask;
+  std::vector<std::pair<size_t, int>> columns;
+  for (size_t i = 0; i < c.tiles.size(); ++i) {
+    for (int t = 0; t < kTile; ++t) {
+      if ((c.tiles[i].rows >> t & 1) == 0) continue;
+      std::vector<float> key, value;
+      Probe(c.shape, ops, c.tiles[i], t, &key, &value);
+      k.insert(k.end(), key.begin(), key.end());
+      v.insert(v.end(), value.begin(), value.end());
+      columns.emplace_back(i, t);
+    }
+  }
+  for (int q = 0; q < c.shape.n_tokens; ++q) {
+    for (const auto& [i, t] : columns) {
+      const bool sees = c.visible[i][size_t(q)] >> t & 1;
+      mask.push_back(!sees ? -kInf : c.mask.empty() ? 0.0f : HalfToFloat(c.mask[i][size_t(q * kTile + t)]));
+    }
+  }
+  reference::Attention args;
+  args.n_heads = c.shape.group;
+  args.n_tokens = c.shape.n_tokens;
+  args.n_kv = int(columns.size());
+  args.k_dim = c.shape.key.head_dim;
+  args.v_dim = c.shape.value.head_dim;
+  args.scale = c.shape.scale;
+  args.softcap = c.shape.softcap;
+  args.max_bias = c.shape.max_bias;
+  args.q = c.q.data();
+  args.k = k.data();
+  args.v = v.data();
+  args.mask = mask.data();
+  return reference::Attend(args);
+}
+
+// Packed tiles with holes, then a dense one; every query sees its own random part.
+Case RandomCase(const Shape& shape, const OpTable* ops, int n_packed, int rows_per_tile, std::mt19937& rng) {
+  Case c{shape, {}, {}, {}, {}, {}};
+  std::normal_distribution<float> normal;
+  for (int i = 0; i <= n_packed; ++i) {
+    uint64_t rows = 0;
+    while (std::popcount(rows) < rows_per_tile) rows |= uint64_t{1} << (rng() % 64);
+    c.tiles.emplace_back(shape, ops, rows, i == n_packed, rng);
+    c.visible.emplace_back();
+    for (int t = 0; t < shape.n_tokens; ++t) {
+      const uint64_t some = (uint64_t(rng()) << 32 | rng()) | (t % 3 == 0 ? ~uint64_t{0} : 0);
+      c.visible.back().push_back(t % 7 == 5 ? 0 : rows & some);
+    }
+  }
+  for (int r = 0; r < shape.n_rows() * shape.key.head_dim; ++r) c.q.push_back(normal(rng));
+  return c;
+}
+
+class AttendOps : public testing::TestWithParam<const OpTable*> {};
+INSTANTIATE_TEST_SUITE_P(Isa, AttendOps, testing::ValuesIn(AllOps()), [](const auto& info) { return info.param->name; });
+
+TEST_P(AttendOps, ReadsTheRowsThatUnpackGives) {
+  std::mt19937 rng(1);
+  for (const int dim : kHeadDims) {
+    for (const sparkv_number kept : {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4}) {
+      for (const double ratio : {0.0, 0.5, 0.97, 1.0}) {
+        const sparkv_number values = kept == SPARKV_F16 ? SPARKV_F16 : kept == SPARKV_INT8 ? SPARKV_INT8 : SPARKV_INT4;
+        const Shape shape = MakeShape(dim, kHeadDims[rng() % std::size(kHeadDims)], 1, 1, ratio, kept, values);
+        const int t = int(rng() % 64);
+        const Tile tile(shape, GetParam(), uint64_t{1} << t, false, rng);
+        std::vector<float> k, v;
+        Probe(shape, GetParam(), tile, t, &k, &v);
+        std::vector<uint16_t> key(tile.keys[t].size()), value(tile.values[t].size());
+        GetParam()->unpack_key(shape.key, tile.table.data(), tile.packed_keys[t].data(), key.data());
+        GetParam()->unpack_value(shape.value, tile.packed_values[t].data(), value.data());
+        const std::string where = "D " + std::to_string(dim) + " kept " + std::to_string(kept) + " ratio " + std::to_string(ratio);
+        for (size_t j = 0; j < key.size(); ++j) ASSERT_NEAR(k[j], HalfToFloat(key[j]), std::fabs(k[j]) * 5e-4 + 1e-6) << where;
+        for (size_t j = 0; j < value.size(); ++j) ASSERT_NEAR(v[j], HalfToFloat(value[j]), std::fabs(v[j]) * 5e-4 + 1e-5) << where;
+      }
+    }
+  }
+}
+
+TEST_P(AttendOps, EqualsTheReferenceForEveryHeadDim) {
+  std::mt19937 rng(2);
+  for (const int dim : kHeadDims) {
+    for (const int v_dim : {dim, dim == 128 ? 64 : 128, 40}) {
+      const Shape shape = MakeShape(dim, v_dim, 1 + int(rng() % 4), 3);
+      Case c = RandomCase(shape, GetParam(), 2, 6, rng);
+      ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), kSums)) << "K " << dim << " V " << v_dim;
+    }
+  }
+}
+
+TEST_P(AttendOps, EqualsTheReferenceForEveryNumberType) {
+  std::mt19937 rng(3);
+  for (const sparkv_number kept : {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4}) {
+    for (const sparkv_number values : {SPARKV_F16, SPARKV_INT8, SPARKV_INT4}) {
+      for (const double ratio : {0.0, 0.3, 0.8, 1.0}) {
+        const Shape shape = MakeShape(72, 56, 2, 4, ratio, kept, values);
+        Case c = RandomCase(shape, GetParam(), 2, 20, rng);
+        ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), kSums)) << "kept " << kept << " values " << values << " ratio " << ratio;
+      }
+    }
+  }
+}
+
+TEST_P(AttendOps, EqualsTheReferenceForEveryGroupAndNumberOfQueries) {
+  std::mt19937 rng(4);
+  for (int group = 1; group <= 8; ++group) {
+    for (const int n_tokens : {1, 2, 3, 5, 6, 7, 13, 64, 130}) {
+      const Shape shape = MakeShape(32, 40, group, n_tokens);
+      Case c = RandomCase(shape, GetParam(), 2, 40, rng);
+      ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), kSums)) << "group " << group << " queries " << n_tokens;
+    }
+  }
+}
+
+TEST_P(AttendOps, EveryPlaceInATileAloneGivesItsValue) {
+  std::mt19937 rng(5);
+  for (const bool dense : {false, true}) {
+    const Shape shape = MakeShape(64, 64, 2, 2);
+    const Tile tile(shape, GetParam(), ~uint64_t{0}, dense, rng);
+    for (int t = 0; t < kTile; ++t) {
+      Case c = RandomCase(shape, GetParam(), 0, 1, rng);
+      c.tiles = {tile};
+      c.visible = {{uint64_t{1} << t, 0}};
+      std::vector<float> k, v;
+      Probe(shape, GetParam(), tile, t, &k, &v);
+      std::vector<float> want = v;
+      want.insert(want.end(), v.begin(), v.end());
+      want.resize(4 * 64, 0.0f);  // the second query sees nothing
+      ASSERT_TRUE(Near(Output(c, GetParam()), want, kSums)) << "dense " << dense << " place " << t;
+    }
+  }
+}
+
+TEST_P(AttendOps, EqualsTheReferenceWithSoftCapAndSlopesAndMaskValues) {
+  std::mt19937 rng(6);
+  std::uniform_real_distribution<float> bias(-30.0f, 3.0f);
+  for (const float softcap : {0.0f, 5.0f, 50.0f}) {
+    for (const float max_bias : {0.0f, 8.0f}) {
+      for (const int group : {1, 2, 3, 6, 8}) {
+        Shape shape = MakeShape(64, 96, group, 9);
+        shape.softcap = softcap;
+        shape.max_bias = max_bias;
+        shape.scale = 0.5f;
+        Case c = RandomCase(shape, GetParam(), 2, 30, rng);
+        for (size_t i = 0; i < c.tiles.size(); ++i) {
+          c.mask.emplace_back();
+          for (int j = 0; j < shape.n_tokens * kTile; ++j) {
+            const bool sees = c.visible[i][size_t(j / kTile)] >> (j % kTile) & 1;
+            c.mask.back().push_back(sees ? FloatToHalf(bias(rng)) : uint16_t(j % 2 == 0 ? 0xfc00 : 0x7e00));
+          }
+        }
+        ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), 2 * kSums))
+            << "softcap " << softcap << " max_bias " << max_bias << " group " << group;
+      }
+    }
+  }
+}
+
+TEST_P(AttendOps, NaNAndInfinityReachOnlyTheQueriesThatSeeThem) {
+  std::mt19937 rng(7);
+  for (const sparkv_number number : {SPARKV_F16, SPARKV_INT8, SPARKV_INT5}) {
+    const Shape shape =
+        MakeShape(64, 64, 2, 11, 0.5, number, number == SPARKV_INT5 ? SPARKV_INT4 : number);
+    for (const bool in_key : {true, false}) {
+      for (const uint16_t bad : {uint16_t{0x7e00}, uint16_t{0x7c00}, uint16_t{0xfc00}}) {
+        for (const size_t where : {size_t{0}, size_t{1}}) {  // packed, dense
+          Case c = RandomCase(shape, GetParam(), 1, 20, rng);
+          Case clean = c;
+          const int t = std::countr_zero(c.tiles[where].rows);
+          std::vector<uint16_t> k = c.tiles[where].keys[t], v = c.tiles[where].values[t];
+          (in_key ? k : v)[17] = bad;
+          c.tiles[where].Set(shape, GetParam(), t, k, v);
+          const std::vector<float> got = Output(c, GetParam()), want = Output(clean, GetParam());
+          for (size_t i = 0; i < got.size(); ++i) {
+            const size_t token = i / 64 / 2;
+            if ((c.visible[where][token] >> t & 1) == 0) {
+              ASSERT_EQ(got[i], want[i]) << "in a query that does not see it: key " << in_key << " tile " << where;
+            }
+          }
+          // An infinite key may lose or win by its sign; a NaN, and any bad value, must show.
+          if (in_key && bad != 0x7e00) continue;
+          for (size_t token = 0; token < 11; ++token) {
+            if ((c.visible[where][token] >> t & 1) == 0) continue;
+            bool shows = false;
+            for (size_t i = 0; i < 128; ++i) shows |= !std::isfinite(got[token * 128 + i]);
+            ASSERT_TRUE(shows) << "key " << in_key << " tile " << where << " number " << number;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(AttendOps, HugeAndEqualScoresDoNotOverflow) {
+  std::mt19937 rng(8);
+  for (const float scale : {0.0f, 1e3f, -1e3f, 1e30f}) {
+    Shape shape = MakeShape(64, 64, 3, 8);
+    shape.scale = scale;
+    Case c = RandomCase(shape, GetParam(), 2, 30, rng);
+    const std::vector<float> got = Output(c, GetParam());
+    if (scale == 1e30f) {
+      for (const float x : got) ASSERT_TRUE(std::isfinite(x));
+    } else {
+      // A score of 1e4 has an error of 1e-3 in f32.
+      ASSERT_TRUE(Near(got, Want(c, GetParam()), scale == 0.0f ? kSums : 2e-2)) << scale;
+    }
+  }
+  // A later tile that is far above or below what the state holds.
+  for (const float factor : {1e-4f, 1e4f}) {
+    Shape shape = MakeShape(32, 32, 1, 1, 0.0, SPARKV_F16, SPARKV_F16);
+    Case c = RandomCase(shape, GetParam(), 1, 5, rng);
+    for (int t = 0; t < kTile; ++t) {
+      std::vector<uint16_t> k = c.tiles[1].keys[t];
+      for (uint16_t& x : k) x = FloatToHalf(HalfToFloat(x) * factor);
+      c.tiles[1].Set(shape, GetParam(), t, k, c.tiles[1].values[t]);
+    }
+    ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), 1e-2)) << factor;
+  }
+}
+
+TEST_P(AttendOps, DoesNotReadRowsThatAreNotInTheTile) {
+  std::mt19937 rng(9);
+  const Shape shape = MakeShape(64, 64, 4, 3, 0.0, SPARKV_F16, SPARKV_F16);
+  for (const uint64_t rows : {uint64_t{1}, uint64_t{1} << 63, (uint64_t{1} << 63) | 1, uint64_t{0x8000000100000002}}) {
+    Case c = RandomCase(shape, GetParam(), 0, 1, rng);
+    for (const bool dense : {false, true}) {
+      // Pointers of other rows are NULL; what scratch holds there must not count.
+      c.tiles = {Tile(shape, GetParam(), rows, dense, rng)};
+      c.visible = {{rows, rows, 0}};
+      ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), kSums)) << rows;
+    }
+  }
+}
+
+// ---- through the cache ----
+
+TEST(Attend, SlopesMaskValuesSinksAndSoftCapReachTheKernelsThroughTheCache) {
+  std::mt19937 rng(10);
+  std::uniform_real_distribution<float> bias(-8.0f, 0.5f), logit(-2.0f, 6.0f);
+  for (const int n_heads : {4, 6, 12}) {
+    for (const float max_bias : {0.0f, 8.0f}) {
+      for (const float softcap : {0.0f, 3.0f}) {
+        for (const bool with_sinks : {false, true}) {
+          Model model;
+          model.layers = {{2, 64, 32, n_heads / 2}};
+          model.set = {{"window", "8"}};
+          Host host(model);
+          host.Feed(0, 1, 0, 70, {70});
+          Step step = host.Begin({{0, Content(1, 70)}, {0, Content(1, 71)}, {0, Content(1, 72)}});
+          const size_t n_kv = size_t(step.n_kv);
+          std::vector<float> mask(3 * n_kv, -kInf);
+          for (size_t i = 0; i < mask.size(); ++i) {
+            if (step.mask[i] == kHidden) continue;
+            step.mask[i] = FloatToHalf(bias(rng));
+            mask[i] = HalfToFloat(step.mask[i]);
+          }
+          std::fill(step.mask.begin() + long(n_kv), step.mask.begin() + long(2 * n_kv), kHidden);  // sees nothing
+          std::fill(mask.begin() + long(n_kv), mask.begin() + long(2 * n_kv), -kInf);
+          std::vector<float> sinks, q, k, v, out(3 * host.layer(0).out_row(), kNaN);
+          for (int h = 0; h < n_heads; ++h) sinks.push_back(logit(rng));
+          for (const uint64_t content : step.contents) {
+            for (const float x : Numbers(content, kQueries, 0, host.layer(0).q_row())) q.push_back(x);
+          }
+          ASSERT_EQ(host.Write(step, 0, kKeys), SPARKV_OK);
+          ASSERT_EQ(host.Write(step, 0, kValues), SPARKV_OK);
+          sparkv_attend_args args = host.Args(step, 0, q.data(), out.data());
+          args.max_bias = max_bias;
+          args.softcap = softcap;
+          args.sinks = with_sinks ? sinks.data() : nullptr;
+          ASSERT_EQ(sparkv_cache_attend(host.cache, &args, &host.error), SPARKV_OK) << host.error.text;
+          for (const uint16_t x : host.Read(kKeys, 0, 0, step.n_kv)) k.push_back(HalfToFloat(x));
+          for (const uint16_t x : host.Read(kValues, 0, 0, step.n_kv)) v.push_back(HalfToFloat(x));
+          reference::Attention want;
+          want.n_heads = n_heads;
+          want.n_kv_heads = 2;
+          want.n_tokens = 3;
+          want.n_kv = int(n_kv);
+          want.k_dim = 64;
+          want.v_dim = 32;
+          want.scale = args.scale;
+          want.max_bias = max_bias;
+          want.softcap = softcap;
+          want.q = q.data();
+          want.k = k.data();
+          want.v = v.data();
+          want.mask = mask.data();
+          want.sinks = args.sinks;
+          ASSERT_TRUE(Near(out, reference::Attend(want), 2 * kSums))
+              << n_heads << " heads, max_bias " << max_bias << " softcap " << softcap << " sinks " << with_sinks;
+          for (size_t i = host.layer(0).out_row(); i < 2 * host.layer(0).out_row(); ++i) ASSERT_EQ(out[i], 0.0f);
+        }
+      }
+    }
+  }
+}
+
+TEST(Attend, NoMaskMeansThatAllCellsUpToNKvAreSeen) {
+  Model model;
+  model.set = {{"window", "8"}};
+  Host host(model);
+  host.Feed(0, 1, 0, 50, {50});
+  Step step = host.Begin({{0, Content(1, 50)}});
+  step.n_kv = 51;
+  Answer answer;
+  for (int l = 0; l < host.n_layers(); ++l) {
+    ASSERT_EQ(host.Write(step, l, kKeys), SPARKV_OK);
+    ASSERT_EQ(host.Write(step, l, kValues), SPARKV_OK);
+    const std::vector<float> q = Numbers(Content(1, 50), kQueries, l, host.layer(l).q_row());
+    std::vector<float> out(host.layer(l).out_row());
+    sparkv_attend_args args = host.Args(step, l, q.data(), out.data());
+    args.mask = nullptr;
+    ASSERT_EQ(sparkv_cache_attend(host.cache, &args, &host.error), SPARKV_OK);
+    answer.insert(answer.end(), out.begin(), out.end());
+  }
+  EXPECT_TRUE(Near(answer, host.Expected(step.sees[0]), 2 * kSums));
+}
+
+}  // namespace
+}  // namespace sparkv::test

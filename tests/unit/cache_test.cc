@@ -459,6 +459,7 @@ TEST(Cache, CommittedBytesAreWhatTheKernelHolds) {
   if (ResidentKb() < 0) GTEST_SKIP() << "no smaps_rollup";
   Model model;
   model.preset = "spark-0.5-i5";
+  model.set = {{"window", "32"}};
   model.layers = std::vector<Layer>(2, Layer{8, 128, 128, 1});
   model.cells = 32768;
   Host host(model);
@@ -490,6 +491,7 @@ TEST(Cache, CommittedBytesAreWhatTheKernelHolds) {
 TEST(Cache, BitsPerElementAreThoseComputedByHand) {
   Model model;
   model.preset = "spark-0.5-i5";
+  model.set = {{"window", "32"}, {"sinks", "4"}};
   model.layers = {{4, 64, 64, 1}, {4, 64, 64, 1}};
   model.cells = 4096;
   Host host(model);

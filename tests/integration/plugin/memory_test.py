@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""What the numbers promise is what the system no longer holds."""
+import pathlib
+import tempfile
+import unittest
+
+import host
+
+MIB = 2**20
+TOKENS = 2560  # of the prompt and the answer, about
+CELLS = 8192
+
+
+class Memory(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.prompt = pathlib.Path(folder.name) / "prompt"
+        cls.prompt.write_text(host.DOCUMENT[:11500])
+        cls.ours = cls.complete(CELLS, "-fa", "on")
+        assert cls.ours.code == 0, cls.ours
+
+    @classmethod
+    def complete(cls, cells, *args, **options):
+        return host.run("llama-completion", "-m", host.MODEL, "-f", cls.prompt, "-n", 4, "-c", cells,
+                        "-b", 512, "-ub", 128, "--temp", 0, "-no-cnv", "--no-warmup", "-t", 2,
+                        *args, **options)
+
+    def test_resident_memory_falls_as_bits_per_element_promise(self):
+        stats = self.ours.stats
+        # A context that the prompt fills, so that f16 pays for tokens alone and not for empty cells.
+        cells = -(-stats["tokens"] // 256) * 256
+        f16 = self.complete(cells, "-fa", "on", plugin=False)
+        self.assertEqual(f16.code, 0, f16)
+        promised = stats["f16_bytes"] * (1 - stats["bits_per_element"] / 16)
+        saved = f16.peak_rss - self.ours.peak_rss
+        print(f"{stats['tokens']} tokens: saved {saved / MIB:.1f} MiB of {promised / MIB:.1f} promised")
+        self.assertGreaterEqual(stats["tokens"], 2300)
+        self.assertGreater(promised, 0.5 * stats["f16_bytes"])
+        self.assertGreaterEqual(saved, 0.8 * promised)
+
+    def test_stats_are_complete_and_add_up(self):
+        stats = self.ours.stats
+        fields = ("keys_bits_per_element", "values_bits_per_element", "bits_per_element",
+                  "resident_bytes", "peak_bytes", "f16_bytes", "tokens")
+        for field in ("preset", "config", "isa", "version"):
+            self.assertTrue(stats[field], field)
+        self.assertEqual(len(stats["caches"]), 1)
+        for field in fields:
+            self.assertGreater(stats[field], 0, field)
+            self.assertEqual(stats["caches"][0][field], stats[field], field)
+        cache = stats["caches"][0]
+        self.assertEqual(cache["layers"], 30)
+        self.assertEqual(sum(cache["memory"].values()), cache["resident_bytes"], cache)
+        self.assertLessEqual(cache["resident_bytes"], cache["peak_bytes"])
+        # K and V of this model have as many elements. Bits count all that is kept between steps.
+        elements = cache["f16_bytes"] / 2
+        self.assertEqual(elements, 2 * 30 * 3 * 64 * cache["tokens"])
+        kept = cache["resident_bytes"] - cache["memory"]["workspace"]
+        self.assertAlmostEqual(cache["bits_per_element"], kept * 8 / elements, delta=0.01)
+        self.assertAlmostEqual(
+            cache["bits_per_element"],
+            (cache["keys_bits_per_element"] + cache["values_bits_per_element"]) / 2, delta=0.01)
+
+
+if __name__ == "__main__":
+    host.main()

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""What cannot work says so in one line and ends the program cleanly; what can, works."""
+import pathlib
+import resource
+import tempfile
+import unittest
+
+import host
+
+PROMPT = host.DOCUMENT[:300]
+
+
+def complete(*args, model=host.MODEL, **options):
+    return host.run("llama-completion", "-m", model, "-p", PROMPT, "-n", 4, "-c", 512, "--temp", 0,
+                    "-no-cnv", "--no-warmup", "--no-display-prompt", "-t", 2, *args, **options)
+
+
+class Refused(unittest.TestCase):
+
+    def check(self, result, *words, ours=True):
+        """One line of ours that holds the words, or one of the host's alone."""
+        self.assertGreater(result.code, 0, result)  # not a success, not a signal
+        self.assertEqual(result.out.strip(), "", result)
+        errors = [line for line in result.ours() if line.startswith("sparkv: error: ")]
+        self.assertEqual(len(errors), 1 if ours else 0, result)
+        for word in words:
+            self.assertIn(word, errors[0] if ours else result.err)
+
+    def test_settings_name_variable_and_value(self):
+        for name, value in (("SPARKV_RATIO", "2"), ("SPARKV_RATIO", "-0.1"), ("SPARKV_RATIO", "nan"),
+                            ("SPARKV_PRESET", "foo"), ("SPARKV_KEPT", "i7"),
+                            ("SPARKV_VALUES", "q5"), ("SPARKV_WINDOW", "1e9"),
+                            ("SPARKV_SINKS", "-1"), ("SPARKV_THREADS", "many"),
+                            ("SPARKV_SEAL", "later"), ("SPARKV_SIMD", "neon"),
+                            ("SPARKV_RECOVER", "median"), ("SPARKV_LOG", "loud"),
+                            ("SPARKV_FOO", "1")):
+            with self.subTest(**{name: value}):
+                result = complete("-fa", "on", **{name: value})
+                # Of an unknown variable the name alone is at fault.
+                self.check(result, name if name == "SPARKV_FOO" else f"{name}={value}")
+
+    def test_cache_types_of_llama_cpp(self):
+        self.check(complete("-fa", "on", "-ctk", "q8_0"), "cache_k_l0", "q8_0", "-ctk")
+        self.check(complete("-fa", "on", "-ctv", "q4_0"), "cache_v_l0", "q4_0", "-ctv")
+        self.check(complete("-fa", "on", "-ctk", "f32", "-ctv", "f32"), "cache_k_l0", "f32", "-ctk")
+
+    def test_no_flash_attention(self):
+        self.check(complete("-fa", "off"), "-fa on")
+
+    def test_a_stats_file_that_cannot_be_written(self):
+        result = complete("-fa", "on", SPARKV_STATS="/nonexistent/stats.json")
+        self.assertEqual(result.code, 0, result)  # the answer is worth more than the report
+        self.assertIn("sparkv: error: cannot write /nonexistent/stats.json", result.err)
+
+    def test_models_that_are_missing_or_damaged(self):
+        with tempfile.TemporaryDirectory() as folder:
+            cut = pathlib.Path(folder) / "cut.gguf"
+            whole = host.MODEL.read_bytes()
+            for name, data in (("half", whole[:len(whole) // 2]), ("header", whole[:1000]),
+                               ("empty", b""), ("noise", b"GGUF" + bytes(range(256)) * 20)):
+                cut.write_bytes(data)
+                with self.subTest(name):
+                    self.check(complete("-fa", "on", model=cut), "cut.gguf", ours=False)
+            with self.subTest("missing"):
+                missing = pathlib.Path(folder) / "none.gguf"
+                self.check(complete("-fa", "on", model=missing), "none.gguf", ours=False)
+
+    def test_no_memory(self):
+        """From where llama.cpp itself has enough to where all have: an exit code, never a signal."""
+        ours = []
+        for limit in (560, 620, 680, 740, 800, 4000):
+            with self.subTest(limit=f"{limit} MiB"):
+                result = complete("-fa", "on", "-c", 8192, before=lambda: resource.setrlimit(
+                    resource.RLIMIT_AS, (limit << 20, limit << 20)))
+                self.assertGreaterEqual(result.code, 0, result)
+                errors = [line for line in result.ours() if "error" in line]
+                self.assertLessEqual(len(errors), 1, result)
+                self.assertTrue(result.code != 0 or not errors, result)
+                ours += errors
+        self.assertEqual(result.code, 0, "4000 MiB are enough")
+        self.assertRegex("\n".join(ours), "cannot reserve [0-9]+ bytes of address space")
+
+
+class Accepted(unittest.TestCase):
+
+    def check(self, *args, tokens=1, **options):
+        result = complete(*args, **options)
+        self.assertEqual(result.code, 0, result)
+        self.assertTrue(result.out.strip(), result)
+        self.assertNotIn("sparkv: error", result.err)
+        self.assertIsNotNone(result.stats, result)
+        self.assertGreaterEqual(result.stats["tokens"], tokens, result)
+        return result
+
+    def test_flash_attention_is_found_by_itself(self):
+        self.check("-fa", "auto")
+        self.check()
+
+    def test_some_layers(self):
+        result = self.check("-fa", "on", "-ngl", 10)
+        self.assertIn(result.stats["caches"][0]["layers"], range(9, 11))
+
+    def test_no_layers_said_and_context_fitted(self):
+        """-fit, on by default, measures with dummies and then chooses -ngl itself."""
+        for fit in ("on", "off"):
+            result = self.check("-fa", "on", "-fit", fit, device=["-dev", "SPARKV"])
+            self.assertEqual(result.stats["caches"][0]["layers"], 30)
+
+    def test_cache_kept_on_the_host(self):
+        result = complete("-fa", "on", "-nkvo")
+        self.assertEqual(result.code, 0, result)
+        self.assertIn("sparkv: warning: no KV cache was put on device SPARKV (-nkvo", result.err)
+
+    def test_values_at_their_bounds(self):
+        self.check("-fa", "on", SPARKV_RATIO="1", SPARKV_SINKS="0", SPARKV_WINDOW="0")
+        self.check("-fa", "on", SPARKV_RATIO="0", SPARKV_KEPT="i4", SPARKV_VALUES="q8")
+        self.check("-fa", "on", SPARKV_SEAL="prefill-end", SPARKV_RECOVER="paper",
+                   SPARKV_GROUP="energy")
+
+    def test_a_silent_log(self):
+        self.assertEqual(self.check("-fa", "on", SPARKV_LOG="off").ours(), [])
+
+
+if __name__ == "__main__":
+    host.main()

@@ -509,7 +509,6 @@ TEST(CacheBorder, EveryBadArgumentIsNamedAndLeavesTheCacheUsable) {
       {"rows", [&] { return sparkv_cache_write_keys(c, 0, cells, 2, nullptr, F32, 256, e); }},
       {"n_rows", [&] { return sparkv_cache_write_keys(c, 0, cells, 0, rows.data(), F32, 256, e); }},
       {"n_rows", [&] { return sparkv_cache_write_keys(c, 0, cells, int64_t{1} << 40, rows.data(), F32, 256, e); }},
-      {"type", [&] { return sparkv_cache_write_keys(c, 0, cells, 2, rows.data(), sparkv_row_type(7), 256, e); }},
       {"values", [&] { return sparkv_cache_write_values(c, 0, cells, 2, rows.data(), F32, 320, e); }},
       {"cache", [&] { return sparkv_cache_attend(nullptr, &args, e); }},
       {"args", [&] { return sparkv_cache_attend(c, nullptr, e); }},

@@ -142,6 +142,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     const uint16_t* mask[kBlockTokens];
     uint16_t padded[kBlockTokens][kTile];
     PackedTile tile;
+    uint16_t table_id = 0;
+    const float* table = nullptr;
     for (int64_t w = tile_begin; w < tile_end; ++w) {
       uint64_t any = 0;
       for (int64_t t = 0; t < n; ++t) {
@@ -150,12 +152,29 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       }
       if (any == 0) continue;
       tile.rows = any;
-      for (uint64_t rows = any; rows != 0; rows &= rows - 1) {
-        const int i = std::countr_zero(rows);
-        const int64_t cell = stream_cell + w * 64 + i;
-        tile.key[i] = base + layout_.key_at(layer, head, cell);
-        tile.value[i] = base + layout_.value_at(layer, head, cell);
-        tile.table[i] = HeadTable(layer, cells_.table(cell), head);
+      // Groups of one layer lie far apart: no hardware looks ahead over the gap.
+      if (few && w + 1 < tile_end) {
+        for (int i0 = 0; i0 < kTile && (w + 1) * 64 + i0 < layout_.cells_per_stream; i0 += int(kGroupCells)) {
+          const uint8_t* next = base + layout_.key_at(layer, head, stream_cell + (w + 1) * 64 + i0);
+          for (size_t line = 0; line < layer.head_group_bytes(); line += 64) __builtin_prefetch(next + line);
+        }
+      }
+      for (int i0 = 0; i0 < kTile; i0 += int(kGroupCells)) {
+        uint64_t rows = any >> i0 & ((uint64_t{1} << kGroupCells) - 1);
+        if (rows == 0) continue;
+        const int64_t first_cell = stream_cell + w * 64 + i0;
+        const uint8_t* key = base + layout_.key_at(layer, head, first_cell);
+        const uint8_t* value = base + layout_.value_at(layer, head, first_cell);
+        for (; rows != 0; rows &= rows - 1) {
+          const int i = std::countr_zero(rows);
+          tile.key[i0 + i] = key + size_t(i) * layer.key.bytes;
+          tile.value[i0 + i] = value + size_t(i) * layer.value.bytes;
+          if (const uint16_t id = cells_.table(first_cell + i); id != table_id) {
+            table_id = id;
+            table = HeadTable(layer, id, head);
+          }
+          tile.table[i0 + i] = table;
+        }
       }
       if (block.slope != nullptr) {
         for (int64_t t = 0; t < n; ++t) {

@@ -29,7 +29,7 @@ template <int kSteps, int kBias, int kMax>
 struct LogGrid {
   static constexpr int kStride = 64 / kSteps;
 
-  [[gnu::always_inline]] static float Value(int e) {
+  [[gnu::always_inline]] static constexpr float Value(int e) {
     if (e == 0) return 0.0f;
     const int octave = (e - 1) / kSteps - kBias;
     return kPow2Table[(e - 1) % kSteps * kStride] * std::bit_cast<float>(uint32_t(octave + 127) << 23);
@@ -75,7 +75,7 @@ inline constexpr int kValueScaleNotFinite = 4095;
 // Magnitude of pruned channels beside integer kept ones: largest * 2^((9 - r) / 4), r = 1..63; r = 0 is zero. 6 bits.
 inline constexpr int kMaxRatio = 63;
 inline constexpr int kRatioOne = 9;
-static inline float RatioValue(int r) {
+static constexpr float RatioValue(int r) {
   if (r == 0) return 0.0f;
   const int quarter = kRatioOne - r + 64;  // quarters of an octave above 2^-16
   return kPow2Table[quarter % 4 * 16] * std::bit_cast<float>(uint32_t(quarter / 4 - 16 + 127) << 23);

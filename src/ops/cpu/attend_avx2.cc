@@ -149,4 +149,10 @@ inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) 
 }
 
 #include "ops/cpu/attend-inl.h"
+
+void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
+                      const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch,
+                      const AttentionState& state) {
+  AttendPacked(key, value, block, tile, visible, mask, scratch, state);
+}
 }  // namespace sparkv::avx2

@@ -12,11 +12,11 @@ namespace sparkv {
   void PackValue(const ValueLayout&, const uint16_t*, uint8_t*);                                                         \
   void UnpackKey(const KeyLayout&, const float*, const uint8_t*, uint16_t*);                                             \
   void UnpackValue(const ValueLayout&, const uint8_t*, uint16_t*);                                                       \
-  void AttendPacked(const KeyLayout&, const ValueLayout&, const QueryBlock&, const PackedTile&, const uint64_t*,         \
-                    const uint16_t* const*, const Scratch&, const AttentionState&);                                      \
+  void AttendPackedTile(const KeyLayout&, const ValueLayout&, const QueryBlock&, const PackedTile&, const uint64_t*,     \
+                        const uint16_t* const*, const Scratch&, const AttentionState&);                                  \
   void AttendDense(const QueryBlock&, const DenseTile&, const uint64_t*, const uint16_t* const*, const Scratch&,         \
                    const AttentionState&);                                                                               \
-  constexpr OpTable kOps{#isa, PackKey, PackValue, UnpackKey, UnpackValue, AttendPacked, AttendDense};                   \
+  constexpr OpTable kOps{#isa, PackKey, PackValue, UnpackKey, UnpackValue, AttendPackedTile, AttendDense};               \
   }
 
 SPARKV_DECLARE_OPS(plain)

@@ -33,8 +33,8 @@ inline float PrunedMagnitude(const KeyLayout& layout, const uint8_t* row) {
 }
 
 // level(code) of row_layout.h; middle = 2^(bits - 1) - 0.5.
-inline float Level(int code, float middle) {
+constexpr float Level(int code, float middle) {
   const float x = (float(code) - middle) * (1.0f / middle);
-  return x * (kLevelLinear + (1.0f - kLevelLinear) * std::fabs(x));
+  return x * (kLevelLinear + (1.0f - kLevelLinear) * (x < 0.0f ? -x : x));
 }
 inline float Middle(const KeyLayout& layout) { return float(1 << (NumberBits(layout.number) - 1)) - 0.5f; }

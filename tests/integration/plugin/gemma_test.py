@@ -7,8 +7,8 @@ import host
 MODEL = host.MODEL.parent / "gemma-3-270m-q4_k_m.gguf"
 
 
-def complete(*args, **options):
-    return host.run("llama-completion", "-m", MODEL, "-n", 40, "-c", 2048, "-ub", 128, "--temp", 0,
+def complete(*args, model=MODEL, **options):
+    return host.run("llama-completion", "-m", model, "-n", 40, "-c", 2048, "-ub", 128, "--temp", 0,
                     "--ignore-eos", "-no-cnv", "--no-warmup", "--no-display-prompt", "-t", 2, *args,
                     **options)
 
@@ -17,9 +17,9 @@ class Gemma(unittest.TestCase):
 
     def test_exact_writes_what_llama_cpp_writes(self):
         prompt = host.DOCUMENT[:3500]  # longer than the sliding window of 512
-        # Quantised weights round activations too, so only an f32 cache gives the same products.
-        plain = complete("-p", prompt, "-fa", "off", "-ctk", "f32", "-ctv", "f32", plugin=False)
-        ours = complete("-p", prompt, "-fa", "on", SPARKV_PRESET="exact")
+        model = host.f32_model(MODEL)
+        plain = complete("-p", prompt, "-fa", "off", model=model, plugin=False)
+        ours = complete("-p", prompt, "-fa", "on", model=model, SPARKV_PRESET="exact")
         self.assertEqual((plain.code, ours.code), (0, 0), ours)
         self.assertEqual(ours.out, plain.out)
         self.assertEqual(len(ours.stats["caches"]), 2)

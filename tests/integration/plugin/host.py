@@ -50,16 +50,16 @@ def skip(reason):
     sys.exit(SKIPPED)
 
 
-def f32_model():
+def f32_model(model=MODEL):
     """The model with F32 weights, made once: with quantised weights llama.cpp rounds activations
     too, and then equally good runs differ."""
     WORK_DIR.mkdir(parents=True, exist_ok=True)
-    target = WORK_DIR / (MODEL.stem + "-f32.gguf")
+    target = WORK_DIR / (model.stem + "-f32.gguf")
     with open(WORK_DIR / "f32.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists() or target.stat().st_mtime < MODEL.stat().st_mtime:
+        if not target.exists() or target.stat().st_mtime < model.stat().st_mtime:
             partial = target.with_suffix(".partial")
-            subprocess.run([BIN_DIR / "llama-quantize", "--allow-requantize", MODEL, partial, "F32"],
+            subprocess.run([BIN_DIR / "llama-quantize", "--allow-requantize", model, partial, "F32"],
                            check=True, capture_output=True, timeout=120)
             partial.rename(target)
     return target

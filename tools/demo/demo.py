@@ -191,7 +191,7 @@ def ask(options, name, environment, flags, forced=None):
         options, TWIN_CONTEXT, options.out / (name + "-twin.log"), environment, flags
     ) as twin:
         twin.complete(twin.tokens(document)[: TWIN_CONTEXT - 16], 2)
-        twin_now, twin_peak = twin.resident()
+        twin_now, _ = twin.resident()
 
     more = dict(environment)
     stats_file = options.out / (name + "-stats.json")
@@ -221,7 +221,7 @@ def ask(options, name, environment, flags, forced=None):
         "prefill_tokens_per_second": answer["timings"]["prompt_per_second"],
         "decode_tokens_per_second": decode["timings"]["predicted_per_second"],
         "kv_resident_mib": now - twin_now,
-        "kv_peak_mib": peak - twin_peak,
+        "kv_peak_mib": peak - twin_now,
         "process_mib": now,
         "process_peak_mib": peak,
         "twin_mib": twin_now,
@@ -278,16 +278,19 @@ def table(report):
 
 
 def notes(report):
+    stats = report["results"][1]["stats"]
     return [
-        "Resident: VmRSS of llama-server with the document in its cache, "
-        "minus VmRSS of a twin with the same flags but "
-        "-c %d. The peak is the same with VmHWM." % TWIN_CONTEXT,
+        "Resident: VmRSS of llama-server with the document in its cache, minus VmRSS of a twin with "
+        "the same flags but -c %d. For the peak, VmHWM takes the place of the first."
+        % TWIN_CONTEXT,
+        "llama.cpp fills an f16 cache with zeros at the start, so all %s cells are resident; the %s "
+        "tokens in it need %.1f MiB as f16."
+        % (format(CONTEXT, ","), format(stats["tokens"], ","), stats["f16_bytes"] / MIB),
         "KL: the f16 answer (%d tokens) is forced on both; at each token the next-token "
-        "distributions over the whole "
-        "vocabulary are compared, in nats." % report["answer_tokens"],
+        "distributions over the whole vocabulary are compared, in nats." % report["answer_tokens"],
         "Decode: %d further tokens, with everything before them in the cache. One run each: the "
-        "speed varies with "
-        "the load of the machine (%.1f at the start)." % (DECODE_TOKENS, report["load"]),
+        "speed varies with the load of the machine (%.1f at the start)."
+        % (DECODE_TOKENS, report["load"]),
     ]
 
 

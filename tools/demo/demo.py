@@ -280,11 +280,11 @@ def table(report):
 def notes(report):
     stats = report["results"][1]["stats"]
     return [
-        "Resident: VmRSS of llama-server with the document in its cache, minus VmRSS of a twin with "
-        "the same flags but -c %d. For the peak, VmHWM takes the place of the first."
+        "Resident: VmRSS of llama-server with the document in its cache, minus VmRSS of a twin "
+        "with the same flags but -c %d. For the peak, VmHWM takes the place of the first."
         % TWIN_CONTEXT,
-        "llama.cpp fills an f16 cache with zeros at the start, so all %s cells are resident; the %s "
-        "tokens in it need %.1f MiB as f16."
+        "llama.cpp fills an f16 cache with zeros at the start, so all %s cells are resident; the "
+        "%s tokens in it need %.1f MiB as f16."
         % (format(CONTEXT, ","), format(stats["tokens"], ","), stats["f16_bytes"] / MIB),
         "KL: the f16 answer (%d tokens) is forced on both; at each token the next-token "
         "distributions over the whole vocabulary are compared, in nats." % report["answer_tokens"],

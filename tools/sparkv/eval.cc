@@ -57,7 +57,11 @@ std::string RequantizedModel(const std::string& model) {
                   ChildEnvironment(MakeCache("f16", {}), false)};
   Progress progress("llama-quantize");
   RunToEnd(
-      command, [&](const std::string& line) { progress.Update(line.substr(0, 70)); }, nullptr);
+      command,
+      [&](const std::string& line) {
+        if (!line.empty()) progress.Update(line.substr(0, 70));
+      },
+      nullptr);
   fs::rename(partial, target, failed);
   if (failed) throw Error(kRuntime, fmt::format("{}: {}", target.string(), failed.message()));
   return target;
@@ -102,10 +106,11 @@ Json RunPerplexity(const Settings& settings, const Cache& cache, const std::stri
       command,
       [&](const std::string& line) {
         for (const auto& [label, field] : fields) {
-          if (const auto number = NumberAfter(line, label)) result[field] = *number;
+          if (const auto number = NumberAfter(line, label)) result[field] = *number + 0.0;  // no -0
         }
-        if (line.rfind("   ", 0) == 0) progress.Update(fmt::format("chunk {}", line.substr(0, 4)));
-        progress.Update(fmt::format("chunk {}", line.substr(0, 4)));
+        if (const int chunk = line.rfind("  ", 0) == 0 ? atoi(line.c_str()) : 0; chunk > 0) {
+          progress.Update(fmt::format("chunk {}", chunk));
+        }
       },
       nullptr);
   if (makes_base) return result;
@@ -174,8 +179,7 @@ Json RunPasscodes(const Settings& settings, const Cache& cache, const Passcodes&
 
 void PrintTable(const Json& report) {
   fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off\n\n",
-             report["model"].get<std::string>(),
-             report["quantised_weights"].get<bool>() ? "quantised" : "full-precision",
+             report["model"].get<std::string>(), report["weights"].get<std::string>(),
              report["text"].get<std::string>(), report["context"].get<int>());
   Table table({"cache", "bits/element", "perplexity", "x base", "mean KL", "99 % KL", "top-1",
                "passcodes"});
@@ -207,16 +211,17 @@ int Eval(Settings settings) {
       {"context", settings.context}, {"batch", settings.batch},
       {"ubatch", settings.ubatch},   {"seed", settings.seed},
       {"machine", Machine()},        {"results", Json::array()}};
-  bool quantised = ReadModelShape(settings.model).Quantised();
+  const bool quantised = ReadModelShape(settings.model).Quantised();
   if (quantised && settings.requantize) {
     settings.model = RequantizedModel(settings.model);
-    quantised = false;
   } else if (quantised) {
     Note(
         "the weights are quantised: equally valid runs differ by about .0065 in mean KL; "
         "--requantize-f32 removes that floor");
   }
-  report["quantised_weights"] = quantised;
+  report["weights"] = !quantised            ? "unquantised"
+                      : settings.requantize ? "requantised to F32"
+                                            : "quantised";
 
   const std::string base = folder.File("base.kld");
   RunPerplexity(settings, MakeCache("f32", {}), text, base, folder);

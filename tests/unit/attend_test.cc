@@ -1,4 +1,5 @@
-// Attention kernels of every instruction set against attention in double precision over the same rows.
+// Attention kernels of every instruction set against attention in double precision over the same
+// rows.
 #include <gtest/gtest.h>
 
 #include <bit>
@@ -27,8 +28,8 @@ struct Shape {
   int n_rows() const { return n_tokens * group; }
 };
 
-Shape MakeShape(int k_dim, int v_dim, int group, int n_tokens, double ratio = 0.5, sparkv_number kept = SPARKV_INT5,
-                sparkv_number values = SPARKV_INT4) {
+Shape MakeShape(int k_dim, int v_dim, int group, int n_tokens, double ratio = 0.5,
+                sparkv_number kept = SPARKV_INT5, sparkv_number values = SPARKV_INT4) {
   Shape shape;
   shape.key = KeyLayout::Make(k_dim, k_dim - int(ratio * k_dim), kept, SPARKV_RECOVER_MEAN);
   shape.value = ValueLayout::Make(v_dim, values);
@@ -38,10 +39,12 @@ Shape MakeShape(int k_dim, int v_dim, int group, int n_tokens, double ratio = 0.
   return shape;
 }
 
-// Row t of a tile: 0 .. 63. Packed bytes end where a cache lets readers overrun; dense rows end sharply.
+// Row t of a tile: 0 .. 63. Packed bytes end where a cache lets readers overrun; dense rows end
+// sharply.
 class Tile {
  public:
-  Tile(const Shape& shape, const OpTable* ops, uint64_t rows, bool dense, std::mt19937& rng) : rows(rows), dense(dense) {
+  Tile(const Shape& shape, const OpTable* ops, uint64_t rows, bool dense, std::mt19937& rng)
+      : rows(rows), dense(dense) {
     const KeyLayout& key = shape.key;
     const size_t dim = size_t(key.head_dim), v_dim = size_t(shape.value.head_dim);
     std::normal_distribution<float> normal;
@@ -56,7 +59,8 @@ class Tile {
       Set(shape, ops, t, k, v);
     }
   }
-  void Set(const Shape& shape, const OpTable* ops, int t, const std::vector<uint16_t>& k, const std::vector<uint16_t>& v) {
+  void Set(const Shape& shape, const OpTable* ops, int t, const std::vector<uint16_t>& k,
+           const std::vector<uint16_t>& v) {
     keys[t] = k;
     values[t] = v;
     packed_keys[t].assign(shape.key.bytes + 128, 0xee);
@@ -74,7 +78,9 @@ class Tile {
 
 struct State {
   State(const Shape& shape)
-      : stride(PadTo16(shape.value.head_dim)), o(size_t(shape.n_rows()) * stride, 0.0f), m(size_t(shape.n_rows()), -kInf),
+      : stride(PadTo16(shape.value.head_dim)),
+        o(size_t(shape.n_rows()) * stride, 0.0f),
+        m(size_t(shape.n_rows()), -kInf),
         d(size_t(shape.n_rows()), 0.0f) {}
   AttentionState view() { return {o.data(), m.data(), d.data()}; }
   size_t stride;
@@ -85,8 +91,9 @@ std::vector<float> Slopes(float max_bias, int n_heads) {
   std::vector<float> slopes(size_t(n_heads), 1.0f);
   const int power = int(std::bit_floor(unsigned(n_heads)));
   for (int h = 0; h < n_heads && max_bias > 0.0f; ++h) {
-    slopes[size_t(h)] = float(h < power ? std::pow(2.0, -double(max_bias) / power * (h + 1))
-                                        : std::pow(2.0, -double(max_bias) / 2 / power * (2 * (h - power) + 1)));
+    slopes[size_t(h)] =
+        float(h < power ? std::pow(2.0, -double(max_bias) / power * (h + 1))
+                        : std::pow(2.0, -double(max_bias) / 2 / power * (2 * (h - power) + 1)));
   }
   return slopes;
 }
@@ -113,7 +120,8 @@ void Attend(const Shape& shape, const OpTable* ops, const Tile& tile, const std:
   block.softcap = shape.softcap;
   block.slope = mask.empty() ? nullptr : slopes.data();
   std::vector<const uint16_t*> masks(size_t(shape.n_tokens));
-  for (size_t t = 0; t < masks.size(); ++t) masks[t] = mask.empty() ? nullptr : mask.data() + t * kTile;
+  for (size_t t = 0; t < masks.size(); ++t)
+    masks[t] = mask.empty() ? nullptr : mask.data() + t * kTile;
   if (tile.dense) {
     DenseTile in{};
     in.rows = tile.rows;
@@ -130,12 +138,15 @@ void Attend(const Shape& shape, const OpTable* ops, const Tile& tile, const std:
       in.value[t] = tile.rows >> t & 1 ? tile.packed_values[t].data() : nullptr;
       in.table[t] = tile.table.data();
     }
-    ops->attend_packed(shape.key, shape.value, block, in, visible.data(), masks.data(), s, state.view());
+    ops->attend_packed(shape.key, shape.value, block, in, visible.data(), masks.data(), s,
+                       state.view());
   }
 }
 
-// Row t as the kernel reads it: a query that is a unit vector scores one channel, and alone its weight is 1.
-void Probe(const Shape& shape, const OpTable* ops, const Tile& tile, int t, std::vector<float>* k, std::vector<float>* v) {
+// Row t as the kernel reads it: a query that is a unit vector scores one channel, and alone its
+// weight is 1.
+void Probe(const Shape& shape, const OpTable* ops, const Tile& tile, int t, std::vector<float>* k,
+           std::vector<float>* v) {
   Shape probe = shape;
   probe.group = 1;
   probe.n_tokens = shape.key.head_dim;
@@ -148,7 +159,8 @@ void Probe(const Shape& shape, const OpTable* ops, const Tile& tile, int t, std:
   Attend(probe, ops, tile, q, std::vector<uint64_t>(dim, uint64_t{1} << t), {}, state);
   *k = state.m;
   v->assign(state.o.begin(), state.o.begin() + shape.value.head_dim);
-  if (!tile.dense && shape.value.rotated()) Rotate(v->data(), shape.value.head_dim, RotationBlock(shape.value.head_dim));
+  if (!tile.dense && shape.value.rotated())
+    Rotate(v->data(), shape.value.head_dim, RotationBlock(shape.value.head_dim));
 }
 
 struct Case {
@@ -165,13 +177,15 @@ std::vector<float> Output(Case& c, const OpTable* ops) {
   bool rotated = c.shape.value.rotated();
   const auto unrotate = [&] {
     for (int r = 0; rotated && r < c.shape.n_rows(); ++r) {
-      Rotate(&state.o[size_t(r) * state.stride], c.shape.value.head_dim, RotationBlock(c.shape.value.head_dim));
+      Rotate(&state.o[size_t(r) * state.stride], c.shape.value.head_dim,
+             RotationBlock(c.shape.value.head_dim));
     }
     rotated = false;
   };
   for (size_t i = 0; i < c.tiles.size(); ++i) {
     if (c.tiles[i].dense) unrotate();
-    Attend(c.shape, ops, c.tiles[i], c.q, c.visible[i], c.mask.empty() ? std::vector<uint16_t>{} : c.mask[i], state);
+    Attend(c.shape, ops, c.tiles[i], c.q, c.visible[i],
+           c.mask.empty() ? std::vector<uint16_t>{} : c.mask[i], state);
   }
   unrotate();
   std::vector<float> out;
@@ -199,7 +213,9 @@ std::vector<double> Want(const Case& c, const OpTable* ops) {
   for (int q = 0; q < c.shape.n_tokens; ++q) {
     for (const auto& [i, t] : columns) {
       const bool sees = c.visible[i][size_t(q)] >> t & 1;
-      mask.push_back(!sees ? -kInf : c.mask.empty() ? 0.0f : HalfToFloat(c.mask[i][size_t(q * kTile + t)]));
+      mask.push_back(!sees            ? -kInf
+                     : c.mask.empty() ? 0.0f
+                                      : HalfToFloat(c.mask[i][size_t(q * kTile + t)]));
     }
   }
   reference::Attention args;
@@ -219,7 +235,8 @@ std::vector<double> Want(const Case& c, const OpTable* ops) {
 }
 
 // Packed tiles with holes, then a dense one; every query sees its own random part.
-Case RandomCase(const Shape& shape, const OpTable* ops, int n_packed, int rows_per_tile, std::mt19937& rng) {
+Case RandomCase(const Shape& shape, const OpTable* ops, int n_packed, int rows_per_tile,
+                std::mt19937& rng) {
   Case c{shape, {}, {}, {}, {}, {}};
   std::normal_distribution<float> normal;
   for (int i = 0; i <= n_packed; ++i) {
@@ -237,25 +254,34 @@ Case RandomCase(const Shape& shape, const OpTable* ops, int n_packed, int rows_p
 }
 
 class AttendOps : public testing::TestWithParam<const OpTable*> {};
-INSTANTIATE_TEST_SUITE_P(Isa, AttendOps, testing::ValuesIn(AllOps()), [](const auto& info) { return info.param->name; });
+INSTANTIATE_TEST_SUITE_P(Isa, AttendOps, testing::ValuesIn(AllOps()),
+                         [](const auto& info) { return info.param->name; });
 
 TEST_P(AttendOps, ReadsTheRowsThatUnpackGives) {
   std::mt19937 rng(1);
   for (const int dim : kHeadDims) {
-    for (const sparkv_number kept : {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4}) {
+    for (const sparkv_number kept :
+         {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4}) {
       for (const double ratio : {0.0, 0.5, 0.97, 1.0}) {
-        const sparkv_number values = kept == SPARKV_F16 ? SPARKV_F16 : kept == SPARKV_INT8 ? SPARKV_INT8 : SPARKV_INT4;
-        const Shape shape = MakeShape(dim, kHeadDims[rng() % std::size(kHeadDims)], 1, 1, ratio, kept, values);
+        const sparkv_number values = kept == SPARKV_F16    ? SPARKV_F16
+                                     : kept == SPARKV_INT8 ? SPARKV_INT8
+                                                           : SPARKV_INT4;
+        const Shape shape =
+            MakeShape(dim, kHeadDims[rng() % std::size(kHeadDims)], 1, 1, ratio, kept, values);
         const int t = int(rng() % 64);
         const Tile tile(shape, GetParam(), uint64_t{1} << t, false, rng);
         std::vector<float> k, v;
         Probe(shape, GetParam(), tile, t, &k, &v);
         std::vector<uint16_t> key(tile.keys[t].size()), value(tile.values[t].size());
-        GetParam()->unpack_key(shape.key, tile.table.data(), tile.packed_keys[t].data(), key.data());
+        GetParam()->unpack_key(shape.key, tile.table.data(), tile.packed_keys[t].data(),
+                               key.data());
         GetParam()->unpack_value(shape.value, tile.packed_values[t].data(), value.data());
-        const std::string where = "D " + std::to_string(dim) + " kept " + std::to_string(kept) + " ratio " + std::to_string(ratio);
-        for (size_t j = 0; j < key.size(); ++j) ASSERT_NEAR(k[j], HalfToFloat(key[j]), std::fabs(k[j]) * 5e-4 + 1e-6) << where;
-        for (size_t j = 0; j < value.size(); ++j) ASSERT_NEAR(v[j], HalfToFloat(value[j]), std::fabs(v[j]) * 5e-4 + 1e-5) << where;
+        const std::string where = "D " + std::to_string(dim) + " kept " + std::to_string(kept) +
+                                  " ratio " + std::to_string(ratio);
+        for (size_t j = 0; j < key.size(); ++j)
+          ASSERT_NEAR(k[j], HalfToFloat(key[j]), std::fabs(k[j]) * 5e-4 + 1e-6) << where;
+        for (size_t j = 0; j < value.size(); ++j)
+          ASSERT_NEAR(v[j], HalfToFloat(value[j]), std::fabs(v[j]) * 5e-4 + 1e-5) << where;
       }
     }
   }
@@ -267,19 +293,22 @@ TEST_P(AttendOps, EqualsTheReferenceForEveryHeadDim) {
     for (const int v_dim : {dim, dim == 128 ? 64 : 128, 40}) {
       const Shape shape = MakeShape(dim, v_dim, 1 + int(rng() % 4), 3);
       Case c = RandomCase(shape, GetParam(), 2, 6, rng);
-      ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), kSums)) << "K " << dim << " V " << v_dim;
+      ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), kSums))
+          << "K " << dim << " V " << v_dim;
     }
   }
 }
 
 TEST_P(AttendOps, EqualsTheReferenceForEveryNumberType) {
   std::mt19937 rng(3);
-  for (const sparkv_number kept : {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4}) {
+  for (const sparkv_number kept :
+       {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4}) {
     for (const sparkv_number values : {SPARKV_F16, SPARKV_INT8, SPARKV_INT4}) {
       for (const double ratio : {0.0, 0.3, 0.8, 1.0}) {
         const Shape shape = MakeShape(72, 56, 2, 4, ratio, kept, values);
         Case c = RandomCase(shape, GetParam(), 2, 20, rng);
-        ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), kSums)) << "kept " << kept << " values " << values << " ratio " << ratio;
+        ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), kSums))
+            << "kept " << kept << " values " << values << " ratio " << ratio;
       }
     }
   }
@@ -291,7 +320,8 @@ TEST_P(AttendOps, EqualsTheReferenceForEveryGroupAndNumberOfQueries) {
     for (const int n_tokens : {1, 2, 3, 5, 6, 7, 13, 64, 130}) {
       const Shape shape = MakeShape(32, 40, group, n_tokens);
       Case c = RandomCase(shape, GetParam(), 2, 40, rng);
-      ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), kSums)) << "group " << group << " queries " << n_tokens;
+      ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), kSums))
+          << "group " << group << " queries " << n_tokens;
     }
   }
 }
@@ -330,7 +360,8 @@ TEST_P(AttendOps, EqualsTheReferenceWithSoftCapAndSlopesAndMaskValues) {
           c.mask.emplace_back();
           for (int j = 0; j < shape.n_tokens * kTile; ++j) {
             const bool sees = c.visible[i][size_t(j / kTile)] >> (j % kTile) & 1;
-            c.mask.back().push_back(sees ? FloatToHalf(bias(rng)) : uint16_t(j % 2 == 0 ? 0xfc00 : 0x7e00));
+            c.mask.back().push_back(sees ? FloatToHalf(bias(rng))
+                                         : uint16_t(j % 2 == 0 ? 0xfc00 : 0x7e00));
           }
         }
         ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), 2 * kSums))
@@ -358,7 +389,8 @@ TEST_P(AttendOps, NaNAndInfinityReachOnlyTheQueriesThatSeeThem) {
           for (size_t i = 0; i < got.size(); ++i) {
             const size_t token = i / 64 / 2;
             if ((c.visible[where][token] >> t & 1) == 0) {
-              ASSERT_EQ(got[i], want[i]) << "in a query that does not see it: key " << in_key << " tile " << where;
+              ASSERT_EQ(got[i], want[i])
+                  << "in a query that does not see it: key " << in_key << " tile " << where;
             }
           }
           // An infinite key may lose or win by its sign; a NaN, and any bad value, must show.
@@ -405,7 +437,8 @@ TEST_P(AttendOps, HugeAndEqualScoresDoNotOverflow) {
 TEST_P(AttendOps, DoesNotReadRowsThatAreNotInTheTile) {
   std::mt19937 rng(9);
   const Shape shape = MakeShape(64, 64, 4, 3, 0.0, SPARKV_F16, SPARKV_F16);
-  for (const uint64_t rows : {uint64_t{1}, uint64_t{1} << 63, (uint64_t{1} << 63) | 1, uint64_t{0x8000000100000002}}) {
+  for (const uint64_t rows :
+       {uint64_t{1}, uint64_t{1} << 63, (uint64_t{1} << 63) | 1, uint64_t{0x8000000100000002}}) {
     Case c = RandomCase(shape, GetParam(), 0, 1, rng);
     for (const bool dense : {false, true}) {
       // Pointers of other rows are NULL; what scratch holds there must not count.
@@ -438,12 +471,14 @@ TEST(Attend, SlopesMaskValuesSinksAndSoftCapReachTheKernelsThroughTheCache) {
             step.mask[i] = FloatToHalf(bias(rng));
             mask[i] = HalfToFloat(step.mask[i]);
           }
-          std::fill(step.mask.begin() + long(n_kv), step.mask.begin() + long(2 * n_kv), kHidden);  // sees nothing
+          std::fill(step.mask.begin() + long(n_kv), step.mask.begin() + long(2 * n_kv),
+                    kHidden);  // sees nothing
           std::fill(mask.begin() + long(n_kv), mask.begin() + long(2 * n_kv), -kInf);
           std::vector<float> sinks, q, k, v, out(3 * host.layer(0).out_row(), kNaN);
           for (int h = 0; h < n_heads; ++h) sinks.push_back(logit(rng));
           for (const uint64_t content : step.contents) {
-            for (const float x : Numbers(content, kQueries, 0, host.layer(0).q_row())) q.push_back(x);
+            for (const float x : Numbers(content, kQueries, 0, host.layer(0).q_row()))
+              q.push_back(x);
           }
           ASSERT_EQ(host.Write(step, 0, kKeys), SPARKV_OK);
           ASSERT_EQ(host.Write(step, 0, kValues), SPARKV_OK);
@@ -451,7 +486,8 @@ TEST(Attend, SlopesMaskValuesSinksAndSoftCapReachTheKernelsThroughTheCache) {
           args.max_bias = max_bias;
           args.softcap = softcap;
           args.sinks = with_sinks ? sinks.data() : nullptr;
-          ASSERT_EQ(sparkv_cache_attend(host.cache, &args, &host.error), SPARKV_OK) << host.error.text;
+          ASSERT_EQ(sparkv_cache_attend(host.cache, &args, &host.error), SPARKV_OK)
+              << host.error.text;
           for (const uint16_t x : host.Read(kKeys, 0, 0, step.n_kv)) k.push_back(HalfToFloat(x));
           for (const uint16_t x : host.Read(kValues, 0, 0, step.n_kv)) v.push_back(HalfToFloat(x));
           reference::Attention want;
@@ -470,8 +506,10 @@ TEST(Attend, SlopesMaskValuesSinksAndSoftCapReachTheKernelsThroughTheCache) {
           want.mask = mask.data();
           want.sinks = args.sinks;
           ASSERT_TRUE(Near(out, reference::Attend(want), 2 * kSums))
-              << n_heads << " heads, max_bias " << max_bias << " softcap " << softcap << " sinks " << with_sinks;
-          for (size_t i = host.layer(0).out_row(); i < 2 * host.layer(0).out_row(); ++i) ASSERT_EQ(out[i], 0.0f);
+              << n_heads << " heads, max_bias " << max_bias << " softcap " << softcap << " sinks "
+              << with_sinks;
+          for (size_t i = host.layer(0).out_row(); i < 2 * host.layer(0).out_row(); ++i)
+            ASSERT_EQ(out[i], 0.0f);
         }
       }
     }

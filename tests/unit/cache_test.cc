@@ -1,7 +1,5 @@
-// The life of rows in a cache: what attention gives, what is packed and when, what memory it takes.
+// The life of rows in a cache: what attention gives, what is packed and when.
 #include <gtest/gtest.h>
-
-#include <malloc.h>
 
 #include <cstring>
 
@@ -11,16 +9,6 @@ namespace sparkv::test {
 namespace {
 
 constexpr double kSums = 2e-5;  // f32 sums in another order
-
-Batch Mixed(std::mt19937& rng, std::map<int, int>* next, int n_sequences, int most) {
-  Batch batch;
-  const int n = 1 + int(rng() % unsigned(most));
-  for (int i = 0; i < n; ++i) {
-    const int s = int(rng() % unsigned(n_sequences));
-    batch.emplace_back(s, Content(s, (*next)[s]++));
-  }
-  return batch;
-}
 
 // ---- exact ----
 
@@ -37,7 +25,8 @@ TEST(Cache, ExactPresetEqualsTheReferenceWhenSequencesShareAStream) {
       const Step s = host.Begin(Mixed(rng, &next, 5, step % 3 == 0 ? 12 : 3));
       const std::vector<Answer> answers = host.Run(s);
       for (size_t t = 0; t < answers.size(); ++t) {
-        ASSERT_TRUE(Near(answers[t], host.Expected(s.sees[t]), kSums)) << "window " << window << " step " << step << " token " << t;
+        ASSERT_TRUE(Near(answers[t], host.Expected(s.sees[t]), kSums))
+            << "window " << window << " step " << step << " token " << t;
       }
       most_sealed = std::max(most_sealed, host.Memory().sealed);
       // Cells of a sequence that ends are used again.
@@ -61,15 +50,18 @@ TEST(Cache, ExactPresetEqualsTheReferenceWhenEverySequenceHasItsStream) {
   std::mt19937 rng(6);
   std::vector<int> next(4, 0);
   for (int step = 0; step < 25; ++step) {
-    const int first = int(rng() % 4), n = 1 + int(rng() % unsigned(4 - first)), each = 1 + int(rng() % 5);
+    const int first = int(rng() % 4), n = 1 + int(rng() % unsigned(4 - first)),
+              each = 1 + int(rng() % 5);
     Batch batch;
     for (int s = first; s < first + n; ++s) {
-      for (int i = 0; i < each && next[size_t(s)] + each - i <= 100; ++i) batch.emplace_back(s, Content(s, next[size_t(s)]++));
+      for (int i = 0; i < each && next[size_t(s)] + each - i <= 100; ++i)
+        batch.emplace_back(s, Content(s, next[size_t(s)]++));
     }
     if (int(batch.size()) != n * each) break;
     const Step s = host.Begin(batch);
     const std::vector<Answer> answers = host.Run(s);
-    for (size_t t = 0; t < answers.size(); ++t) ASSERT_TRUE(Near(answers[t], host.Expected(s.sees[t]), kSums)) << step;
+    for (size_t t = 0; t < answers.size(); ++t)
+      ASSERT_TRUE(Near(answers[t], host.Expected(s.sees[t]), kSums)) << step;
   }
 }
 
@@ -85,7 +77,8 @@ TEST(Cache, LongSequenceThatIsSplitAmongTasksEqualsTheReference) {
     for (int i = 0; i < n; ++i) batch.emplace_back(0, Content(0, 4400 + n * 10 + i));
     const Step step = host.Begin(batch);
     const std::vector<Answer> answers = host.Run(step);
-    for (size_t t = 0; t < answers.size(); ++t) ASSERT_TRUE(Near(answers[t], host.Expected(step.sees[t]), kSums)) << n;
+    for (size_t t = 0; t < answers.size(); ++t)
+      ASSERT_TRUE(Near(answers[t], host.Expected(step.sees[t]), kSums)) << n;
   }
 }
 
@@ -100,17 +93,21 @@ class OneAnswer : public testing::TestWithParam<const char*> {
     return model;
   }
 };
-INSTANTIATE_TEST_SUITE_P(Presets, OneAnswer, testing::Values("spark-0.5", "spark-0.8", "spark-0.5-i8", "spark-0.5-i5", "spark-1-i4"));
+INSTANTIATE_TEST_SUITE_P(Presets, OneAnswer,
+                         testing::Values("spark-0.5", "spark-0.8", "spark-0.5-i8", "spark-0.5-i5",
+                                         "spark-1-i4"));
 
 TEST_P(OneAnswer, DoesNotDependOnHowAPromptIsCut) {
   Host whole(Small());
   const std::vector<Answer> answers = whole.Feed(0, 1, 0, 150, {150});
   ASSERT_GT(whole.Memory().sealed, 100);
-  for (const std::vector<int>& cuts : {std::vector<int>{1}, {7}, {64, 64, 22}, {23, 2, 1, 40}, {24, 1}, {149}}) {
+  for (const std::vector<int>& cuts :
+       {std::vector<int>{1}, {7}, {64, 64, 22}, {23, 2, 1, 40}, {24, 1}, {149}}) {
     Host host(Small());
     EXPECT_TRUE(Near(host.Feed(0, 1, 0, 150, cuts), answers, kSums)) << "cut at " << cuts[0];
     EXPECT_EQ(host.Memory().sealed, whole.Memory().sealed);
-    for (int64_t cell = 0; cell < 150; ++cell) ASSERT_EQ(host.Rows(cell), whole.Rows(cell)) << "cut at " << cuts[0] << " cell " << cell;
+    for (int64_t cell = 0; cell < 150; ++cell)
+      ASSERT_EQ(host.Rows(cell), whole.Rows(cell)) << "cut at " << cuts[0] << " cell " << cell;
     ASSERT_EQ(host.Weights(), whole.Weights());
   }
 }
@@ -128,7 +125,9 @@ TEST_P(OneAnswer, DoesNotDependOnOtherSequencesNorOnCells) {
   std::vector<Answer> got;
   while (next[2] < 120) {
     Batch batch = Mixed(rng, &next, 5, 20);
-    std::erase_if(batch, [](const auto& token) { return token.first == 2 && token.second >= Content(2, 120); });
+    std::erase_if(batch, [](const auto& token) {
+      return token.first == 2 && token.second >= Content(2, 120);
+    });
     if (batch.empty()) continue;
     const std::vector<Answer> all = host.Decode(batch);
     for (size_t t = 0; t < batch.size(); ++t) {
@@ -137,7 +136,8 @@ TEST_P(OneAnswer, DoesNotDependOnOtherSequencesNorOnCells) {
   }
   EXPECT_TRUE(Near(got, answers, kSums));
   for (size_t i = 0; i < 120; ++i) {
-    ASSERT_EQ(host.Rows(host.sequence(2)[i].cell), alone.Rows(alone.sequence(0)[i].cell)) << "token " << i;
+    ASSERT_EQ(host.Rows(host.sequence(2)[i].cell), alone.Rows(alone.sequence(0)[i].cell))
+        << "token " << i;
   }
 }
 
@@ -159,7 +159,8 @@ TEST_P(OneAnswer, IsTheSameInStreamsOfItsOwn) {
   }
   EXPECT_TRUE(Near(got, answers, kSums));
   for (size_t i = 0; i < 90; ++i) {
-    ASSERT_EQ(host.Rows(host.sequence(1)[i].cell), alone.Rows(alone.sequence(0)[i].cell)) << "token " << i;
+    ASSERT_EQ(host.Rows(host.sequence(1)[i].cell), alone.Rows(alone.sequence(0)[i].cell))
+        << "token " << i;
   }
 }
 
@@ -180,7 +181,8 @@ TEST(Cache, AnswersHaveTheSameBitsForEveryNumberOfThreads) {
       return answers;
     };
     const std::vector<Answer> one = run(1);
-    for (const int threads : {2, 5}) ASSERT_EQ(run(threads), one) << preset << " " << threads << " threads";
+    for (const int threads : {2, 5})
+      ASSERT_EQ(run(threads), one) << preset << " " << threads << " threads";
   }
 }
 
@@ -231,16 +233,23 @@ TEST(Cache, ATokenIsPackedExactlyWhenItLeavesTheWindow) {
   struct Case {
     const char *window, *sinks, *observe;
   };
-  for (const Case c : {Case{"8", "2", "12"}, {"8", "0", "1"}, {"0", "0", "1"}, {"0", "4", "30"}, {"40", "3", "5"}, {"8", "20", "4"},
-                       {"100", "0", "3"}, {"3", "1", "1000"}}) {
+  for (const Case c : {Case{"8", "2", "12"},
+                       {"8", "0", "1"},
+                       {"0", "0", "1"},
+                       {"0", "4", "30"},
+                       {"40", "3", "5"},
+                       {"8", "20", "4"},
+                       {"100", "0", "3"},
+                       {"3", "1", "1000"}}) {
     Model model;
     model.preset = "spark-0.5-i5";
     model.set = {{"window", c.window}, {"sinks", c.sinks}, {"observe", c.observe}};
     Host host(model);
     for (int n = 1; n <= 60; ++n) {
       host.Feed(0, 4, n - 1, 1, {1});
-      ASSERT_EQ(host.Memory().sealed, SealedOf(host.config, n)) << "window " << c.window << " sinks " << c.sinks << " observe "
-                                                               << c.observe << " tokens " << n;
+      ASSERT_EQ(host.Memory().sealed, SealedOf(host.config, n))
+          << "window " << c.window << " sinks " << c.sinks << " observe " << c.observe << " tokens "
+          << n;
       ASSERT_EQ(host.Memory().tokens, n);
     }
     const int64_t sealed = SealedOf(host.config, 60);
@@ -265,13 +274,7 @@ TEST(Cache, NothingIsPackedInAPrefillThatEndsLater) {
   EXPECT_EQ(host.Memory().sealed, 131 - 8 - 2);
 }
 
-// f16 numbers of a weight table of all layers, and those of the newest sequence: the header of save_weights is 32 bytes.
-size_t TableNumbers(const std::vector<uint8_t>& weights) {
-  uint32_t n = 0;
-  std::memcpy(&n, weights.data() + 28, 4);
-  return n;
-}
-
+// The weights of the newest sequence.
 std::vector<uint16_t> NewestTable(const Host& host) {
   const std::vector<uint8_t> bytes = host.Weights();
   std::vector<uint16_t> table(TableNumbers(bytes));
@@ -292,7 +295,8 @@ std::vector<float> Observed(const Host& host, int text, int l, int head) {
       std::copy_n(from, dim, q.data() + (g * n + t) * dim);
     }
   }
-  EXPECT_EQ(sparkv_channel_weight(q.data(), layer.group, int(n), layer.k_dim, sparkv_group(host.config.group), u.data(), nullptr),
+  EXPECT_EQ(sparkv_channel_weight(q.data(), layer.group, int(n), layer.k_dim,
+                                  sparkv_group(host.config.group), u.data(), nullptr),
             SPARKV_OK);
   return u;
 }
@@ -314,7 +318,8 @@ TEST_P(OneAnswer, PackedRowsAreThoseOfPackKeyUnderTheWeightsOfTheFirstQueries) {
       const std::vector<float> u = Observed(host, 5, l, h);
       const double unit = HalfToFloat(table[at]) * std::sqrt(double(u[0]));
       for (size_t j = 0; j < dim; ++j) {
-        ASSERT_NEAR(HalfToFloat(table[at + j]) * std::sqrt(double(u[j])), unit, unit * 3e-3) << "layer " << l << " channel " << j;
+        ASSERT_NEAR(HalfToFloat(table[at + j]) * std::sqrt(double(u[j])), unit, unit * 3e-3)
+            << "layer " << l << " channel " << j;
       }
       for (int t = host.config.sinks; t < 100 - host.config.window; ++t) {
         const std::vector<uint16_t> k = Halves(Numbers(Content(5, t), kKeys, l, layer.k_row()));
@@ -322,17 +327,26 @@ TEST_P(OneAnswer, PackedRowsAreThoseOfPackKeyUnderTheWeightsOfTheFirstQueries) {
         std::vector<uint8_t> k_row(sparkv_key_row_bytes(&host.config, layer.k_dim));
         std::vector<uint8_t> v_row(sparkv_value_row_bytes(&host.config, layer.v_dim));
         std::vector<uint16_t> k_back(dim), v_back(v_dim);
-        ASSERT_EQ(sparkv_pack_key(&host.config, &table[at], &k[size_t(h) * dim], layer.k_dim, k_row.data(), k_row.size(),
-                                  &host.error), SPARKV_OK) << host.error.text;
-        ASSERT_EQ(sparkv_unpack_key(&host.config, &table[at], k_row.data(), k_row.size(), layer.k_dim, k_back.data(),
-                                    &host.error), SPARKV_OK) << host.error.text;
-        ASSERT_EQ(sparkv_pack_value(&host.config, &v[size_t(h) * v_dim], layer.v_dim, v_row.data(), v_row.size(), &host.error),
+        ASSERT_EQ(sparkv_pack_key(&host.config, &table[at], &k[size_t(h) * dim], layer.k_dim,
+                                  k_row.data(), k_row.size(), &host.error),
+                  SPARKV_OK)
+            << host.error.text;
+        ASSERT_EQ(sparkv_unpack_key(&host.config, &table[at], k_row.data(), k_row.size(),
+                                    layer.k_dim, k_back.data(), &host.error),
+                  SPARKV_OK)
+            << host.error.text;
+        ASSERT_EQ(sparkv_pack_value(&host.config, &v[size_t(h) * v_dim], layer.v_dim, v_row.data(),
+                                    v_row.size(), &host.error),
                   SPARKV_OK);
-        ASSERT_EQ(sparkv_unpack_value(&host.config, v_row.data(), v_row.size(), layer.v_dim, v_back.data(), &host.error),
+        ASSERT_EQ(sparkv_unpack_value(&host.config, v_row.data(), v_row.size(), layer.v_dim,
+                                      v_back.data(), &host.error),
                   SPARKV_OK);
-        const std::vector<uint16_t> keys = host.Read(kKeys, l, t, 1), values = host.Read(kValues, l, t, 1);
-        ASSERT_TRUE(std::equal(k_back.begin(), k_back.end(), keys.begin() + long(size_t(h) * dim))) << "layer " << l << " token " << t;
-        ASSERT_TRUE(std::equal(v_back.begin(), v_back.end(), values.begin() + long(size_t(h) * v_dim)))
+        const std::vector<uint16_t> keys = host.Read(kKeys, l, t, 1),
+                                    values = host.Read(kValues, l, t, 1);
+        ASSERT_TRUE(std::equal(k_back.begin(), k_back.end(), keys.begin() + long(size_t(h) * dim)))
+            << "layer " << l << " token " << t;
+        ASSERT_TRUE(
+            std::equal(v_back.begin(), v_back.end(), values.begin() + long(size_t(h) * v_dim)))
             << "layer " << l << " token " << t;
       }
     }
@@ -368,166 +382,6 @@ TEST_P(OneAnswer, AnswersWithTheRowsThatItGivesBack) {
   EXPECT_TRUE(Near(answers[0], want, 2e-3));  // rows come back rounded to f16
 }
 
-// ---- memory ----
-
-uint64_t SumOfKinds(const sparkv_memory& m) {
-  return m.key_masks + m.key_signs + m.key_scales + m.key_kept + m.value_scales + m.value_codes + m.dense_keys + m.dense_values +
-         m.tables + m.cells + m.slack + m.workspace;
-}
-
-TEST(Cache, KindsOfMemorySumUpAndThePeakNeverFalls) {
-  Model model;
-  model.preset = "spark-0.5-i5";
-  model.set = {{"window", "16"}};
-  model.scatter = true;
-  Host host(model);
-  std::mt19937 rng(3);
-  std::map<int, int> next;
-  uint64_t peak = 0;
-  for (int step = 0; step < 60; ++step) {
-    if (host.n_free(0) < 20) {
-      const int gone = int(rng() % 4);
-      for (const Placed& token : host.sequence(gone)) sparkv_cache_release(host.cache, token.cell, 1);
-      host.Forget(gone, 0, host.sequence(gone).size());
-    }
-    host.Decode(Mixed(rng, &next, 4, 9));
-    const sparkv_memory m = host.Memory();
-    ASSERT_EQ(SumOfKinds(m), m.resident);
-    ASSERT_GE(m.peak, m.resident);
-    ASSERT_GE(m.peak, peak);
-    ASSERT_LE(m.slack, m.resident);
-    peak = m.peak;
-    int64_t live = 0;
-    for (int64_t c = 0; c < model.cells; ++c) live += host.in_use(c) ? 1 : 0;
-    ASSERT_EQ(m.tokens, live);
-    uint64_t row = 0;
-    for (const Layer& layer : model.layers) row += 2 * (layer.k_row() + layer.v_row());
-    ASSERT_EQ(m.f16_bytes, uint64_t(live) * row);
-  }
-  sparkv_cache_clear(host.cache);
-  const sparkv_memory m = host.Memory();
-  EXPECT_EQ(m.tokens, 0);
-  EXPECT_EQ(m.resident - m.workspace - m.tables, m.cells);
-  EXPECT_LT(m.cells, 4096u);  // one bit per cell and no page
-  EXPECT_EQ(m.slack, 0u);
-  EXPECT_EQ(m.peak, peak);
-  sparkv_memory high{};
-  high.struct_size = sizeof(high);
-  sparkv_cache_high_water(host.cache, &high);
-  EXPECT_GT(high.tokens, 200);
-  EXPECT_EQ(SumOfKinds(high), high.resident);
-}
-
-// Off: the peak is noted when a step ends, and clearing drops the step.
-TEST(Cache, DISABLED_ThePeakIsRememberedWhenAStepIsCleared) {
-  Host host(Model{});
-  const Step step = host.Begin({{0, Content(0, 0)}});
-  ASSERT_EQ(host.Write(step, 0, kKeys), SPARKV_OK);
-  const uint64_t peak = host.Memory().peak;
-  sparkv_cache_clear(host.cache);
-  EXPECT_GE(host.Memory().peak, peak);
-}
-
-TEST(Cache, OverwritingCellsDoesNotGrowAndShrinkingNKvReleases) {
-  Model model;
-  model.preset = "spark-0.5-i5";
-  model.set = {{"window", "16"}};
-  model.cells = 1024;
-  Host host(model);
-  host.Feed(0, 1, 0, 1000, {250});
-  const sparkv_memory full = host.Memory();
-  for (int round = 0; round < 5; ++round) {
-    host.Forget(0, 0, host.sequence(0).size());
-    host.Feed(0, 2 + round, 0, 1000, {250});
-    const sparkv_memory m = host.Memory();
-    ASSERT_EQ(m.tokens, 1000);
-    ASSERT_EQ(m.sealed, full.sealed);
-    ASSERT_LE(m.resident, full.resident + 16 * m.tables / (uint64_t(round) + 2) + 8 * 4096) << round;
-  }
-  host.Forget(0, 100, 1000);
-  host.Feed(0, 9, 100, 1, {1});
-  const sparkv_memory m = host.Memory();
-  EXPECT_LE(m.tokens, 128);  // n_kv is a multiple of 32
-  EXPECT_LT(m.resident - m.workspace - m.tables, (full.resident - full.workspace - full.tables) / 3);
-}
-
-// Kilobytes of private memory this process holds.
-int64_t ResidentKb() {
-  std::FILE* file = std::fopen("/proc/self/smaps_rollup", "r");
-  if (file == nullptr) return -1;
-  char line[256];
-  int64_t kb = -1;
-  while (std::fgets(line, sizeof(line), file) != nullptr) std::sscanf(line, "Anonymous: %ld", &kb);
-  std::fclose(file);
-  return kb;
-}
-
-TEST(Cache, CommittedBytesAreWhatTheKernelHolds) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  GTEST_SKIP() << "the sanitizer's own memory is in the way";
-#endif
-  if (ResidentKb() < 0) GTEST_SKIP() << "no smaps_rollup";
-  Model model;
-  model.preset = "spark-0.5-i5";
-  model.set = {{"window", "32"}};
-  model.layers = std::vector<Layer>(2, Layer{8, 128, 128, 1});
-  model.cells = 32768;
-  Host host(model);
-  int position = 0;
-  const auto feed_until = [&](int end) {
-    while (position < end) {
-      Batch batch;
-      for (int i = 0; i < 64; ++i) batch.emplace_back(0, Content(1, position++));
-      host.Decode(batch);
-    }
-    malloc_trim(0);
-  };
-  feed_until(64);  // scratch is in use before the count starts
-  const sparkv_memory start = host.Memory();
-  const int64_t before = ResidentKb();
-  feed_until(3200);
-  const sparkv_memory end = host.Memory();
-  const double held = double(ResidentKb() - before) * 1024, said = double(end.resident) - double(start.resident);
-  EXPECT_GT(said, 6e6);
-  EXPECT_NEAR(held / said, 1.0, 0.05) << held << " held, " << said << " said";
-
-  const int64_t full = ResidentKb();
-  sparkv_cache_clear(host.cache);
-  malloc_trim(0);
-  const double given = double(full - ResidentKb()) * 1024, forgotten = double(end.resident) - double(host.Memory().resident);
-  EXPECT_NEAR(given / forgotten, 1.0, 0.05) << given << " given back, " << forgotten << " forgotten";
-}
-
-TEST(Cache, BitsPerElementAreThoseComputedByHand) {
-  Model model;
-  model.preset = "spark-0.5-i5";
-  model.set = {{"window", "32"}, {"sinks", "4"}};
-  model.layers = {{4, 64, 64, 1}, {4, 64, 64, 1}};
-  model.cells = 4096;
-  Host host(model);
-  host.Feed(0, 1, 0, 4096, {512});
-  const sparkv_memory m = host.Memory();
-  const uint64_t sealed = 4096 - 4 - 32, heads = 8;
-  ASSERT_EQ(uint64_t(m.sealed), sealed);
-  // Key row of 64 channels: mask 8, signs 4, then scale and codes. Value row: scale 2, 64 codes of 4 bits.
-  const uint64_t key_row = sparkv_key_row_bytes(&host.config, 64);
-  EXPECT_EQ(m.key_masks, sealed * heads * 8);
-  EXPECT_EQ(m.key_signs, sealed * heads * 4);
-  EXPECT_EQ(m.key_scales + m.key_kept, sealed * heads * (key_row - 12));
-  EXPECT_EQ(m.value_scales, sealed * heads * 2);
-  EXPECT_EQ(m.value_codes, sealed * heads * 32);
-  EXPECT_EQ(m.dense_keys, 36 * heads * 128);
-  EXPECT_EQ(m.dense_values, 36 * heads * 128);
-  EXPECT_EQ(m.tables, TableNumbers(host.Weights()) * 2);
-  EXPECT_EQ(m.f16_bytes, 4096 * heads * 256);
-  const double elements = 4096.0 * heads * 64;
-  EXPECT_NEAR(m.bits, 8.0 * double(m.resident - m.workspace) / (2 * elements), 1e-9);
-  EXPECT_NEAR(m.key_bits + m.value_bits, 2 * m.bits, 1e-9);
-  EXPECT_GT(m.key_bits, double(key_row) * 8 / 64 * 0.99);
-  EXPECT_GT(m.value_bits, 34 * 8 / 64.0 * 0.99);
-  EXPECT_LT(m.bits, 5.0);
-}
-
 // ---- hosts that do not follow the usual order ----
 
 TEST(Cache, TheOrderOfLayersDoesNotMatter) {
@@ -551,7 +405,8 @@ TEST(Cache, TheOrderOfLayersDoesNotMatter) {
   for (int64_t cell = 0; cell < 60; ++cell) ASSERT_EQ(host.Rows(cell), odd.Rows(cell)) << cell;
 }
 
-// Off: the view made by the second look is taken for the next layer, whose rows are not in the slots it names.
+// Off: the view made by the second look is taken for the next layer, whose rows are not in the
+// slots it names.
 TEST(Cache, DISABLED_AttendingALayerAgainGivesTheSameAnswer) {
   Model model;
   model.set = {{"window", "8"}};
@@ -566,14 +421,16 @@ TEST(Cache, DISABLED_AttendingALayerAgainGivesTheSameAnswer) {
     ASSERT_EQ(host.Attend(step, l, &first), SPARKV_OK);
     const auto row = long(host.layer(l).out_row());
     for (size_t t = 0; t < 2; ++t) {
-      answers[t].insert(answers[t].end(), first.begin() + long(t) * row, first.begin() + long(t + 1) * row);
+      answers[t].insert(answers[t].end(), first.begin() + long(t) * row,
+                        first.begin() + long(t + 1) * row);
     }
     for (int i = 0; i < 2; ++i) {
       ASSERT_EQ(host.Attend(step, l, &again), SPARKV_OK) << host.error.text;
       EXPECT_TRUE(Near(again, first, kSums)) << "layer " << l;
     }
   }
-  for (size_t t = 0; t < 2; ++t) EXPECT_TRUE(Near(answers[t], host.Expected(step.sees[t]), kSums)) << t;
+  for (size_t t = 0; t < 2; ++t)
+    EXPECT_TRUE(Near(answers[t], host.Expected(step.sees[t]), kSums)) << t;
   host.Feed(0, 0, 42, 1, {1});
   EXPECT_EQ(host.Memory().tokens, 43);
 }
@@ -641,10 +498,13 @@ TEST(Cache, DISABLED_AllLayersMayBeWrittenBeforeTheFirstIsAttended) {
         std::vector<float> out;
         ASSERT_EQ(host.Attend(step, l, &out), SPARKV_OK) << host.error.text;
         const auto row = long(host.layer(l).out_row());
-        for (long t = 0; t < 6; ++t) got[size_t(t)].insert(got[size_t(t)].end(), out.begin() + t * row, out.begin() + (t + 1) * row);
+        for (long t = 0; t < 6; ++t)
+          got[size_t(t)].insert(got[size_t(t)].end(), out.begin() + t * row,
+                                out.begin() + (t + 1) * row);
       }
       // Rows may stay dense longer than usual, so a lossy preset is held to the raw rows loosely.
-      ASSERT_TRUE(Near(got, want, std::strcmp(preset, "exact") == 0 ? kSums : 1.0)) << preset << " tokens " << p;
+      ASSERT_TRUE(Near(got, want, std::strcmp(preset, "exact") == 0 ? kSums : 1.0))
+          << preset << " tokens " << p;
     }
   }
 }
@@ -679,7 +539,8 @@ TEST(Cache, DISABLED_AStepThatStopsHalfwayLeavesOlderTokensWhole) {
     host.Forget(0, 40, 50);  // the host takes the micro-batch back and tries again
     const std::vector<Answer> answers = host.Decode(batch), want = usual.Decode(batch);
     EXPECT_TRUE(Near(answers, want, kSums)) << preset;
-    for (int64_t cell = 0; cell < 50; ++cell) ASSERT_EQ(host.Rows(cell), usual.Rows(cell)) << preset << " cell " << cell;
+    for (int64_t cell = 0; cell < 50; ++cell)
+      ASSERT_EQ(host.Rows(cell), usual.Rows(cell)) << preset << " cell " << cell;
   }
 }
 
@@ -687,17 +548,17 @@ TEST(Cache, DISABLED_AStepThatStopsHalfwayLeavesOlderTokensWhole) {
 TEST(Cache, DISABLED_ALayerThatThisStepDidNotWriteCanBeAttended) {
   Model model;
   model.layers = {{1, 32, 32, 1}, {2, 256, 256, 1}};
-  model.set = {{"window", "8"}};
+  model.set = {{"window", "8"}, {"simd", "plain"}};  // AddressSanitizer does not see masked loads
   Host host(model);
-  host.Feed(0, 0, 0, 20, {20});
-  const Step step = host.Begin({{0, Content(0, 20)}, {0, Content(0, 21)}});
+  const Step step = host.Begin({{0, Content(0, 0)}, {0, Content(0, 1)}});
   std::vector<float> out;
   ASSERT_EQ(host.Write(step, 0, kKeys), SPARKV_OK);
   ASSERT_EQ(host.Write(step, 0, kValues), SPARKV_OK);
   ASSERT_EQ(host.Attend(step, 0, &out), SPARKV_OK);
-  EXPECT_EQ(host.Attend(step, 1, &out), SPARKV_OK);  // any numbers, but only bytes that are the cache's own
-  host.Forget(0, 20, 22);
-  const Step next = host.Begin({{0, Content(0, 20)}});
+  // Any numbers, but only from bytes that are the cache's own.
+  EXPECT_EQ(host.Attend(step, 1, &out), SPARKV_OK);
+  host.Forget(0, 0, 2);
+  const Step next = host.Begin({{0, Content(0, 2)}});
   EXPECT_TRUE(Near(host.Run(next)[0], host.Expected(next.sees[0]), kSums));
 }
 
@@ -708,7 +569,8 @@ TEST(Cache, StreamsOfOneStepMayBeAttendedOneByOne) {
   model.set = {{"window", "4"}, {"sinks", "0"}};
   Host host(model);
   for (int p = 0; p < 20; p += 2) {
-    const Step step = host.Begin({{0, Content(0, p)}, {0, Content(0, p + 1)}, {1, Content(1, p)}, {1, Content(1, p + 1)}});
+    const Step step = host.Begin(
+        {{0, Content(0, p)}, {0, Content(0, p + 1)}, {1, Content(1, p)}, {1, Content(1, p + 1)}});
     std::vector<Answer> answers(4);
     for (int l = 0; l < 2; ++l) {
       ASSERT_EQ(host.Write(step, l, kKeys), SPARKV_OK);
@@ -718,7 +580,8 @@ TEST(Cache, StreamsOfOneStepMayBeAttendedOneByOne) {
         one.first_stream = s;
         one.n_streams = 1;
         one.contents.assign(step.contents.begin() + s * 2, step.contents.begin() + s * 2 + 2);
-        one.mask.assign(step.mask.begin() + s * 2 * step.n_kv, step.mask.begin() + (s + 1) * 2 * step.n_kv);
+        one.mask.assign(step.mask.begin() + s * 2 * step.n_kv,
+                        step.mask.begin() + (s + 1) * 2 * step.n_kv);
         std::vector<float> out;
         ASSERT_EQ(host.Attend(one, l, &out), SPARKV_OK) << host.error.text;
         const auto row = long(host.layer(l).out_row());
@@ -728,7 +591,8 @@ TEST(Cache, StreamsOfOneStepMayBeAttendedOneByOne) {
         }
       }
     }
-    for (size_t t = 0; t < 4; ++t) ASSERT_TRUE(Near(answers[t], host.Expected(step.sees[t]), kSums)) << p << " token " << t;
+    for (size_t t = 0; t < 4; ++t)
+      ASSERT_TRUE(Near(answers[t], host.Expected(step.sees[t]), kSums)) << p << " token " << t;
   }
 }
 

@@ -1,4 +1,5 @@
-// Random operations of a host on a cache against a map of what each sequence holds. Failing sequences of operations are shrunk.
+// Random operations of a host on a cache against a map of what each sequence holds. Failing
+// sequences of operations are shrunk.
 #include <gtest/gtest.h>
 #include <rapidcheck.h>
 
@@ -15,7 +16,8 @@ constexpr double kSums = 2e-5;
 // The same operations on every run; RC_PARAMS="seed=... max_success=..." tries others.
 const int kSeeded = setenv("RC_PARAMS", "seed=20261122 max_success=80", 0);
 
-using Operation = std::tuple<uint8_t, uint16_t, uint16_t, uint16_t>;  // which, and three numbers that it reads as it likes
+using Operation = std::tuple<uint8_t, uint16_t, uint16_t,
+                             uint16_t>;  // which, and three numbers that it reads as it likes
 using Operations = std::vector<Operation>;
 
 class World {
@@ -26,13 +28,27 @@ class World {
     const auto& [which, a, b, c] = operation;
     const int s = a % n_sequences_, t = b % n_sequences_;
     switch (which % 12) {
-      case 0: Roll(s, c); break;
-      case 1: End(s, c % 2 == 0); break;
-      case 2: host.model.split ? Copy(s, t) : Share(s, t, c); break;
-      case 3: Move(s, 1 + c % 9); break;
-      case 4: c % 8 == 0 ? Clear() : Cut(s, b, c); break;
-      case 5: Store(s, 1 + b % 3); break;
-      default: Decode(s, b, 1 + c % 7); break;
+      case 0:
+        Roll(s, c);
+        break;
+      case 1:
+        End(s, c % 2 == 0);
+        break;
+      case 2:
+        host.model.split ? Copy(s, t) : Share(s, t, c);
+        break;
+      case 3:
+        Move(s, 1 + c % 9);
+        break;
+      case 4:
+        c % 8 == 0 ? Clear() : Cut(s, b, c);
+        break;
+      case 5:
+        Store(s, 1 + b % 3);
+        break;
+      default:
+        Decode(s, b, 1 + c % 7);
+        break;
     }
     const sparkv_memory m = host.Memory();
     RC_ASSERT(m.slack <= m.resident && m.resident <= m.peak);
@@ -46,7 +62,9 @@ class World {
       int longest = 0;
       for (int s = 0; s < n_sequences_; ++s) {
         if (host.model.split && s != stream) continue;
-        if (host.sequence(s).size() >= host.sequence(longest).size() || (host.model.split && longest != stream)) longest = s;
+        if (host.sequence(s).size() >= host.sequence(longest).size() ||
+            (host.model.split && longest != stream))
+          longest = s;
       }
       host.Forget(longest, 0, host.sequence(longest).size());
     }
@@ -62,7 +80,8 @@ class World {
       }
     } else {
       MakeRoom(0, n);
-      for (int i = 0; i < n; ++i) batch.emplace_back(i * mix % 3 == 0 ? first : (first + i * mix) % n_sequences_, next_++);
+      for (int i = 0; i < n; ++i)
+        batch.emplace_back(i * mix % 3 == 0 ? first : (first + i * mix) % n_sequences_, next_++);
     }
     return batch;
   }
@@ -120,8 +139,10 @@ class World {
 
   void Copy(int from, int to) {
     if (from == to) return;
-    for (int l = 0; l < host.n_layers(); ++l) RC_ASSERT(sparkv_cache_copy_keys(host.cache, l, from, to, nullptr) == SPARKV_OK);
-    for (int l = 0; l < host.n_layers(); ++l) RC_ASSERT(sparkv_cache_copy_values(host.cache, l, from, to, nullptr) == SPARKV_OK);
+    for (int l = 0; l < host.n_layers(); ++l)
+      RC_ASSERT(sparkv_cache_copy_keys(host.cache, l, from, to, nullptr) == SPARKV_OK);
+    for (int l = 0; l < host.n_layers(); ++l)
+      RC_ASSERT(sparkv_cache_copy_values(host.cache, l, from, to, nullptr) == SPARKV_OK);
     host.Forget(to, 0, host.sequence(to).size());
     for (const Placed& token : std::vector<Placed>(host.sequence(from))) {
       host.Adopt(to, {token.cell + (to - from) * host.model.cells, token.content});
@@ -146,7 +167,9 @@ class World {
       for (const Kind kind : {kKeys, kValues}) {
         for (int l = 0; l < host.n_layers(); ++l) {
           const size_t row = kind == kKeys ? host.layer(l).k_row() : host.layer(l).v_row();
-          host.Restore(kind, l, cell, std::vector<uint16_t>(rows[i].begin() + long(at), rows[i].begin() + long(at + row)));
+          host.Restore(
+              kind, l, cell,
+              std::vector<uint16_t>(rows[i].begin() + long(at), rows[i].begin() + long(at + row)));
           at += row;
         }
       }
@@ -195,7 +218,8 @@ TEST(Property, StreamsSeeExactlyTheirOwnTokens) {
   }));
 }
 
-// With a lossy preset nothing is known about the numbers but that they are some, and that memory adds up.
+// With a lossy preset nothing is known about the numbers but that they are some, and that memory
+// adds up.
 TEST(Property, LossyCachesStayFiniteAndCountEveryByte) {
   EXPECT_TRUE(rc::check([](const Operations& operations) {
     Model model = Small();
@@ -215,8 +239,10 @@ TEST(Property, LossyCachesStayFiniteAndCountEveryByte) {
         for (const float x : answer) RC_ASSERT(std::isfinite(x));
       }
       const sparkv_memory m = host.Memory();
-      RC_ASSERT(m.key_masks + m.key_signs + m.key_scales + m.key_kept + m.value_scales + m.value_codes + m.dense_keys +
-                    m.dense_values + m.tables + m.cells + m.slack + m.workspace == m.resident);
+      RC_ASSERT(m.key_masks + m.key_signs + m.key_scales + m.key_kept + m.value_scales +
+                    m.value_codes + m.dense_keys + m.dense_values + m.tables + m.cells + m.slack +
+                    m.workspace ==
+                m.resident);
       RC_ASSERT(m.sealed <= m.tokens && m.tokens <= model.cells);
       for (int64_t cell = 0; cell < model.cells; cell += 17) host.Rows(cell);
     }

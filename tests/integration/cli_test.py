@@ -203,6 +203,14 @@ class Command(unittest.TestCase):
             (["--json"], ["run", "-m", self.model, "--json"]),
             (["--bogus"], ["bench", "--bogus"]),
             (["-o", "picture.png"], ["inspect", "--saliency", self.model, "-o", "picture.png"]),
+            (
+                ["--layer", "99", "0..3"],
+                ["inspect", "-m", self.model, "--dump-saliency", "-p", "x", "--layer", "99"],
+            ),
+            (
+                ["--head", "3", "0..2"],
+                ["inspect", "-m", self.model, "--dump-saliency", "-p", "x", "--head", "3"],
+            ),
             (["--completion", "tcsh"], ["--completion", "tcsh"]),
             (["sub-command"], []),
         ):

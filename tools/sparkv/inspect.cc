@@ -184,6 +184,14 @@ std::string DumpSaliency(const Settings& settings) {
   RequireModel(settings.model);
   if (settings.prompt.empty() == settings.prompt_file.empty())
     throw Error(kUsage, "--dump-saliency: needs one of -p and -f");
+  const ModelShape model = ReadModelShape(settings.model);
+  const int layers = static_cast<int>(model.layers.size());
+  if (settings.layer >= layers) {
+    throw Error(kUsage, fmt::format("--layer: {} is outside 0..{}", settings.layer, layers - 1));
+  }
+  if (const int heads = model.layers[settings.layer].kv_heads; settings.head >= heads) {
+    throw Error(kUsage, fmt::format("--head: {} is outside 0..{}", settings.head, heads - 1));
+  }
   const TemporaryFolder folder;
   std::vector<std::string> args = {"-m", settings.model, "-n",
                                    "1",  "-no-cnv",      "--no-display-prompt"};

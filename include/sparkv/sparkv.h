@@ -160,8 +160,8 @@ SPARKV_API void sparkv_cache_set_threads(sparkv_cache* cache, int32_t n_threads)
 typedef enum sparkv_row_type { SPARKV_ROW_F32 = 0, SPARKV_ROW_F16 = 1 } sparkv_row_type;
 
 /* Appends (or overwrites) rows in `cells`, [n_rows], distinct, in token order. The rows of one micro-batch of a layer come
- * in one call for keys and one for values, before the sparkv_cache_attend of that layer; every layer of a micro-batch gets
- * the same cells. row: k_dim * n_kv_heads numbers, contiguous. A negative cell is skipped. */
+ * in one call for keys and one for values, followed by the sparkv_cache_attend of that layer before the next layer is
+ * written; every layer of a micro-batch gets the same cells. row: k_dim * n_kv_heads numbers, contiguous. A negative cell is skipped. */
 SPARKV_API sparkv_status sparkv_cache_write_keys(sparkv_cache* cache, int32_t layer, const int64_t* cells, int64_t n_rows,
                                                  const void* rows, sparkv_row_type type, size_t row_stride,
                                                  sparkv_error* error);
@@ -197,7 +197,8 @@ SPARKV_API sparkv_status sparkv_cache_read_keys(sparkv_cache* cache, int32_t lay
 SPARKV_API sparkv_status sparkv_cache_read_values(sparkv_cache* cache, int32_t layer, int64_t first, int64_t n,
                                                   uint16_t* rows, sparkv_error* error);
 /* Rows that an earlier read gave (a state file): a row that packs to itself under weights this process knows becomes the
- * same packed row again; any other stays dense. Layers and kinds may come in any order, one cell range at a time. */
+ * same packed row again; any other stays dense. Keys of a cell come before its values; restoring keys of a live cell replaces
+ * the cell. One sequence per range. */
 SPARKV_API sparkv_status sparkv_cache_restore_keys(sparkv_cache* cache, int32_t layer, int64_t first, int64_t n,
                                                    const uint16_t* rows, sparkv_error* error);
 SPARKV_API sparkv_status sparkv_cache_restore_values(sparkv_cache* cache, int32_t layer, int64_t first, int64_t n,

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <string>
 
 #include "cache/kv_cache.h"
 #include "ops/hadamard.h"
@@ -25,6 +26,9 @@ inline size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }
 Status KvCache::Attend(const sparkv_attend_args& args) {
   EndRestore();
   copy_ = {};
+  if (step_.open && !step_.planned && arena_layer_ != args.layer && layer_written_[size_t(args.layer)] != 0) {
+    return Status::Invalid("layer: " + std::to_string(args.layer) + " was written before another layer was attended");
+  }
   if (!ViewHolds(args)) {
     if (Status s = Look(args); !s.ok()) return s;
   }

@@ -33,6 +33,10 @@ Status CheckShape(const sparkv_shape& shape) {
 }  // namespace
 
 Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape, std::unique_ptr<KvCache>* cache) {
+  if (config.struct_size < sizeof(config)) {
+    return Status::Invalid("config.struct_size: " + std::to_string(config.struct_size) + " is less than " +
+                           std::to_string(sizeof(config)));
+  }
   if (Status s = CheckConfig(config); !s.ok()) return s;
   if (Status s = CheckShape(shape); !s.ok()) return s;
   std::unique_ptr<KvCache> c(new KvCache());
@@ -89,6 +93,7 @@ void KvCache::SetThreads(int n_threads) {
 }
 
 void KvCache::Clear() {
+  NotePeak();
   step_ = Step{};
   view_ = View{};
   flight_cells_.clear();

@@ -73,6 +73,7 @@ class KvCache {
     std::vector<std::vector<Column>> columns;  // per stream of the call
     std::vector<uint64_t> packed_bits, dense_bits;
     size_t packed_words = 0, dense_words = 0;
+    bool in_arena = false;     // columns in flight name rows of the arena, which holds the layer being attended
     bool mask_values = false;  // the mask holds numbers besides 0 and -inf
     const uint16_t* mask = nullptr;
     int64_t n_kv = -1, n_tokens = 0;
@@ -160,7 +161,9 @@ class KvCache {
   struct RestoreSession {
     bool open = false;
     int first_layer = -1;
-    uint16_t matched = 0;
+    uint16_t matched = 0;              // weights of the last row that was recognised
+    bool range_matched = false;        // one was in the range being restored
+    std::vector<int64_t> strangers;    // dense rows of ranges without any
     std::unordered_set<int64_t> cells;
   } restore_;
   struct CopySession {

@@ -50,6 +50,7 @@ Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row
   }
   if (table != 0) {
     restore_.matched = table;
+    restore_.range_matched = true;
     tables_.Ref(table);
     tables_.Used(table);
     cells_.table(cell) = table;
@@ -65,6 +66,11 @@ Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row
   cells_.set_state(cell, CellState::kDense);
   dense_cells_[size_t(layout_.stream_of(cell))].push_back(cell);
   ++n_dense_;
+  // Behind rows that were recognised it is the window of the same sequence.
+  if (restore_.range_matched) {
+    tables_.Ref(restore_.matched);
+    cells_.table(cell) = restore_.matched;
+  }
   return Status::Ok();
 }
 
@@ -77,6 +83,8 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n, co
     restore_.open = true;
     restore_.first_layer = layer_index;
   }
+  const bool placing = keys && layer_index == restore_.first_layer;
+  if (placing) restore_.range_matched = false;
   ExpandTables(layer_index);
   const size_t row_numbers = keys ? layer.k_row() : layer.v_row();
   for (int64_t i = 0; i < n; ++i) {
@@ -95,6 +103,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n, co
       default: break;  // values of a cell that was given no keys
     }
   }
+  for (int64_t i = 0; i < n && placing && !restore_.range_matched; ++i) restore_.strangers.push_back(first + i);
   return Status::Ok();
 }
 
@@ -106,19 +115,10 @@ void KvCache::EndRestore() {
   restore_.open = false;
   const LayerLayout& layer = layout_.layers[0];
   if (needs_weights_) {
-    int64_t strangers = 0;
-    std::vector<int64_t> pinned;
     std::vector<uint16_t> again(layer.v_row());
     std::vector<uint8_t> packed(layer.value.bytes);
-    for (const int64_t cell : restore_.cells) {
-      if (cells_.state(cell) != CellState::kDense) continue;
-      if (restore_.matched != 0) {
-        if (cells_.table(cell) == 0) {
-          tables_.Ref(restore_.matched);
-          cells_.table(cell) = restore_.matched;
-        }
-        continue;
-      }
+    for (const int64_t cell : restore_.strangers) {
+      if (cells_.state(cell) != CellState::kDense || cells_.pinned(cell) != 0) continue;
       // Values that do not pack to themselves were never packed: a plain state file, free to be packed.
       bool raw = false;
       const uint16_t* values = dense_.numbers(cells_.slot(cell)) + layer.dense_at + layer.k_row();
@@ -129,12 +129,8 @@ void KvCache::EndRestore() {
         raw = std::memcmp(again.data(), values + at, size_t(layer.v_dim()) * 2) != 0;
       }
       if (raw) continue;
-      pinned.push_back(cell);
-      ++strangers;
-    }
-    if (strangers > 0) {
-      for (const int64_t cell : pinned) cells_.pinned(cell) = 1;
-      unknown_rows_ += strangers;
+      cells_.pinned(cell) = 1;
+      ++unknown_rows_;
     }
   }
   restore_ = {};

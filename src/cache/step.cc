@@ -99,7 +99,16 @@ void KvCache::FinishStep() {
   if (!step_.open) return;
   FlushLayer();
   step_.open = false;
+  // A step that stopped between layers packed its rows in some of them only: rows that waited dense stay dense.
+  const bool complete = std::all_of(layer_done_.begin(), layer_done_.end(), [](uint8_t done) { return done != 0; });
   for (const Column& column : step_.sealing) {
+    if (column.flight < 0 && !complete) {
+      packed_.Remove(layout_.group_of(column.cell));
+      SetSealedBit(column.cell, false);
+      tables_.Unref(cells_.table(column.cell));
+      cells_.table(column.cell) = 0;
+      continue;
+    }
     if (column.flight < 0) {
       dense_.Free(column.slot);
       std::vector<int64_t>& list = dense_cells_[size_t(layout_.stream_of(column.cell))];
@@ -139,7 +148,8 @@ void KvCache::FinishStep() {
 int64_t KvCache::FlightOf(const sparkv_attend_args& args, int stream_index, int64_t token) const {
   if (!step_.open || int64_t(flight_cells_.size()) != args.n_tokens * args.n_streams) return -1;
   const int64_t cell = flight_cells_[size_t(stream_index * args.n_tokens + token)];
-  return cell >= 0 && layout_.stream_of(cell) == args.first_stream + stream_index ? cell : -1;
+  if (cell < 0 || cells_.state(cell) != CellState::kFlight) return -1;
+  return layout_.stream_of(cell) == args.first_stream + stream_index ? cell : -1;
 }
 
 // Restored cells learn their place from the first query that sees them: they are older than what it was written with.
@@ -336,7 +346,7 @@ Status KvCache::CommitPlan() {
   }
   for (const NewTable& table : step_.new_tables) tables_.Unref(table.id);  // its cells hold it now
   for (const int64_t cell : flight_cells_) {
-    if (cell < 0 || cells_.slot(cell) != -1) continue;
+    if (cell < 0 || cells_.state(cell) != CellState::kFlight || cells_.slot(cell) != -1) continue;
     const int32_t slot = dense_.Allocate();
     if (slot < 0) return Status::NoMemory("dense window: no free slot");
     cells_.slot(cell) = slot;
@@ -380,7 +390,7 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen, const 
 }
 
 bool KvCache::ViewHolds(const sparkv_attend_args& args) const {
-  return step_.planned && step_.open && layer_done_[size_t(args.layer)] == 0 && view_.mask == args.mask &&
+  return step_.planned && step_.open && view_.in_arena && arena_layer_ == args.layer && layer_done_[size_t(args.layer)] == 0 && view_.mask == args.mask &&
          view_.n_kv == args.n_kv && view_.n_tokens == args.n_tokens && view_.first_stream == args.first_stream &&
          view_.n_streams == args.n_streams;
 }
@@ -410,6 +420,7 @@ Status KvCache::Look(const sparkv_attend_args& args) {
   std::vector<std::vector<TokenPlan>> tokens(static_cast<size_t>(args.n_streams));
   view_.columns.assign(size_t(args.n_streams), {});
   const bool in_arena = step_.open && layer_done_[size_t(args.layer)] == 0 && arena_layer_ == args.layer;
+  view_.in_arena = plan || in_arena;
   for (int s = 0; s < args.n_streams; ++s) {
     if (Status status = PlanTokens(args, s, seen, &tokens[size_t(s)]); !status.ok()) return status;
     std::vector<Column>& columns = view_.columns[size_t(s)];

@@ -38,7 +38,7 @@ class WeightTables {
   size_t count() const { return tables_.size(); }
 
  private:
-  static constexpr size_t kIdle = 8;  // tables kept without references
+  static constexpr size_t kIdle = 32;  // tables kept without references
   void DropIdle();
 
   size_t numbers_ = 0;

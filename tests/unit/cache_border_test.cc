@@ -167,8 +167,7 @@ TEST(CacheBorder, EveryBadArgumentIsNamedAndLeavesTheCacheUsable) {
   EXPECT_TRUE(Near(host.Run(step)[0], host.Expected(step.sees[0]), kSums));
 }
 
-// Off: struct_size of the configuration is not looked at.
-TEST(CacheBorder, DISABLED_AConfigurationOfAnotherSizeIsRefused) {
+TEST(CacheBorder, AConfigurationOfAnotherSizeIsRefused) {
   sparkv_config config = MakeConfig(Model{});
   config.struct_size = 16;
   const sparkv_layer_shape layer{1, 64, 64};
@@ -239,8 +238,7 @@ TEST(CacheBorder, AddressSpaceThatCannotBeHadIsSaid) {
 }
 
 // A host that writes behind n_kv breaks the contract; it must not cost a slot each time.
-// Off: the released cell is given a dense slot that nothing frees.
-TEST(CacheBorder, DISABLED_CellsWrittenBehindNKvDoNotLeak) {
+TEST(CacheBorder, CellsWrittenBehindNKvDoNotLeak) {
   Model model;
   model.cells = 512;
   model.set = {{"window", "64"}};

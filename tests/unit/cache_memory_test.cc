@@ -58,8 +58,7 @@ TEST(Cache, KindsOfMemorySumUpAndThePeakNeverFalls) {
   EXPECT_EQ(SumOfKinds(high), high.resident);
 }
 
-// Off: the peak is noted when a step ends, and clearing drops the step.
-TEST(Cache, DISABLED_ThePeakIsRememberedWhenAStepIsCleared) {
+TEST(Cache, ThePeakIsRememberedWhenAStepIsCleared) {
   Host host(Model{});
   const Step step = host.Begin({{0, Content(0, 0)}});
   ASSERT_EQ(host.Write(step, 0, kKeys), SPARKV_OK);

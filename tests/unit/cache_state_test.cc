@@ -140,8 +140,7 @@ TEST_P(State, DISABLED_ValuesMayBeRestoredBeforeKeys) {
   EXPECT_EQ(again.values, saved.values);
 }
 
-// Off: dense rows of the first get the weights that the second matched last.
-TEST_P(State, DISABLED_SequencesRestoredOneAfterTheOtherKeepTheirOwnWeights) {
+TEST_P(State, SequencesRestoredOneAfterTheOtherKeepTheirOwnWeights) {
   Host usual(Small()), host(Small());
   for (Host* h : {&usual, &host}) {
     h->Feed(0, 1, 0, 100, {100});
@@ -159,9 +158,7 @@ TEST_P(State, DISABLED_SequencesRestoredOneAfterTheOtherKeepTheirOwnWeights) {
 }
 
 // A server with many slots clears its cache and reads all of them back.
-// Off: only eight tables without references are kept, and rows that match none are not counted
-// beside rows that do.
-TEST_P(State, DISABLED_AllRowsOfManySequencesAreKnownAgain) {
+TEST_P(State, AllRowsOfManySequencesAreKnownAgain) {
   constexpr int kSequences = 12;
   Model model = Small();
   model.cells = kSequences * 60;

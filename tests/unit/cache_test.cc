@@ -405,9 +405,7 @@ TEST(Cache, TheOrderOfLayersDoesNotMatter) {
   for (int64_t cell = 0; cell < 60; ++cell) ASSERT_EQ(host.Rows(cell), odd.Rows(cell)) << cell;
 }
 
-// Off: the view made by the second look is taken for the next layer, whose rows are not in the
-// slots it names.
-TEST(Cache, DISABLED_AttendingALayerAgainGivesTheSameAnswer) {
+TEST(Cache, AttendingALayerAgainGivesTheSameAnswer) {
   Model model;
   model.set = {{"window", "8"}};
   Host host(model);
@@ -520,8 +518,7 @@ TEST(Cache, ValuesWithoutKeysAreRefusedByName) {
 }
 
 // llama.cpp may abort a graph between layers; what was there before must be whole.
-// Off: rows that left the window in the step lose the layers that were not attended.
-TEST(Cache, DISABLED_AStepThatStopsHalfwayLeavesOlderTokensWhole) {
+TEST(Cache, AStepThatStopsHalfwayLeavesOlderTokensWhole) {
   for (const char* preset : {"exact", "spark-0.5-i5"}) {
     Model model;
     model.preset = preset;
@@ -544,8 +541,7 @@ TEST(Cache, DISABLED_AStepThatStopsHalfwayLeavesOlderTokensWhole) {
   }
 }
 
-// Off: the view of another layer is used, and the arena is read with the wrong row size.
-TEST(Cache, DISABLED_ALayerThatThisStepDidNotWriteCanBeAttended) {
+TEST(Cache, ALayerThatThisStepDidNotWriteCanBeAttended) {
   Model model;
   model.layers = {{1, 32, 32, 1}, {2, 256, 256, 1}};
   model.set = {{"window", "8"}, {"simd", "plain"}};  // AddressSanitizer does not see masked loads

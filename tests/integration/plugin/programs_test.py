@@ -33,7 +33,7 @@ class Programs(unittest.TestCase):
         exact, stats = ask("-fa", "on", SPARKV_PRESET="exact")
         self.assertEqual(exact, plain)
         self.assertGreater(stats["tokens"], 30)
-        packed, stats = ask("-fa", "on")
+        packed, stats = ask("-fa", "on", SPARKV_WINDOW="16")
         self.assertTrue(packed.strip())
         self.assertLess(stats["bits_per_element"], 16)
 

@@ -2,6 +2,7 @@
 """llama-server: slots together and alone, saved, restored, shifted, swapped out, cut off."""
 import json
 import tempfile
+import threading
 import unittest
 
 import host
@@ -15,9 +16,9 @@ def text(start, length):
     return host.DOCUMENT[start:start + length]
 
 
-def start(*args, model=None, plugin=True, **options):
-    return host.Server(model or host.MODEL, *args, *(["-fa", "on"] if plugin else []),
-                       plugin=plugin, **options)
+def start(*args, model=host.MODEL, **variables):
+    # A small window, so that short prompts are packed too.
+    return host.Server(model, *args, "-fa", "on", **{"SPARKV_WINDOW": "16"} | variables)
 
 
 class Answer:
@@ -62,28 +63,24 @@ class Parallel(Case):
 
     SPLIT = ["-np", 4, "-c", 2048, "--no-kv-unified"]
     UNIFIED = ["-np", 4, "-c", 2048, "-kvu"]
-    # Shorter than the window, longer, longer than a micro-batch of 64 tokens; some share a beginning.
+    # About the window, longer, longer than a micro-batch of 64 tokens; some share a beginning.
     REQUESTS = [
-        dict(prompt=text(0 if i % 4 == 0 else 700 * i, (60, 200, 330, 500)[i // 2 % 4]),
-             n=(4, 8)[i % 2], cache_prompt=i % 3 != 0)
+        dict(prompt=text(0 if i % 4 == 0 else 700 * i, (50, 180, 300, 450)[i // 2 % 4]),
+             n=(3, 6)[i % 2], cache_prompt=i % 3 != 0)
         for i in range(24)
     ]
 
-    def ask_twice(self, *args, **options):
+    def check(self, *layout, tie, **variables):
         """All answers one by one, then all again by four clients at once."""
-        with start(*args, "-ub", 64, "--cache-ram", 0, model=host.f32_model(), **options) as server:
+        with start(*layout, "-ub", 64, "--cache-ram", 0, model=host.f32_model(),
+                   **variables) as server:
             alone = [Answer(server, **request) for request in self.REQUESTS]
             clients = host.together(*(
                 lambda k=k: [Answer(server, **request) for request in self.REQUESTS[k::4]]
                 for k in range(4)))
-            self.assertEqual(server.log().count("sparkv: error"), 0, server.ours())
-            self.assertEqual(server.log().count("sparkv: warning"), 0, server.ours())
-            if options.get("plugin", True):
-                self.assertStops(server, 300)
-        return alone, [clients[i % 4][i // 4] for i in range(len(self.REQUESTS))]
-
-    def check(self, *layout, tie, **variables):
-        alone, together = self.ask_twice(*layout, **variables)
+            self.assertEqual(len(server.ours()), 1, server.ours())  # nothing after the first line
+            self.assertStops(server, 250)
+        together = [clients[i % 4][i // 4] for i in range(len(self.REQUESTS))]
         for i, answer in enumerate(alone):
             with self.subTest(request=i):
                 self.assertEqual(answer.parts_from(together[i], tie), "")
@@ -153,8 +150,9 @@ class State(Case):
             self.assertLess(self.assertStops(server)["bits_per_element"], 10)
         self.assertLess(sum(answer.evaluated for answer in again),
                         sum(answer.evaluated for answer in first) / 4, "llama-server kept no prompts")
+        # The answers of the first round have pushed more of the prompts out of the window.
         for before, after in zip(first, again):
-            self.assertSame(after, before)
+            self.assertEqual(after.parts_from(before, tie=1.5), "")
 
 
 class Life(Case):
@@ -213,34 +211,33 @@ class Life(Case):
             def client(k, n):
                 for i in range(n):
                     if i % 4 == 3:
-                        self.break_off(server, text(400 * i + 50 * k, 500))
-                    server.complete(text(350 * i + 90 * k, 100 + 130 * (i % 4)), n=4)
-            host.together(*(lambda k=k: client(k, 8) for k in range(4)))
+                        self.stream(server, text(400 * i + 50 * k, 400))()
+                    server.complete(text(350 * i + 90 * k, 60 + 90 * (i % 4)), n=3)
+            host.together(*(lambda k=k: client(k, 6) for k in range(4)))
             warm = server.rss()
             host.together(*(lambda k=k: client(k, 15) for k in range(4)))
             self.assertLess(server.rss(), 1.02 * warm)
-            self.assertStops(server, 300)
+            self.assertStops(server, 200)
 
-    def break_off(self, server, prompt):
-        """Reads the first words of a stream and hangs up."""
+    def test_ctrl_c_in_the_middle_of_an_answer_still_writes_stats(self):
+        with start("-np", 1, "-c", 1024) as server:
+            # llama-server waits for its clients, so this one hangs up.
+            threading.Timer(1, self.stream(server, text(0, 700))).start()
+            self.assertStops(server, 100)
+
+    def stream(self, server, prompt):
+        """Reads the first words of a long answer. Returns what hangs up."""
         connection = server.connect()
-        body = dict(prompt=prompt, n_predict=200, stream=True, ignore_eos=True)
+        body = dict(prompt=prompt, n_predict=500, stream=True, ignore_eos=True)
         connection.request("POST", "/completion", json.dumps(body),
                            {"Content-Type": "application/json"})
         answer = connection.getresponse()
         answer.read(100)
-        answer.close()
-        connection.close()
 
-    def test_ctrl_c_in_the_middle_of_an_answer_still_writes_stats(self):
-        with start("-np", 1, "-c", 1024) as server:
-            connection = server.connect()
-            body = dict(prompt=text(0, 700), n_predict=500, stream=True, ignore_eos=True)
-            connection.request("POST", "/completion", json.dumps(body),
-                               {"Content-Type": "application/json"})
-            connection.getresponse().read(100)
-            self.assertStops(server, 100)
+        def hang_up():
+            answer.close()
             connection.close()
+        return hang_up
 
 
 if __name__ == "__main__":

@@ -59,8 +59,9 @@ def f32_model(model=MODEL):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists() or target.stat().st_mtime < model.stat().st_mtime:
             partial = target.with_suffix(".partial")
-            subprocess.run([BIN_DIR / "llama-quantize", "--allow-requantize", model, partial, "F32"],
-                           check=True, capture_output=True, timeout=120)
+            subprocess.run(
+                [BIN_DIR / "llama-quantize", "--allow-requantize", model, partial, "F32"],
+                check=True, capture_output=True, timeout=120)
             partial.rename(target)
     return target
 
@@ -92,7 +93,8 @@ class Result:
         return [line for line in self.err.splitlines() if line.startswith("sparkv: ")]
 
     def __str__(self):
-        return f"{' '.join(map(str, self.args))}\nended with {self.code}\n{self.out}\n{self.err[-3000:]}"
+        command = " ".join(map(str, self.args))
+        return f"{command}\nended with {self.code}\n{self.out}\n{self.err[-3000:]}"
 
 
 def run(program, *args, plugin=True, device=WITH_PLUGIN, timeout=120, before=None, **variables):
@@ -154,7 +156,7 @@ class Server:
     def _wait_until_ready(self):
         for _ in range(600):
             if self.process.poll() is not None:
-                raise RuntimeError(f"llama-server ended with {self.process.returncode}\n{self.log()}")
+                raise RuntimeError(f"llama-server ended early\n{self.log()}")
             try:
                 if self.get("/health").get("status") == "ok":
                     return

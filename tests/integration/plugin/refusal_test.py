@@ -27,9 +27,9 @@ class Refused(unittest.TestCase):
             self.assertIn(word, errors[0] if ours else result.err)
 
     def test_settings_name_variable_and_value(self):
-        for name, value in (("SPARKV_RATIO", "2"), ("SPARKV_RATIO", "-0.1"), ("SPARKV_RATIO", "nan"),
-                            ("SPARKV_PRESET", "foo"), ("SPARKV_KEPT", "i7"),
-                            ("SPARKV_VALUES", "q5"), ("SPARKV_WINDOW", "1e9"),
+        for name, value in (("SPARKV_RATIO", "2"), ("SPARKV_RATIO", "-0.1"),
+                            ("SPARKV_RATIO", "nan"), ("SPARKV_PRESET", "foo"),
+                            ("SPARKV_KEPT", "i7"), ("SPARKV_VALUES", "q5"), ("SPARKV_WINDOW", "1e9"),
                             ("SPARKV_SINKS", "-1"), ("SPARKV_THREADS", "many"),
                             ("SPARKV_SEAL", "later"), ("SPARKV_SIMD", "neon"),
                             ("SPARKV_RECOVER", "median"), ("SPARKV_LOG", "loud"),
@@ -66,12 +66,13 @@ class Refused(unittest.TestCase):
                 self.check(complete("-fa", "on", model=missing), "none.gguf", ours=False)
 
     def test_no_memory(self):
-        """From where llama.cpp itself has enough to where all have: an exit code, never a signal."""
+        """From where llama.cpp itself has enough to where all have: never a signal."""
         ours = []
         for limit in (560, 620, 680, 740, 800, 4000):
             with self.subTest(limit=f"{limit} MiB"):
+                bytes_ = limit << 20
                 result = complete("-fa", "on", "-c", 8192, before=lambda: resource.setrlimit(
-                    resource.RLIMIT_AS, (limit << 20, limit << 20)))
+                    resource.RLIMIT_AS, (bytes_, bytes_)))
                 self.assertGreaterEqual(result.code, 0, result)
                 errors = [line for line in result.ours() if "error" in line]
                 self.assertLessEqual(len(errors), 1, result)

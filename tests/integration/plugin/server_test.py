@@ -7,8 +7,8 @@ import unittest
 
 import host
 
-# Two equally valid runs differ by rounding, which a packed cache magnifies to some hundredths. Where
-# they part, the two tokens must have been as good as each other.
+# Two equally valid runs differ by rounding, which a packed cache magnifies to some hundredths.
+# Where they part, the two tokens must have been as good as each other.
 TIE = 0.3
 
 
@@ -38,7 +38,7 @@ class Answer:
         for i, (mine, theirs) in enumerate(zip(self.tokens, other.tokens)):
             gap = abs(self.logprobs[i].get(mine, 9) - other.logprobs[i].get(mine, -9))
             if gap > tie:
-                return f"token {i}: log-probabilities differ by {gap:.2f}: {self.text!r}, {other.text!r}"
+                return f"token {i}: off by {gap:.2f}: {self.text!r}, {other.text!r}"
             if mine != theirs:
                 return ""
         return "" if len(self.tokens) == len(other.tokens) else "another length"
@@ -149,7 +149,7 @@ class State(Case):
             self.assertNotIn("restored rows", server.log())
             self.assertLess(self.assertStops(server)["bits_per_element"], 10)
         self.assertLess(sum(answer.evaluated for answer in again),
-                        sum(answer.evaluated for answer in first) / 4, "llama-server kept no prompts")
+                        sum(answer.evaluated for answer in first) / 4, "no prompt was kept")
         # The answers of the first round have pushed more of the prompts out of the window.
         for before, after in zip(first, again):
             self.assertEqual(after.parts_from(before, tie=1.5), "")

@@ -85,27 +85,29 @@ SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* ke
 SPARKV_API size_t sparkv_config_text(const sparkv_config* config, char* text, size_t size);
 
 /* ---- the method, one step per function (f32 in, f32 out; docs/method.md) ------------------------------------------- */
+/* how: sparkv_group in sparkv_channel_weight, else sparkv_recover; enumerations cross as int32_t, so any value is an error
+ * and never undefined. */
 
 /* u[d], [head_dim]: weight of each channel of one KV head from n_queries window queries of its group.
  * q: [group][n_queries][head_dim], contiguous. SPARKV_GROUP_SIGNED is method.md S2. */
 SPARKV_API sparkv_status sparkv_channel_weight(const float* q, int32_t group, int32_t n_queries, int32_t head_dim,
-                                               sparkv_group how, float* u, sparkv_error* error);
+                                               int32_t how, float* u, sparkv_error* error);
 /* mask[j] = 1 for the `kept` largest k[j]^2 * u[j]; ties: the smaller channel wins; NaN counts as largest (S3, S4). */
 SPARKV_API sparkv_status sparkv_select(const float* k, const float* u, int32_t head_dim, int32_t kept, uint8_t* mask,
                                        sparkv_error* error);
 /* out = k with pruned channels restored (S5, S6). Reference-exact for SPARKV_RECOVER_MEAN and _ZERO. */
 SPARKV_API sparkv_status sparkv_recover_key(const float* k, const float* u, const uint8_t* mask, int32_t head_dim,
-                                            sparkv_recover how, float* out, sparkv_error* error);
+                                            int32_t how, float* out, sparkv_error* error);
 /* SparK-g, method.md 5: *group_id in 0..4, mask of the group's int(a*D) channels, out as sparkv_recover_key. */
-SPARKV_API sparkv_status sparkv_group_mode(const float* k, const float* u, int32_t head_dim, sparkv_recover how,
+SPARKV_API sparkv_status sparkv_group_mode(const float* k, const float* u, int32_t head_dim, int32_t how,
                                            int32_t* group_id, uint8_t* mask, float* out, sparkv_error* error);
 /* Value pruning as the reference has it, method.md 6: v, mask, out [n_tokens][head_dim] of one head. recover MEAN fills
  * with the signed mean of the token's pruned entries, ZERO with 0. */
 SPARKV_API sparkv_status sparkv_prune_values(const float* v, int32_t n_tokens, int32_t head_dim, double ratio,
-                                             sparkv_recover how, uint8_t* mask, float* out, sparkv_error* error);
+                                             int32_t how, uint8_t* mask, float* out, sparkv_error* error);
 /* The same with one global top-p cut over the head (method.md 6, last lines); top_p in (0, 1]. */
 SPARKV_API sparkv_status sparkv_prune_values_top_p(const float* v, int32_t n_tokens, int32_t head_dim, double top_p,
-                                                   sparkv_recover how, uint8_t* mask, float* out, sparkv_error* error);
+                                                   int32_t how, uint8_t* mask, float* out, sparkv_error* error);
 /* ThinK's structured baseline (method.md 10): one channel mask [head_dim] for all tokens of the head.
  * q: [group][n_queries][head_dim], k: [n_tokens][head_dim]. */
 SPARKV_API sparkv_status sparkv_think(const float* q, int32_t group, int32_t n_queries, const float* k, int32_t n_tokens,
@@ -161,12 +163,13 @@ typedef enum sparkv_row_type { SPARKV_ROW_F32 = 0, SPARKV_ROW_F16 = 1 } sparkv_r
 
 /* Appends (or overwrites) rows in `cells`, [n_rows], distinct, in token order. The rows of one micro-batch of a layer come
  * in one call for keys and one for values, followed by the sparkv_cache_attend of that layer before the next layer is
- * written; every layer of a micro-batch gets the same cells. row: k_dim * n_kv_heads numbers, contiguous. A negative cell is skipped. */
+ * written; every layer of a micro-batch gets the same cells. row: k_dim * n_kv_heads numbers, contiguous. A negative
+ * cell is skipped. type: sparkv_row_type; row_stride: bytes. */
 SPARKV_API sparkv_status sparkv_cache_write_keys(sparkv_cache* cache, int32_t layer, const int64_t* cells, int64_t n_rows,
-                                                 const void* rows, sparkv_row_type type, size_t row_stride,
+                                                 const void* rows, int32_t type, size_t row_stride,
                                                  sparkv_error* error);
 SPARKV_API sparkv_status sparkv_cache_write_values(sparkv_cache* cache, int32_t layer, const int64_t* cells, int64_t n_rows,
-                                                   const void* rows, sparkv_row_type type, size_t row_stride,
+                                                   const void* rows, int32_t type, size_t row_stride,
                                                    sparkv_error* error);
 
 typedef struct sparkv_attend_args {

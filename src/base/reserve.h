@@ -23,6 +23,7 @@ class Reserve {
   uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
   size_t committed() const { return committed_; }
+  size_t bookkeeping() const { return page_touched_.size() / 8; }
 
   void Touch(size_t offset, size_t bytes);
   // Gives back the pages that lie wholly inside the range.

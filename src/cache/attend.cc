@@ -234,10 +234,11 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         const size_t r = size_t(t) * size_t(group) + size_t(g);
         const int q_head = head * group + g;
         float d = state.d[r], scale = 1.0f;
-        if (args.sinks != nullptr) {
+        const float nothing = -std::numeric_limits<float>::infinity();
+        if (args.sinks != nullptr && args.sinks[q_head] != nothing) {
           const float sink = args.sinks[q_head];
           if (sink > state.m[r]) {
-            scale = state.m[r] == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp(state.m[r] - sink);
+            scale = state.m[r] == nothing ? 0.0f : std::exp(state.m[r] - sink);
             d = d * scale + 1.0f;
           } else {
             d += std::exp(sink - state.m[r]);

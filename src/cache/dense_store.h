@@ -61,6 +61,7 @@ class DenseStore {
   uint16_t* numbers(int32_t slot) const { return reinterpret_cast<uint16_t*>(region_.data() + size_t(slot) * slot_bytes_); }
   int64_t used() const { return used_; }
   size_t committed() const { return region_.committed(); }
+  size_t bookkeeping() const { return region_.bookkeeping(); }
 
  private:
   Reserve region_;

@@ -33,10 +33,6 @@ Status CheckShape(const sparkv_shape& shape) {
 }  // namespace
 
 Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape, std::unique_ptr<KvCache>* cache) {
-  if (config.struct_size < sizeof(config)) {
-    return Status::Invalid("config.struct_size: " + std::to_string(config.struct_size) + " is less than " +
-                           std::to_string(sizeof(config)));
-  }
   if (Status s = CheckConfig(config); !s.ok()) return s;
   if (Status s = CheckShape(shape); !s.ok()) return s;
   std::unique_ptr<KvCache> c(new KvCache());
@@ -112,11 +108,40 @@ void KvCache::Clear() {
   n_sealed_ = n_dense_ = 0;
 }
 
-void KvCache::SetSealedBit(int64_t cell, bool sealed) {
-  const int64_t i = layout_.index_of(cell);
-  uint64_t& word = sealed_bits_[size_t(layout_.stream_of(cell) * layout_.words_per_stream() + i / 64)];
-  const uint64_t bit = uint64_t{1} << (i % 64);
-  word = sealed ? word | bit : word & ~bit;
+uint64_t& KvCache::SealedWord(int64_t cell) {
+  return sealed_bits_[size_t(layout_.stream_of(cell) * layout_.words_per_stream() + layout_.index_of(cell) / 64)];
+}
+
+// Memory and bit of a packed row; the cell's state is the caller's.
+void KvCache::AddPacked(int64_t cell) {
+  packed_.Add(layout_.group_of(cell));
+  SealedWord(cell) |= uint64_t{1} << (layout_.index_of(cell) % 64);
+}
+
+void KvCache::RemovePacked(int64_t cell) {
+  packed_.Remove(layout_.group_of(cell));
+  SealedWord(cell) &= ~(uint64_t{1} << (layout_.index_of(cell) % 64));
+}
+
+Status KvCache::AddDense(int64_t cell) {
+  if (Status s = TakeSlot(cell); !s.ok()) return s;
+  dense_cells_[size_t(layout_.stream_of(cell))].push_back(cell);
+  ++n_dense_;
+  return Status::Ok();
+}
+
+void KvCache::RemoveDense(int64_t cell) {
+  dense_.Free(cells_.slot(cell));
+  std::vector<int64_t>& list = dense_cells_[size_t(layout_.stream_of(cell))];
+  list.erase(std::find(list.begin(), list.end(), cell));
+  --n_dense_;
+}
+
+Status KvCache::TakeSlot(int64_t cell) {
+  const int32_t slot = dense_.Allocate();
+  if (slot < 0) return Status::NoMemory("dense window: no free slot");
+  cells_.slot(cell) = slot;
+  return Status::Ok();
 }
 
 // A cell in flight is not released here: a step owns it until FinishStep.
@@ -124,13 +149,9 @@ void KvCache::ReleaseCell(int64_t cell) {
   const CellState state = cells_.state(cell);
   if (state == CellState::kEmpty) return;
   if (state == CellState::kDense) {
-    dense_.Free(cells_.slot(cell));
-    std::vector<int64_t>& list = dense_cells_[size_t(layout_.stream_of(cell))];
-    list.erase(std::find(list.begin(), list.end(), cell));
-    --n_dense_;
+    RemoveDense(cell);
   } else if (state == CellState::kSealed) {
-    packed_.Remove(layout_.group_of(cell));
-    SetSealedBit(cell, false);
+    RemovePacked(cell);
     --n_sealed_;
   }
   tables_.Unref(cells_.table(cell));
@@ -158,14 +179,14 @@ void KvCache::ReleaseBeyond(int stream, int64_t n_kv) {
   end = std::min(end, n_kv);
 }
 
-void KvCache::ExpandTables(int layer_index) {
+void KvCache::ExpandTables(int layer_index, bool idle_too) {
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
   if (!layer.key.needs_table()) {
     table_of_.assign(tables_.count(), nullptr);
     return;
   }
   const size_t row = layer.table_row(), head = row / size_t(layer.n_kv_heads);
-  const std::vector<uint16_t> known = tables_.Known();
+  const std::vector<uint16_t> known = idle_too ? tables_.Known() : tables_.Live();
   table_f32_.resize(known.size() * row + 16);  // vectors may read 16 floats past the end
   table_of_.assign(tables_.count(), nullptr);
   for (size_t i = 0; i < known.size(); ++i) {
@@ -202,30 +223,32 @@ Status KvCache::Read(bool keys, int layer_index, int64_t first, int64_t n, uint1
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
   ExpandTables(layer_index);
   const size_t row = keys ? layer.k_row() : layer.v_row();
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t cell = first + i;
-    uint16_t* out = rows + size_t(i) * row;
-    switch (cells_.state(cell)) {
-      case CellState::kDense:
-        std::memcpy(out, dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()), row * 2);
-        break;
-      case CellState::kSealed: {
-        const uint16_t id = cells_.table(cell);
-        for (int h = 0; h < layer.n_kv_heads; ++h) {
-          if (keys) {
-            ops_->unpack_key(layer.key, HeadTable(layer, id, h), packed_.data() + layout_.key_at(layer, h, cell),
-                             out + size_t(h) * size_t(layer.k_dim()));
-          } else {
-            ops_->unpack_value(layer.value, packed_.data() + layout_.value_at(layer, h, cell),
-                               out + size_t(h) * size_t(layer.v_dim()));
-          }
-        }
-        break;
-      }
-      default: std::memset(out, 0, row * 2);
-    }
-  }
+  for (int64_t i = 0; i < n; ++i) ReadCell(keys, layer, first + i, rows + size_t(i) * row);
   return Status::Ok();
+}
+
+// One row of all heads as f16. ExpandTables(layer) was called.
+void KvCache::ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16_t* out) const {
+  const size_t row = keys ? layer.k_row() : layer.v_row();
+  switch (cells_.state(cell)) {
+    case CellState::kDense:
+      std::memcpy(out, dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()), row * 2);
+      break;
+    case CellState::kSealed: {
+      const uint16_t id = cells_.table(cell);
+      for (int h = 0; h < layer.n_kv_heads; ++h) {
+        if (keys) {
+          ops_->unpack_key(layer.key, HeadTable(layer, id, h), packed_.data() + layout_.key_at(layer, h, cell),
+                           out + size_t(h) * size_t(layer.k_dim()));
+        } else {
+          ops_->unpack_value(layer.value, packed_.data() + layout_.value_at(layer, h, cell),
+                             out + size_t(h) * size_t(layer.v_dim()));
+        }
+      }
+      break;
+    }
+    default: std::memset(out, 0, row * 2);
+  }
 }
 
 int64_t KvCache::Saliency(int layer_index, int kv_head, int64_t max_cells, float* saliency, uint8_t* kept) {
@@ -237,7 +260,7 @@ int64_t KvCache::Saliency(int layer_index, int kv_head, int64_t max_cells, float
   int64_t n = 0;
   for (int64_t cell = 0; cell < layout_.cells() && n < max_cells; ++cell) {
     if (cells_.state(cell) == CellState::kEmpty) continue;
-    if (Status s = Read(true, layer_index, cell, 1, row.data()); !s.ok()) break;
+    ReadCell(true, layer, cell, row.data());
     const float* table = HeadTable(layer, cells_.table(cell), kv_head);
     float* out = saliency + size_t(n) * dim;
     float largest = 0.0f;
@@ -280,7 +303,7 @@ void KvCache::Memory(sparkv_memory* m) const {
   m->dense_keys = dense * k_row * 2;
   m->dense_values = dense * v_row * 2;
   m->tables = tables_.bytes();
-  m->cells = cells_.committed() + sealed_bits_.capacity() * 8;
+  m->cells = cells_.committed() + sealed_bits_.capacity() * 8 + packed_.bookkeeping() + dense_.bookkeeping();
   const uint64_t key_rows = m->key_masks + m->key_signs + m->key_scales + m->key_kept;
   const uint64_t value_rows = m->value_scales + m->value_codes;
   m->slack = packed_.committed() - (key_rows + value_rows) + dense_.committed() - (m->dense_keys + m->dense_values);

@@ -59,6 +59,7 @@ class KvCache {
   struct TokenPlan {
     int32_t rank = 0;
     uint16_t table = 0;
+    bool alone = false;  // no other token of its sequence is in this micro-batch: its prompt has ended
   };
   // What one micro-batch does to the cache: decided once, at its first Attend, the same for all layers.
   struct Step {
@@ -112,9 +113,15 @@ class KvCache {
 
   // kv_cache.cc
   void ReleaseCell(int64_t cell);
-  void SetSealedBit(int64_t cell, bool sealed);
+  uint64_t& SealedWord(int64_t cell);
+  void AddPacked(int64_t cell);
+  void RemovePacked(int64_t cell);
+  Status AddDense(int64_t cell);
+  void RemoveDense(int64_t cell);
+  Status TakeSlot(int64_t cell);
+  void ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16_t* out) const;
   void PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key, const uint16_t* value);
-  void ExpandTables(int layer);
+  void ExpandTables(int layer, bool idle_too = false);
   const float* HeadTable(const LayerLayout& layer, uint16_t id, int head) const;
   void NotePeak();
   void NoteHighWater();

@@ -33,6 +33,7 @@ class PackedStore {
   }
   uint8_t* data() const { return region_.data(); }
   size_t committed() const { return region_.committed(); }
+  size_t bookkeeping() const { return rows_.size() + region_.bookkeeping(); }
 
  private:
   Reserve region_;

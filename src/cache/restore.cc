@@ -54,18 +54,13 @@ Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row
     tables_.Ref(table);
     tables_.Used(table);
     cells_.table(cell) = table;
-    packed_.Add(layout_.group_of(cell));
-    SetSealedBit(cell, true);
+    AddPacked(cell);
     cells_.set_state(cell, CellState::kSealed);
     ++n_sealed_;
     return Status::Ok();
   }
-  const int32_t slot = dense_.Allocate();
-  if (slot < 0) return Status::NoMemory("dense window: no free slot");
-  cells_.slot(cell) = slot;
+  if (Status s = AddDense(cell); !s.ok()) return s;
   cells_.set_state(cell, CellState::kDense);
-  dense_cells_[size_t(layout_.stream_of(cell))].push_back(cell);
-  ++n_dense_;
   // Behind rows that were recognised it is the window of the same sequence.
   if (restore_.range_matched) {
     tables_.Ref(restore_.matched);
@@ -85,7 +80,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n, co
   }
   const bool placing = keys && layer_index == restore_.first_layer;
   if (placing) restore_.range_matched = false;
-  ExpandTables(layer_index);
+  ExpandTables(layer_index, placing);
   const size_t row_numbers = keys ? layer.k_row() : layer.v_row();
   for (int64_t i = 0; i < n; ++i) {
     const int64_t cell = first + i;
@@ -100,7 +95,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n, co
       case CellState::kDense:
         std::memcpy(dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()), row, row_numbers * 2);
         break;
-      default: break;  // values of a cell that was given no keys
+      default: return Status::Invalid("values: cell " + std::to_string(cell) + " was given no keys");
     }
   }
   for (int64_t i = 0; i < n && placing && !restore_.range_matched; ++i) restore_.strangers.push_back(first + i);
@@ -166,18 +161,14 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
     };
     for (const int64_t cell : dense_cells_[size_t(from)]) {
       const int64_t i = layout_.index_of(cell);
+      cells_.Touch(target + i);
+      if (Status s = AddDense(target + i); !s.ok()) return s;
       mirror(i);
-      const int32_t slot = dense_.Allocate();
-      if (slot < 0) return Status::NoMemory("dense window: no free slot");
-      cells_.slot(target + i) = slot;
-      dense_cells_[size_t(to)].push_back(target + i);
-      ++n_dense_;
     }
     for (int64_t i = 0; i < used_end_[size_t(from)]; ++i) {
       if (cells_.state(source + i) != CellState::kSealed) continue;
       mirror(i);
-      packed_.Add(layout_.group_of(target + i));
-      SetSealedBit(target + i, true);
+      AddPacked(target + i);
       ++n_sealed_;
     }
     NotePeak();
@@ -209,11 +200,12 @@ Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cell
   EndRestore();
   copy_ = {};
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  ExpandTables(layer_index);
   std::vector<uint16_t> row(layer.k_row());
   std::vector<float> k(size_t(layer.k_dim()));
   for (int64_t cell = 0; cell < std::min(n_cells, layout_.cells()); ++cell) {
     if (delta[cell] == 0 || cells_.state(cell) == CellState::kEmpty) continue;
-    if (Status s = Read(true, layer_index, cell, 1, row.data()); !s.ok()) return s;
+    ReadCell(true, layer, cell, row.data());
     for (int h = 0; h < layer.n_kv_heads; ++h) {
       uint16_t* half = row.data() + size_t(h) * size_t(layer.k_dim());
       for (size_t j = 0; j < k.size(); ++j) k[j] = HalfToFloat(half[j]);

@@ -9,6 +9,12 @@
 #include "cache/visible.h"
 
 namespace sparkv {
+namespace {
+
+// Dense slots of cells in flight that have none: not decided yet, or packed in this step.
+constexpr int32_t kNoSlot = -1, kPackedSlot = -2;
+
+}  // namespace
 
 Status KvCache::Write(bool keys, int layer_index, const int64_t* cells, int64_t n_rows, const void* rows, sparkv_row_type type,
                       size_t row_stride) {
@@ -60,7 +66,7 @@ void KvCache::BeginStep(const int64_t* cells, int64_t n_rows) {
     cells_.set_state(cell, CellState::kFlight);
     cells_.order(cell) = next_order_++;
     cells_.rank(cell) = -1;
-    cells_.slot(cell) = -1;
+    cells_.slot(cell) = kNoSlot;
     int64_t& end = used_end_[size_t(layout_.stream_of(cell))];
     end = std::max(end, layout_.index_of(cell) + 1);
   }
@@ -74,10 +80,8 @@ void KvCache::BeginStep(const int64_t* cells, int64_t n_rows) {
 // Gives a dense slot to every cell in flight that will not be packed in this step.
 Status KvCache::EnsureSlots() {
   for (const int64_t cell : flight_cells_) {
-    if (cell < 0 || cells_.state(cell) != CellState::kFlight || cells_.slot(cell) >= 0) continue;
-    const int32_t slot = dense_.Allocate();
-    if (slot < 0) return Status::NoMemory("dense window: no free slot");
-    cells_.slot(cell) = slot;
+    if (cell < 0 || cells_.state(cell) != CellState::kFlight || cells_.slot(cell) != kNoSlot) continue;
+    if (Status s = TakeSlot(cell); !s.ok()) return s;
   }
   return Status::Ok();
 }
@@ -103,18 +107,12 @@ void KvCache::FinishStep() {
   const bool complete = std::all_of(layer_done_.begin(), layer_done_.end(), [](uint8_t done) { return done != 0; });
   for (const Column& column : step_.sealing) {
     if (column.flight < 0 && !complete) {
-      packed_.Remove(layout_.group_of(column.cell));
-      SetSealedBit(column.cell, false);
+      RemovePacked(column.cell);
       tables_.Unref(cells_.table(column.cell));
       cells_.table(column.cell) = 0;
       continue;
     }
-    if (column.flight < 0) {
-      dense_.Free(column.slot);
-      std::vector<int64_t>& list = dense_cells_[size_t(layout_.stream_of(column.cell))];
-      list.erase(std::find(list.begin(), list.end(), column.cell));
-      --n_dense_;
-    }
+    if (column.flight < 0) RemoveDense(column.cell);
     observed_.erase(column.cell);
     cells_.set_state(column.cell, CellState::kSealed);
     ++n_sealed_;
@@ -251,16 +249,14 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
     plan.rank = parent >= 0 ? cells_.rank(parent) + 1 : 0;
     plan.table = parent >= 0 ? cells_.table(parent) : 0;
     if (own < 0) continue;
-    if (plan.table == 0 && needs_weights_) {
-      bool make = plan.rank >= config_.observe;
-      if (prefill_end) {
-        // The prompt has ended when a token comes alone.
-        make = parent >= 0 && flight_at_.count(parent) == 0;
-        for (int64_t later = t + 1; later < args.n_tokens && make; ++later) {
-          make = !sees(&seen[size_t(stream_index * args.n_tokens + later) * words], own);
-        }
+    if (prefill_end) {
+      plan.alone = parent >= 0 && flight_at_.count(parent) == 0;
+      for (int64_t later = t + 1; later < args.n_tokens && plan.alone; ++later) {
+        plan.alone = !sees(&seen[size_t(stream_index * args.n_tokens + later) * words], own);
       }
-      if (make) {
+    }
+    if (plan.table == 0 && needs_weights_) {
+      if (prefill_end ? plan.alone : plan.rank >= config_.observe) {
         plan.table = FindOrMakeTable(args, stream_index, row, own, plan.rank);
         if (plan.table == 0) return Status::NoMemory("weights: more than 65535 sequences");
       }
@@ -288,7 +284,7 @@ void KvCache::PlanSeals(const sparkv_attend_args& args, int stream_index, const 
     if (column.flight >= 0 && cells_.slot(column.cell) >= 0) continue;  // its first layers are dense already
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       const TokenPlan& plan = tokens[size_t(t)];
-      const bool ready = needs_weights_ ? plan.table != 0 : !prefill_end || args.n_tokens == 1;
+      const bool ready = needs_weights_ ? plan.table != 0 : !prefill_end || plan.alone;
       if (!ready || plan.rank - column.rank < config_.window) continue;
       if ((seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >> (i % 64) & 1) == 0) continue;
       column.table = plan.table;
@@ -340,18 +336,11 @@ Status KvCache::CommitPlan() {
       tables_.Ref(column.table);
       cells_.table(column.cell) = column.table;
     }
-    packed_.Add(layout_.group_of(column.cell));
-    SetSealedBit(column.cell, true);
-    if (column.flight >= 0) cells_.slot(column.cell) = -2;  // needs no dense slot
+    AddPacked(column.cell);
+    if (column.flight >= 0) cells_.slot(column.cell) = kPackedSlot;
   }
   for (const NewTable& table : step_.new_tables) tables_.Unref(table.id);  // its cells hold it now
-  for (const int64_t cell : flight_cells_) {
-    if (cell < 0 || cells_.state(cell) != CellState::kFlight || cells_.slot(cell) != -1) continue;
-    const int32_t slot = dense_.Allocate();
-    if (slot < 0) return Status::NoMemory("dense window: no free slot");
-    cells_.slot(cell) = slot;
-  }
-  return Status::Ok();
+  return EnsureSlots();
 }
 
 // Bits of what each query sees packed and what it sees dense.
@@ -425,18 +414,28 @@ Status KvCache::Look(const sparkv_attend_args& args) {
     if (Status status = PlanTokens(args, s, seen, &tokens[size_t(s)]); !status.ok()) return status;
     std::vector<Column>& columns = view_.columns[size_t(s)];
     const int64_t stream = args.first_stream + s;
+    Words any(view_.packed_words, 0);
+    for (int64_t t = 0; t < args.n_tokens; ++t) {
+      for (size_t w = 0; w < any.size(); ++w) any[w] |= seen[size_t(s * args.n_tokens + t) * any.size() + w];
+    }
+    // What nobody sees must not be there: it would move the others, and with them the order of sums.
+    const auto wanted = [&](int64_t cell) {
+      const int64_t i = layout_.index_of(cell);
+      return i < args.n_kv && (any[size_t(i / 64)] >> (i % 64) & 1) != 0;
+    };
     for (const int64_t cell : dense_cells_[size_t(stream)]) {
-      if (layout_.index_of(cell) < args.n_kv) columns.push_back({cell, cells_.rank(cell), -1, cells_.slot(cell), 0, false});
+      if (wanted(cell)) columns.push_back({cell, cells_.rank(cell), -1, cells_.slot(cell), 0, false});
     }
     for (size_t i = 0; step_.open && i < flight_cells_.size(); ++i) {
       const int64_t cell = flight_cells_[i];
-      if (cell < 0 || layout_.stream_of(cell) != stream || layout_.index_of(cell) >= args.n_kv) continue;
+      if (cell < 0 || layout_.stream_of(cell) != stream || !wanted(cell)) continue;
       if (plan || in_arena) {
         columns.push_back({cell, cells_.rank(cell), int32_t(i), -1, 0, false});
       } else if (cells_.slot(cell) >= 0) {
         columns.push_back({cell, cells_.rank(cell), -1, cells_.slot(cell), 0, false});
       }
     }
+    std::stable_sort(columns.begin(), columns.end(), [](const Column& x, const Column& y) { return x.rank < y.rank; });
     if (plan) {
       PlanSeals(args, s, seen, tokens[size_t(s)]);
       if (needs_weights_) PlanObserved(args, s, seen, tokens[size_t(s)]);

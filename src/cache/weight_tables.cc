@@ -40,16 +40,16 @@ void WeightTables::DropIdle() {
       ++idle;
       if (oldest == 0 || tables_[id]->last_use < tables_[oldest]->last_use) oldest = id;
     }
-    if (idle <= kIdle) return;
+    if (idle * numbers_ * sizeof(uint16_t) <= kIdleBytes) return;
     tables_[oldest].reset();
     --n_tables_;
   }
 }
 
-std::vector<uint16_t> WeightTables::Known() const {
+std::vector<uint16_t> WeightTables::Numbers(int64_t least_refs) const {
   std::vector<uint16_t> ids;
   for (size_t id = 1; id < tables_.size(); ++id) {
-    if (tables_[id] != nullptr) ids.push_back(uint16_t(id));
+    if (tables_[id] != nullptr && tables_[id]->refs >= least_refs) ids.push_back(uint16_t(id));
   }
   std::sort(ids.begin(), ids.end(),
             [this](uint16_t x, uint16_t y) { return tables_[x]->last_use > tables_[y]->last_use; });

@@ -31,15 +31,18 @@ class WeightTables {
   void Clear();  // drops every reference; the tables stay known
 
   WeightTable* at(uint16_t id) const { return tables_[id].get(); }
-  // Known tables, newest use first.
-  std::vector<uint16_t> Known() const;
+  // Tables that cells refer to, and all tables, newest use first.
+  std::vector<uint16_t> Live() const { return Numbers(1); }
+  std::vector<uint16_t> Known() const { return Numbers(0); }
   void Used(uint16_t id) { tables_[id]->last_use = ++clock_; }
   size_t bytes() const { return n_tables_ * numbers_ * sizeof(uint16_t); }
   size_t count() const { return tables_.size(); }
 
  private:
-  static constexpr size_t kIdle = 32;  // tables kept without references
+  // Tables kept without references: hundreds of conversations that a server put away may come back.
+  static constexpr size_t kIdleBytes = size_t{8} << 20;
   void DropIdle();
+  std::vector<uint16_t> Numbers(int64_t least_refs) const;
 
   size_t numbers_ = 0;
   std::vector<std::unique_ptr<WeightTable>> tables_{1};  // index = number; entry 0 stays empty

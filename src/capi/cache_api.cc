@@ -37,13 +37,12 @@ Status CheckRange(const sparkv_cache* cache, int64_t first, int64_t n) {
 }
 
 Status Write(sparkv_cache* cache, bool keys, int32_t layer, const int64_t* cells, int64_t n_rows, const void* rows,
-             sparkv_row_type type, size_t row_stride) {
+             int32_t type, size_t row_stride) {
   if (Status s = CheckLayer(cache, layer); !s.ok()) return s;
   if (n_rows < 1 || n_rows > cache->cells()) return Outside("n_rows", n_rows, 1, cache->cells());
   if (cells == nullptr) return Status::Invalid("cells: NULL");
   if (rows == nullptr) return Status::Invalid("rows: NULL");
-  const int type_number = int(type);
-  if (type_number != SPARKV_ROW_F32 && type_number != SPARKV_ROW_F16) return Outside("type", type_number, 0, 1);
+  if (type != SPARKV_ROW_F32 && type != SPARKV_ROW_F16) return Outside("type", type, 0, 1);
   std::unordered_set<int64_t> seen;
   for (int64_t i = 0; i < n_rows; ++i) {
     if (cells[i] >= cache->cells()) return Outside("cells", cells[i], -1, cache->cells() - 1);
@@ -51,7 +50,7 @@ Status Write(sparkv_cache* cache, bool keys, int32_t layer, const int64_t* cells
       return Status::Invalid("cells: " + std::to_string(cells[i]) + " is given twice");
     }
   }
-  return cache->cache->Write(keys, layer, cells, n_rows, rows, type, row_stride);
+  return cache->cache->Write(keys, layer, cells, n_rows, rows, sparkv_row_type(type), row_stride);
 }
 
 Status CheckAttend(const sparkv_cache* cache, const sparkv_attend_args* args) {
@@ -119,12 +118,12 @@ void sparkv_cache_set_threads(sparkv_cache* cache, int32_t n_threads) {
 }
 
 sparkv_status sparkv_cache_write_keys(sparkv_cache* cache, int32_t layer, const int64_t* cells, int64_t n_rows,
-                                      const void* rows, sparkv_row_type type, size_t row_stride, sparkv_error* error) {
+                                      const void* rows, int32_t type, size_t row_stride, sparkv_error* error) {
   return Guard(error, [&] { return sparkv::Write(cache, true, layer, cells, n_rows, rows, type, row_stride); });
 }
 
 sparkv_status sparkv_cache_write_values(sparkv_cache* cache, int32_t layer, const int64_t* cells, int64_t n_rows,
-                                        const void* rows, sparkv_row_type type, size_t row_stride, sparkv_error* error) {
+                                        const void* rows, int32_t type, size_t row_stride, sparkv_error* error) {
   return Guard(error, [&] { return sparkv::Write(cache, false, layer, cells, n_rows, rows, type, row_stride); });
 }
 

@@ -1,4 +1,3 @@
-#include <cstring>
 #include <string>
 
 #include "capi/guard.h"
@@ -24,14 +23,6 @@ class Arguments {
     if (value < low || value > high)
       Fail(Outside(name, std::to_string(value), std::to_string(low), std::to_string(high)));
     return *this;
-  }
-  // Reads the number as C wrote it: a value outside the enumeration must not be loaded as one.
-  template <typename Enum>
-  Arguments& Choice(const char* name, const Enum& choice, Enum last) {
-    int32_t number = 0;
-    static_assert(sizeof(choice) == sizeof(number));
-    std::memcpy(&number, &choice, sizeof(number));
-    return Range(name, number, 0, last);
   }
   Arguments& HeadDim(int32_t head_dim) { return Range("head_dim", head_dim, 1, kMaxSelect); }
   Arguments& Ratio(double ratio) {
@@ -82,7 +73,7 @@ using sparkv::Guard;
 using sparkv::Status;
 
 sparkv_status sparkv_channel_weight(const float* q, int32_t group, int32_t n_queries,
-                                    int32_t head_dim, sparkv_group how, float* u,
+                                    int32_t head_dim, int32_t how, float* u,
                                     sparkv_error* error) {
   return Guard(error, [&]() -> Status {
     return Arguments()
@@ -91,8 +82,8 @@ sparkv_status sparkv_channel_weight(const float* q, int32_t group, int32_t n_que
         .HeadDim(head_dim)
         .Range("group", group, 1, sparkv::kMaxGroup)
         .Range("n_queries", n_queries, 1, sparkv::kMaxTokens)
-        .Choice("how", how, SPARKV_GROUP_ENERGY)
-        .Then([&] { sparkv::ChannelWeight(q, group, n_queries, head_dim, how, u); });
+        .Range("how", how, 0, SPARKV_GROUP_ENERGY)
+        .Then([&] { sparkv::ChannelWeight(q, group, n_queries, head_dim, sparkv_group(how), u); });
   });
 }
 
@@ -110,7 +101,7 @@ sparkv_status sparkv_select(const float* k, const float* u, int32_t head_dim, in
 }
 
 sparkv_status sparkv_recover_key(const float* k, const float* u, const uint8_t* mask,
-                                 int32_t head_dim, sparkv_recover how, float* out,
+                                 int32_t head_dim, int32_t how, float* out,
                                  sparkv_error* error) {
   return Guard(error, [&]() -> Status {
     return Arguments()
@@ -119,13 +110,13 @@ sparkv_status sparkv_recover_key(const float* k, const float* u, const uint8_t* 
         .Pointer("out", out)
         .HeadDim(head_dim)
         .Weights(u, head_dim)
-        .Choice("how", how, SPARKV_RECOVER_PAPER)
-        .Then([&] { sparkv::RecoverKey(k, u, mask, head_dim, how, out); });
+        .Range("how", how, 0, SPARKV_RECOVER_PAPER)
+        .Then([&] { sparkv::RecoverKey(k, u, mask, head_dim, sparkv_recover(how), out); });
   });
 }
 
 sparkv_status sparkv_group_mode(const float* k, const float* u, int32_t head_dim,
-                                sparkv_recover how, int32_t* group_id, uint8_t* mask, float* out,
+                                int32_t how, int32_t* group_id, uint8_t* mask, float* out,
                                 sparkv_error* error) {
   return Guard(error, [&]() -> Status {
     return Arguments()
@@ -135,16 +126,16 @@ sparkv_status sparkv_group_mode(const float* k, const float* u, int32_t head_dim
         .Pointer("out", out)
         .HeadDim(head_dim)
         .Weights(u, head_dim)
-        .Choice("how", how, SPARKV_RECOVER_PAPER)
+        .Range("how", how, 0, SPARKV_RECOVER_PAPER)
         .Then([&] {
           *group_id = sparkv::SelectGroup(k, u, head_dim, mask);
-          sparkv::RecoverKey(k, u, mask, head_dim, how, out);
+          sparkv::RecoverKey(k, u, mask, head_dim, sparkv_recover(how), out);
         });
   });
 }
 
 sparkv_status sparkv_prune_values(const float* v, int32_t n_tokens, int32_t head_dim, double ratio,
-                                  sparkv_recover how, uint8_t* mask, float* out,
+                                  int32_t how, uint8_t* mask, float* out,
                                   sparkv_error* error) {
   return Guard(error, [&]() -> Status {
     return Arguments()
@@ -154,13 +145,13 @@ sparkv_status sparkv_prune_values(const float* v, int32_t n_tokens, int32_t head
         .HeadDim(head_dim)
         .Range("n_tokens", n_tokens, 0, sparkv::kMaxTokens)
         .Ratio(ratio)
-        .Choice("how", how, SPARKV_RECOVER_MEAN)
-        .Then([&] { sparkv::PruneValues(v, n_tokens, head_dim, ratio, how, mask, out); });
+        .Range("how", how, 0, SPARKV_RECOVER_MEAN)
+        .Then([&] { sparkv::PruneValues(v, n_tokens, head_dim, ratio, sparkv_recover(how), mask, out); });
   });
 }
 
 sparkv_status sparkv_prune_values_top_p(const float* v, int32_t n_tokens, int32_t head_dim,
-                                        double top_p, sparkv_recover how, uint8_t* mask, float* out,
+                                        double top_p, int32_t how, uint8_t* mask, float* out,
                                         sparkv_error* error) {
   return Guard(error, [&]() -> Status {
     return Arguments()
@@ -170,8 +161,8 @@ sparkv_status sparkv_prune_values_top_p(const float* v, int32_t n_tokens, int32_
         .HeadDim(head_dim)
         .Range("n_tokens", n_tokens, 0, sparkv::kMaxTokens)
         .TopP(top_p)
-        .Choice("how", how, SPARKV_RECOVER_MEAN)
-        .Then([&] { sparkv::PruneValuesTopP(v, n_tokens, head_dim, top_p, how, mask, out); });
+        .Range("how", how, 0, SPARKV_RECOVER_MEAN)
+        .Then([&] { sparkv::PruneValuesTopP(v, n_tokens, head_dim, top_p, sparkv_recover(how), mask, out); });
   });
 }
 

@@ -225,6 +225,10 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
 }
 
 Status CheckConfig(const sparkv_config& config) {
+  if (config.struct_size < sizeof(config)) {
+    return Status::Invalid("config.struct_size: " + std::to_string(config.struct_size) + " is less than " +
+                           std::to_string(sizeof(config)));
+  }
   if (!RatioAllowed(config.ratio))
     return Status::Invalid(Outside("ratio", NumberText(config.ratio), "0", "1"));
   for (const EnumField& field : kEnumFields) {

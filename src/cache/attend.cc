@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cache/kv_cache.h"
+#include "cache/visible.h"
 #include "ops/hadamard.h"
 
 namespace sparkv {
@@ -18,8 +19,6 @@ constexpr int64_t kSplitTiles = 32;   // tiles per task when there are few queri
 constexpr int64_t kFewTokens = 8;
 // Below this many multiply-adds a loop ends before a sleeping thread has woken up.
 constexpr double kWorthWaking = 3e6;
-
-inline size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }
 
 }  // namespace
 
@@ -75,7 +74,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
   const double work = double(args.n_streams) * double(args.n_tokens) * double(args.n_heads) * double(args.n_kv) *
                       double(k_dim + v_dim);
   const int n_threads = work < kWorthWaking ? 1 : pool_.size();
-  const size_t scratch_floats = ScratchFloats(k_dim, v_dim) + block_rows * (size_t(k_dim) + o_stride + 2) + 64;
+  const size_t kernel_floats = ScratchFloats(k_dim, v_dim, block_rows);
+  const size_t scratch_floats = kernel_floats + block_rows * (size_t(k_dim) + o_stride + 2) + 16;
   if (thread_space_.size() < size_t(n_threads)) thread_space_.resize(size_t(n_threads));
   for (auto& space : thread_space_) {
     if (space.size() < scratch_floats) space.assign(scratch_floats, 0.0f);
@@ -111,13 +111,11 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     float* state;
   };
   const auto space_of = [&](int thread) {
-    float* p = thread_space_[size_t(thread)].data();
+    const uintptr_t at = reinterpret_cast<uintptr_t>(thread_space_[size_t(thread)].data());
+    float* p = reinterpret_cast<float*>((at + 63) & ~uintptr_t{63});
     Space s;
-    s.scratch.key_rows = p;
-    s.scratch.key_cols = s.scratch.key_rows + size_t(kTile) * PadTo16(k_dim);
-    s.scratch.value = s.scratch.key_cols + size_t(kTile) * PadTo16(k_dim);
-    s.scratch.score = s.scratch.value + size_t(kTile) * PadTo16(v_dim);
-    s.q = s.scratch.score + size_t(kScoreRows) * kTile;
+    s.scratch = MakeScratch(p, k_dim, v_dim);
+    s.q = p + kernel_floats;
     s.state = s.q + block_rows * size_t(k_dim);
     return s;
   };
@@ -146,8 +144,15 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     const uint16_t* mask[kBlockTokens];
     uint16_t padded[kBlockTokens][kTile];
     PackedTile tile;
-    uint16_t table_id = 0;
     const float* table = nullptr;
+    bool prepared = false;
+    const auto attend_tile = [&](uint16_t id, const uint16_t* const* masks) {
+      tile.table = HeadTable(layer, id, head);
+      if (!prepared || tile.table != table) ops_->prepare_queries(layer.key, tile.table, block, space.scratch);
+      prepared = true;
+      table = tile.table;
+      ops_->attend_packed(layer.key, layer.value, block, tile, visible, masks, space.scratch, state);
+    };
     for (int64_t w = tile_begin; w < tile_end; ++w) {
       uint64_t any = 0;
       for (int64_t t = 0; t < n; ++t) {
@@ -155,40 +160,46 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         any |= visible[t];
       }
       if (any == 0) continue;
-      tile.rows = any;
+      const int64_t tile_cell = stream_cell + w * kTile;
       // Groups of one layer lie far apart: no hardware looks ahead over the gap.
       if (few && w + 1 < tile_end) {
-        for (int i0 = 0; i0 < kTile && (w + 1) * 64 + i0 < layout_.cells_per_stream; i0 += int(kGroupCells)) {
-          const uint8_t* next = base + layout_.key_at(layer, head, stream_cell + (w + 1) * 64 + i0);
+        for (int64_t i = kTile; i < 2 * kTile && w * kTile + i < layout_.cells_per_stream; i += kGroupCells) {
+          const uint8_t* next = base + layout_.key_at(layer, head, tile_cell + i);
           for (size_t line = 0; line < layer.head_group_bytes(); line += 64) __builtin_prefetch(next + line);
         }
       }
-      for (int i0 = 0; i0 < kTile; i0 += int(kGroupCells)) {
-        uint64_t rows = any >> i0 & ((uint64_t{1} << kGroupCells) - 1);
-        if (rows == 0) continue;
-        const int64_t first_cell = stream_cell + w * 64 + i0;
-        const uint8_t* key = base + layout_.key_at(layer, head, first_cell);
-        const uint8_t* value = base + layout_.value_at(layer, head, first_cell);
-        for (; rows != 0; rows &= rows - 1) {
-          const int i = std::countr_zero(rows);
-          tile.key[i0 + i] = key + size_t(i) * layer.key.bytes;
-          tile.value[i0 + i] = value + size_t(i) * layer.value.bytes;
-          if (const uint16_t id = cells_.table(first_cell + i); id != table_id) {
-            table_id = id;
-            table = HeadTable(layer, id, head);
-          }
-          tile.table[i0 + i] = table;
-        }
+      static_assert(kGroupCells == 16);
+      for (int64_t i = 0; i < kTile; i += kGroupCells) {
+        if ((any >> i & 0xffff) == 0) continue;
+        tile.key[i / kGroupCells] = base + layout_.key_at(layer, head, tile_cell + i);
+        tile.value[i / kGroupCells] = base + layout_.value_at(layer, head, tile_cell + i);
       }
       if (block.slope != nullptr) {
         for (int64_t t = 0; t < n; ++t) {
           // The mask row may end inside the tile.
-          const int64_t here = std::min<int64_t>(kTile, args.n_kv - w * 64);
-          std::memcpy(padded[t], mask_row(stream, first + t) + w * 64, size_t(here) * 2);
+          const int64_t here = std::min<int64_t>(kTile, args.n_kv - w * kTile);
+          std::memcpy(padded[t], mask_row(stream, first + t) + w * kTile, size_t(here) * 2);
           mask[t] = padded[t];
         }
       }
-      ops_->attend_packed(layer.key, layer.value, block, tile, visible, mask, space.scratch, state);
+      tile.rows = any;
+      const uint16_t id = view_.tile_table[size_t(stream) * view_.packed_words + size_t(w)];
+      if (id != kMixedTables) {
+        attend_tile(id, mask);
+        continue;
+      }
+      // Sequences meet in this tile: the rows of each set of weights in turn.
+      uint64_t all[kBlockTokens];
+      std::copy(visible, visible + n, all);
+      for (uint64_t left = any; left != 0; left &= ~tile.rows) {
+        const uint16_t next = cells_.table(tile_cell + std::countr_zero(left));
+        tile.rows = 0;
+        ForEachBit(&left, 1, [&](int64_t i) {
+          if (cells_.table(tile_cell + i) == next) tile.rows |= uint64_t{1} << i;
+        });
+        for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & tile.rows;
+        attend_tile(next, mask);
+      }
     }
   };
 

@@ -74,6 +74,7 @@ class KvCache {
     std::vector<std::vector<Column>> columns;  // per stream of the call
     std::vector<uint64_t> packed_bits, dense_bits;
     size_t packed_words = 0, dense_words = 0;
+    std::vector<uint16_t> tile_table;  // [n_streams][packed_words] weights of the packed cells seen, kMixedTables if they differ
     bool in_arena = false;     // columns in flight name rows of the arena, which holds the layer being attended
     bool mask_values = false;  // the mask holds numbers besides 0 and -inf
     const uint16_t* mask = nullptr;
@@ -81,6 +82,7 @@ class KvCache {
     int first_stream = 0, n_streams = 0;
   };
   using Words = std::vector<uint64_t>;
+  static constexpr uint16_t kMixedTables = 65535;
 
   KvCache() = default;
 

@@ -297,7 +297,7 @@ Status KvCache::LoadWeights(const void* bytes, size_t size) {
   // Oldest first, so that the newest is tried first again; the store keeps the newest ones.
   for (uint32_t t = header.n_tables; t-- > 0;) {
     const uint16_t id = tables_.Make();
-    if (id == 0) return Status::NoMemory("weights: more than 65535 tables");
+    if (id == 0) return Status::NoMemory("weights: more than 65534 tables");
     std::memcpy(tables_.at(id)->a.data(), in + size_t(t) * table_bytes, table_bytes);
     tables_.Unref(id);
   }

@@ -258,7 +258,7 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
     if (plan.table == 0 && needs_weights_) {
       if (prefill_end ? plan.alone : plan.rank >= config_.observe) {
         plan.table = FindOrMakeTable(args, stream_index, row, own, plan.rank);
-        if (plan.table == 0) return Status::NoMemory("weights: more than 65535 sequences");
+        if (plan.table == 0) return Status::NoMemory("weights: more than 65534 sequences");
       }
     }
     cells_.rank(own) = plan.rank;
@@ -352,6 +352,7 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen, const 
   const size_t rows = size_t(args.n_streams * args.n_tokens);
   view_.packed_bits.assign(rows * words, 0);
   view_.dense_bits.assign(rows * view_.dense_words, 0);
+  view_.tile_table.assign(size_t(args.n_streams) * words, 0);
   for (int s = 0; s < args.n_streams; ++s) {
     const int64_t base = (args.first_stream + s) * layout_.cells_per_stream;
     const uint64_t* sealed = &sealed_bits_[size_t((args.first_stream + s) * layout_.words_per_stream())];
@@ -374,6 +375,16 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen, const 
         packed[i / 64] &= ~bit;
         dense[c / 64] |= uint64_t{1} << (c % 64);
       }
+    }
+    if (!needs_weights_) continue;
+    for (size_t w = 0; w < words; ++w) {
+      uint64_t any = 0;
+      for (int64_t t = 0; t < args.n_tokens; ++t) any |= view_.packed_bits[size_t(s * args.n_tokens + t) * words + w];
+      uint16_t& table = view_.tile_table[size_t(s) * words + w];
+      ForEachBit(&any, 1, [&](int64_t i) {
+        const uint16_t id = cells_.table(base + int64_t(w) * 64 + i);
+        table = table == 0 || table == id ? id : kMixedTables;
+      });
     }
   }
 }

@@ -10,7 +10,7 @@ namespace sparkv {
 uint16_t WeightTables::Make() {
   size_t id = 1;
   while (id < tables_.size() && tables_[id] != nullptr) ++id;
-  if (id > 65535) return 0;
+  if (id >= 65535) return 0;  // the last number means "several"
   if (id == tables_.size()) tables_.emplace_back();
   tables_[id] = std::make_unique<WeightTable>();
   tables_[id]->a.assign(numbers_, 0);

@@ -94,17 +94,13 @@ struct ValueLayout {
 };
 
 // Weights of one head as the kernels read them, [2][head_dim] f32 (docs/format.md, "weights"): channels are ranked by
-// |k| * weight; a pruned one is restored as sign * magnitude * restore, a kept integer one is level(code) * largest.
+// |k| * weight; a pruned one is restored as sign * magnitude * restore.
 // weight = 1 / restore, 0 where restore is 0.
 struct KeyWeights {
   const float *restore, *weight;
   KeyWeights(const float* table, int head_dim) : restore(table), weight(table + head_dim) {}
 };
 inline constexpr int kWeightParts = 2;
-
-// Level of an integer code in [-1, 1]: x = (code + 0.5) / half - 1 stretched to reach both ends, level = x (a + (1 - a) |x|).
-// Levels lie closer together near zero, because a few channels carry most of a key's size.
-inline constexpr float kLevelLinear = 0.7f;
 
 // Value rows are rotated in blocks of the largest power of two that divides the head size (64: one block; 96: three of 32).
 static inline int RotationBlock(int head_dim) { return head_dim & -head_dim; }

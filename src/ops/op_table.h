@@ -12,12 +12,13 @@ namespace sparkv {
 // Columns of one attention tile: cells 64t .. 64t+63 of a stream, or 64 dense rows.
 inline constexpr int kTile = 64;
 
-// A place in memory for each of the 64 rows of a tile of one head; row i is read only when bit i of `rows` is set.
+// 64 rows of one head in runs of 16: row i is at [i / 16] + (i % 16) * bytes of its layout. Rows whose bit in `rows` is clear are
+// not used; a run without any is not touched. Memory may be read up to 128 bytes past a row.
 struct PackedTile {
   uint64_t rows = 0;
-  const uint8_t* key[kTile];
-  const uint8_t* value[kTile];
-  const float* table[kTile];  // KeyWeights the key was packed with; not read when the layout needs none
+  const uint8_t* key[kTile / 16];
+  const uint8_t* value[kTile / 16];
+  const float* table;  // KeyWeights the keys were packed with; not read when the layout needs none
 };
 
 struct DenseTile {
@@ -48,11 +49,24 @@ struct Scratch {
   float* key_cols;  // [k_dim padded to 16][64]
   float* value;     // [64][v_dim padded to 16]
   float* score;     // [kScoreRows][64]
+  float* queries;   // queries as prepare_queries left them
 };
 inline constexpr int kScoreRows = 8;
-// Rows are padded to 16 floats; the padding must start as zeros.
-static inline size_t ScratchFloats(int k_dim, int v_dim) {
-  return size_t(kTile) * size_t(2 * (k_dim + 15) + v_dim + 15 + kScoreRows) + 64;
+static inline size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }
+// Floats of prepared queries: two vectors of 16-bit numbers, in 64-channel pieces, and eight numbers per row.
+static inline size_t QueryFloats(int k_dim, size_t n_rows) { return n_rows * (size_t((k_dim + 63) / 64) * 64 + 16); }
+// Rows are padded to 16 floats; the padding must start as zeros. `floats` is aligned to 64 bytes.
+static inline size_t ScratchFloats(int k_dim, int v_dim, size_t n_rows) {
+  return size_t(kTile) * (2 * PadTo16(k_dim) + PadTo16(v_dim) + kScoreRows) + QueryFloats(k_dim, n_rows);
+}
+static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim) {
+  Scratch s;
+  s.key_rows = floats;
+  s.key_cols = s.key_rows + size_t(kTile) * PadTo16(k_dim);
+  s.value = s.key_cols + size_t(kTile) * PadTo16(k_dim);
+  s.score = s.value + size_t(kTile) * PadTo16(v_dim);
+  s.queries = s.score + size_t(kScoreRows) * kTile;
+  return s;
 }
 
 struct OpTable {
@@ -65,6 +79,9 @@ struct OpTable {
   void (*unpack_key)(const KeyLayout& layout, const float* table, const uint8_t* row, uint16_t* k);
   void (*unpack_value)(const ValueLayout& layout, const uint8_t* row, uint16_t* v);
 
+  // Puts the queries of a block into the form that attend_packed reads beside keys of this layout and table; called before it
+  // whenever one of them has changed.
+  void (*prepare_queries)(const KeyLayout& layout, const float* table, const QueryBlock& block, const Scratch& scratch);
   // state (+)= attention of the block over one tile. visible: [n_tokens] bits of the tile's columns each token sees, a subset
   // of tile.rows; mask: per token f16 mask values of the 64 columns (only read when block.slope is set).
   // Packed values add to o in the rotated basis.

@@ -19,7 +19,6 @@ inline Vec Set(float x) { return Vec{} + x; }
 
 constexpr int kRows = 6;  // query rows per matrix kernel: kRows * kColVecs accumulators stay in registers
 static_assert(kRows <= kScoreRows);
-inline int PadTo16(int n) { return (n + 15) & ~15; }
 
 // e^x for x <= 0, about 1 ulp; below -87 it gives e^-87. NaN stays NaN.
 inline Vec Exp(Vec x) {
@@ -184,13 +183,13 @@ inline void AttendRows(const QueryBlock& block, int row, const uint64_t* visible
     correction[r] = Softmax(block, (row + r) % block.group, visible[token], mask != nullptr ? mask[token] : nullptr, score,
                             &state.m[row + r], &state.d[row + r]);
   }
-  ValueKernel<R>(scratch.score, correction, scratch.value, PadTo16(block.v_dim), first_row, end_row,
+  ValueKernel<R>(scratch.score, correction, scratch.value, int(PadTo16(block.v_dim)), first_row, end_row,
                  state.o + size_t(row) * size_t(block.o_stride), block.o_stride);
 }
 
 inline void AttendTile(const QueryBlock& block, uint64_t rows, const uint64_t* visible, const uint16_t* const* mask,
                        const Scratch& scratch, const AttentionState& state) {
-  Transpose(scratch.key_rows, PadTo16(block.k_dim), scratch.key_cols);
+  Transpose(scratch.key_rows, int(PadTo16(block.k_dim)), scratch.key_cols);
   const int first_row = std::countr_zero(rows), end_row = 64 - std::countl_zero(rows);
   int row = 0;
   for (; row + kRows <= block.n_rows; row += kRows) {
@@ -223,13 +222,13 @@ inline void ClearHoles(uint64_t rows, float* value, size_t v_stride) {
 
 void AttendPacked(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
                   const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
-  const size_t k_stride = size_t(PadTo16(block.k_dim)), v_stride = size_t(PadTo16(block.v_dim));
+  const size_t k_stride = PadTo16(block.k_dim), v_stride = PadTo16(block.v_dim);
   for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
     const size_t t = size_t(std::countr_zero(rows));
     float* k = scratch.key_rows + t * k_stride;
     float* v = scratch.value + t * v_stride;
-    KeyRow(key, tile.table[t], tile.key[t], k);
-    if (!ValueRow(value, tile.value[t], v)) Poison(k, block.k_dim, v, block.v_dim);
+    KeyRow(key, tile.table, tile.key[t / 16] + t % 16 * key.bytes, k);
+    if (!ValueRow(value, tile.value[t / 16] + t % 16 * value.bytes, v)) Poison(k, block.k_dim, v, block.v_dim);
   }
   ClearHoles(tile.rows, scratch.value, v_stride);
   AttendTile(block, tile.rows, visible, mask, scratch, state);
@@ -237,7 +236,7 @@ void AttendPacked(const KeyLayout& key, const ValueLayout& value, const QueryBlo
 
 void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                  const Scratch& scratch, const AttentionState& state) {
-  const size_t k_stride = size_t(PadTo16(block.k_dim)), v_stride = size_t(PadTo16(block.v_dim));
+  const size_t k_stride = PadTo16(block.k_dim), v_stride = PadTo16(block.v_dim);
   for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
     const size_t t = size_t(std::countr_zero(rows));
     float* k = scratch.key_rows + t * k_stride;

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <array>
+#include <bit>
 
 #include "ops/cpu/inl.h"
 
@@ -44,33 +45,57 @@ bool HalfRow(const uint16_t* half, int n, float* out) {
   return _mm_movemask_epi8(_mm_cmpeq_epi16(_mm_max_epu16(largest, inf), largest)) == 0;
 }
 
-// Codes of all kept channels as bytes.
-inline void CodeBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* codes) {
+// Bytes of ones where a bit of `bits` is kSet, zeros elsewhere.
+template <bool kSet>
+inline __m256i ByteMask(uint32_t bits) {
+  const __m256i place = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201u));
+  const __m256i b = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(int(bits)), place), bit);
+  return _mm256_cmpeq_epi8(b, kSet ? bit : _mm256_setzero_si256());
+}
+
+// Levels of all kept channels as signed bytes.
+inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* codes) {
   const uint8_t* low = row + layout.low_at;
   const uint8_t* high = row + layout.high_at;
   if (layout.number == SPARKV_INT8) {
-    std::memcpy(codes, low, size_t(layout.kept));
+    for (int first = 0; first < layout.kept; first += 32) {
+      // -127 .. -1 below zero, 1 .. 127 above.
+      const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + first));
+      const __m256i centred = _mm256_xor_si256(code, _mm256_set1_epi8(char(0x80)));
+      const __m256i above = _mm256_cmpgt_epi8(centred, _mm256_set1_epi8(-1));
+      const __m256i level = _mm256_max_epi8(_mm256_subs_epi8(centred, above), _mm256_set1_epi8(-127));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + first), level);
+    }
     return;
   }
+  // Sixteen levels per register; the high bits of a code choose the register.
+  const int8_t* table = LevelsOf(layout.number).level;
+  const auto levels = [&](int first) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table + first)));
+  };
+  const __m256i levels0 = levels(0), levels1 = levels(16), levels2 = levels(32), levels3 = levels(48);
   for (int first = 0; first < layout.kept; first += 32) {
     const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low + first / 2)));
-    __m256i x = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    const __m256i low_codes = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    __m256i x = _mm256_shuffle_epi8(levels0, low_codes);
     if (layout.number == SPARKV_INT5) {
       uint32_t bits;
       std::memcpy(&bits, high + first / 8, 4);
-      for (int i = 0; i < 4; ++i) {
-        const uint64_t eight = _pdep_u64(bits >> (8 * i) & 255u, 0x1010101010101010u);
-        std::memcpy(codes + first + 8 * i, &eight, 8);
-      }
-      x = _mm256_or_si256(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + first)));
+      const __m256i bit4 = ByteMask<true>(bits);
+      x = _mm256_blendv_epi8(x, _mm256_shuffle_epi8(levels1, low_codes), bit4);
     } else if (layout.number == SPARKV_INT6) {
       uint64_t bits;
       std::memcpy(&bits, high + first / 4, 8);
       for (int i = 0; i < 4; ++i) {
-        const uint64_t eight = _pdep_u64(bits >> (16 * i) & 65535u, 0x3030303030303030u);
+        const uint64_t eight = _pdep_u64(bits >> (16 * i) & 65535u, 0xc0c0c0c0c0c0c0c0u);
         std::memcpy(codes + first + 8 * i, &eight, 8);
       }
-      x = _mm256_or_si256(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + first)));
+      const __m256i bit5 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + first));
+      const __m256i bit4 = _mm256_add_epi8(bit5, bit5);
+      x = _mm256_blendv_epi8(_mm256_blendv_epi8(x, _mm256_shuffle_epi8(levels1, low_codes), bit4),
+                             _mm256_blendv_epi8(_mm256_shuffle_epi8(levels2, low_codes),
+                                                _mm256_shuffle_epi8(levels3, low_codes), bit4), bit5);
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + first), x);
   }
@@ -87,13 +112,10 @@ inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* r
   }
   const bool integers = layout.number != SPARKV_F16;
   alignas(32) uint8_t codes[kMaxHeadDim + 64];
-  const float middle = Middle(layout), top = integers ? LargestKept(row) : 0.0f;
-  if (integers) CodeBytes(layout, row, codes);
+  const __m256 unit = _mm256_set1_ps(integers ? LargestKept(row) * kLevelUnit : 0.0f);
+  if (integers) LevelBytes(layout, row, codes);
   const KeyWeights w(table, n);
   const float magnitude = PrunedMagnitude(layout, row);
-  const __m256 to_unit = _mm256_set1_ps(1.0f / middle), minus_one = _mm256_set1_ps(-1.0f);
-  const __m256 linear = _mm256_set1_ps(kLevelLinear * top), square = _mm256_set1_ps((1.0f - kLevelLinear) * top);
-  const __m256 magnitude_bits = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const __m256 plus = _mm256_set1_ps(magnitude), minus = _mm256_set1_ps(-magnitude);
   unsigned rank = 0, pruned_rank = 0;
   for (int j = 0; j < n; j += 8) {
@@ -108,8 +130,7 @@ inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* r
     if (integers) {
       const __m128i bytes = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + rank)),
                                              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[mask].data())));
-      const __m256 x = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), to_unit, minus_one);
-      kept = _mm256_mul_ps(x, _mm256_fmadd_ps(_mm256_and_ps(x, magnitude_bits), square, linear));
+      kept = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), unit);
     } else {
       // Byte pairs of the half at rank r are 2r and 2r + 1.
       const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[mask].data()));
@@ -150,9 +171,250 @@ inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) 
 
 #include "ops/cpu/attend-inl.h"
 
+// ---- integer keys and values for a handful of query rows ----
+//
+// Codes are spread to their channels as bytes, 16 rows at a time; from there keys meet the queries, and values the
+// softmax weights, in registers. The fixed cost of a packed row falls to half of the path above, that of one more query
+// row rises: for more rows it loses.
+//   key_j = unit level_j + magnitude restore_j s_j; level = 0 where pruned; s = 1 for +, -1 for -, 0 where kept
+constexpr int kFewRows = 8;
+static_assert(kFewRows <= kScoreRows);
+
+// Keys of 16 rows as bytes at their channels.
+struct KeyRun {
+  alignas(32) int8_t level[16][kMaxHeadDim];
+  alignas(32) int8_t sign[16][kMaxHeadDim];
+  alignas(32) float unit[16], magnitude[16];
+};
+
+inline uint32_t Word32(const uint8_t* p) {
+  uint32_t x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
+
+inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, KeyRun* out) {
+  const int n = layout.head_dim;
+  alignas(32) uint8_t levels[16][kMaxHeadDim + 64];
+  std::memset(out->unit, 0, sizeof(out->unit));
+  std::memset(out->magnitude, 0, sizeof(out->magnitude));
+  // Levels of all rows first: what was just stored is slow to read back in other pieces.
+  for (unsigned left = rows; left != 0; left &= left - 1) {
+    const int i = std::countr_zero(left);
+    const uint8_t* row = rows16 + size_t(i) * layout.bytes;
+    LevelBytes(layout, row, levels[i]);
+    out->unit[i] = LargestKept(row) * kLevelUnit;
+    out->magnitude[i] = PrunedMagnitude(layout, row);
+  }
+  for (unsigned left = rows; left != 0; left &= left - 1) {
+    const int i = std::countr_zero(left);
+    const uint8_t* row = rows16 + size_t(i) * layout.bytes;
+    const uint8_t* from = levels[i];
+    unsigned pruned_rank = 0;
+    for (int j = 0; j < n; j += 32) {
+      const uint32_t mask = layout.mask_bytes != 0 ? Word32(row + layout.mask_at + j / 8) : layout.kept > 0 ? ~0u : 0u;
+      for (int b = 0; b < 32 && j + b < n; b += 8) {
+        const unsigned m = mask >> b & 255u;
+        const __m128i spread = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[m].data()));
+        const __m128i bytes = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), spread);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out->level[i] + j + b), bytes);
+        from += std::popcount(m);
+      }
+      if (layout.sign_bytes == 0) continue;
+      uint64_t signs;
+      std::memcpy(&signs, row + layout.sign_at + pruned_rank / 8, 8);
+      const uint32_t plus = _pdep_u32(uint32_t(signs >> (pruned_rank % 8)), ~mask);
+      pruned_rank += 32 - unsigned(std::popcount(mask));
+      // -1 where pruned, and twice 1 more where positive.
+      const __m256i pruned = ByteMask<false>(mask), positive = ByteMask<true>(plus);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out->sign[i] + j),
+                         _mm256_sub_epi8(_mm256_sub_epi8(pruned, positive), positive));
+    }
+  }
+}
+
+// Lane i of the result: sum of the lanes of v[i].
+inline __m256 SumLanes(const __m256 (&v)[8]) {
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+// score [R][64] of query rows row .. row + R - 1 with the keys of a run. restore: NULL when pruned channels are zero.
+template <int R>
+inline void RunScores(const QueryBlock& block, int row, const float* restore, const KeyRun& keys, int run, float* score) {
+  const float* q = block.q + size_t(row) * block.q_stride;
+  const auto wide = [](const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  };
+  for (int t0 = 0; t0 < 16; t0 += 8) {
+    __m256 sum[R][8];
+    for (int i = 0; i < 8; ++i) {
+      const int8_t* level = keys.level[t0 + i];
+      const int8_t* sign = keys.sign[t0 + i];
+      const __m256 unit = _mm256_broadcast_ss(&keys.unit[t0 + i]), magnitude = _mm256_broadcast_ss(&keys.magnitude[t0 + i]);
+      __m256 acc[R];
+      for (int r = 0; r < R; ++r) acc[r] = _mm256_setzero_ps();
+      for (int j = 0; j < block.k_dim; j += 8) {
+        __m256 k = _mm256_mul_ps(wide(level + j), unit);
+        if (restore != nullptr)
+          k = _mm256_fmadd_ps(_mm256_mul_ps(magnitude, _mm256_loadu_ps(restore + j)), wide(sign + j), k);
+        for (int r = 0; r < R; ++r) acc[r] = _mm256_fmadd_ps(k, _mm256_loadu_ps(q + size_t(r) * block.q_stride + j), acc[r]);
+      }
+      for (int r = 0; r < R; ++r) sum[r][i] = acc[r];
+    }
+    for (int r = 0; r < R; ++r) _mm256_storeu_ps(score + (row + r) * kTile + 16 * run + t0, SumLanes(sum[r]));
+  }
+}
+
+// A vector whose lanes hold 4 (8-bit) or 8 (4-bit) codes each becomes one vector of floats per code: masked in place, so code k
+// comes out 2^(bits k) too large, which the sums' scales undo. kFrom: the first code of four.
+template <bool kBytes, int kFrom>
+inline void FourCodes(__m256i word, __m256 (&x)[4]) {
+  constexpr int kBits = kBytes ? 8 : 4;
+  if constexpr (kFrom > 0) word = _mm256_srli_epi32(word, kFrom * kBits);
+  const auto masked = [&](int mask) { return _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32(mask))); };
+  x[0] = masked((1 << kBits) - 1);
+  x[1] = masked(((1 << kBits) - 1) << kBits);
+  x[2] = masked(((1 << kBits) - 1) << 2 * kBits);
+  // The last byte would be a sign.
+  x[3] = kBytes ? _mm256_cvtepi32_ps(_mm256_srli_epi32(word, 24)) : masked(15 << 12);
+}
+
+// sum[r][k] = sum over the rows of the tile of weight[r] * codes k of the lanes of the 32 bytes at `at` of a row.
+template <int R, bool kBytes, int kFrom>
+inline void SumCodes(const PackedTile& tile, size_t bytes, size_t at, const float* weight, __m256 (&sum)[R][4]) {
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm256_setzero_ps();
+  for (int run = 0; run < kTile / 16; ++run) {
+    for (unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu; rows != 0; rows &= rows - 1) {
+      const int i = std::countr_zero(rows);
+      __m256 x[4];
+      FourCodes<kBytes, kFrom>(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile.value[run] + size_t(i) * bytes + at)), x);
+      for (int r = 0; r < R; ++r) {
+        const __m256 w = _mm256_broadcast_ss(weight + r * kTile + 16 * run + i);
+        for (int k = 0; k < 4; ++k) sum[r][k] = _mm256_fmadd_ps(w, x[k], sum[r][k]);
+      }
+    }
+  }
+}
+
+// o[r] = o[r] * correction[r] + sum_t weight_rt value_t for R rows; weight [R][64] with the scales of the value rows in it.
+//   value = scale (c - middle) / middle
+template <int R, bool kBytes>
+inline void RunValues(const ValueLayout& layout, const PackedTile& tile, const float* weight, const float* total,
+                      const float* correction, float* o, size_t o_stride) {
+  constexpr int kCodes = kBytes ? 4 : 8;
+  constexpr float kMiddle = kBytes ? 127.5f : 7.5f;
+  for (int c = 0; c < layout.head_dim; c += 8 * kCodes) {
+    const size_t at = layout.scale_bytes + size_t(kBytes ? c : c / 2);
+    __m256 sum[R][4], sum4[R][4];
+    SumCodes<R, kBytes, 0>(tile, layout.bytes, at, weight, sum);
+    if constexpr (!kBytes) SumCodes<R, kBytes, 4>(tile, layout.bytes, at, weight, sum4);
+    for (int r = 0; r < R; ++r) {
+      // Code k of lane i is channel c + kCodes i + k: turned, lanes are channels in order.
+      Vec block[8];
+      for (int k = 0; k < kCodes; ++k) {
+        const float unit = kBytes && k == 3 ? 1.0f : 1.0f / float(1 << (kBytes ? 8 * k : 4 * (k % 4)));
+        block[k] = (k < 4 ? sum[r][k] : sum4[r][k - 4]) * (unit / kMiddle) - total[r];
+      }
+      float* to = o + size_t(r) * o_stride + c;
+      const auto add = [&](int j, Vec x) {
+        if (size_t(c + j) < o_stride) Store(to + j, Load(to + j) * correction[r] + x);
+      };
+      if constexpr (kBytes) {
+        const __m256 a = _mm256_unpacklo_ps(block[0], block[1]), b = _mm256_unpackhi_ps(block[0], block[1]);
+        const __m256 d = _mm256_unpacklo_ps(block[2], block[3]), e = _mm256_unpackhi_ps(block[2], block[3]);
+        const auto joined = [](__m256 low, __m256 high) {
+          return std::pair(_mm256_shuffle_ps(low, high, 0x44), _mm256_shuffle_ps(low, high, 0xee));
+        };
+        const auto [q0, q1] = joined(a, d);
+        const auto [q2, q3] = joined(b, e);
+        add(0, _mm256_permute2f128_ps(q0, q1, 0x20));
+        add(8, _mm256_permute2f128_ps(q2, q3, 0x20));
+        add(16, _mm256_permute2f128_ps(q0, q1, 0x31));
+        add(24, _mm256_permute2f128_ps(q2, q3, 0x31));
+      } else {
+        TransposeStage<1>(block);
+        for (int i = 0; i < 8; ++i) add(8 * i, block[i]);
+      }
+    }
+  }
+}
+
+// Calls body(row, count) with counts of at most kMost as compile-time constants.
+template <int kMost, typename Body>
+inline void InParts(int n_rows, Body&& body) {
+  int row = 0;
+  for (; row + kMost <= n_rows; row += kMost) body(row, std::integral_constant<int, kMost>());
+  switch (n_rows - row) {
+    case 3: body(row, std::integral_constant<int, 3>()); break;
+    case 2: body(row, std::integral_constant<int, 2>()); break;
+    case 1: body(row, std::integral_constant<int, 1>()); break;
+    default: break;
+  }
+}
+
+void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
+               const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
+  const float* restore = key.sign_bytes != 0 ? KeyWeights(tile.table, key.head_dim).restore : nullptr;
+  KeyRun keys;
+  alignas(32) float top[kTile] = {};
+  for (int run = 0; run < kTile / 16; ++run) {
+    const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
+    if (rows == 0) continue;
+    UnpackRun(key, tile.key[run], rows, &keys);
+    for (unsigned left = rows; left != 0; left &= left - 1) {
+      const int i = std::countr_zero(left);
+      const int e = int(GetScale(tile.value[run] + size_t(i) * value.bytes));
+      // A value that is not finite gives no number: its key does, to those who see it.
+      if (e == kValueScaleNotFinite) {
+        keys.unit[i] = std::numeric_limits<float>::quiet_NaN();
+      } else {
+        top[16 * run + i] = ValueScaleGrid::Value(e);
+      }
+    }
+    InParts<4>(block.n_rows, [&](int row, auto n) {
+      RunScores<n()>(block, row, restore, keys, run, scratch.score);
+    });
+  }
+  float correction[kFewRows], total[kFewRows];
+  for (int r = 0; r < block.n_rows; ++r) {
+    const int token = r / block.group;
+    float* score = scratch.score + r * kTile;
+    correction[r] = 1.0f;
+    total[r] = 0.0f;
+    if (visible[token] == 0) {
+      std::memset(score, 0, kTile * sizeof(float));
+      continue;
+    }
+    correction[r] = Softmax(block, r % block.group, visible[token], mask != nullptr ? mask[token] : nullptr, score,
+                            &state.m[r], &state.d[r]);
+    Vec sum = {};
+    for (int t = 0; t < kTile; t += kVec) {
+      const Vec weight = Load(score + t) * Load(top + t);
+      Store(score + t, weight);
+      sum += weight;
+    }
+    for (int i = 0; i < kVec; ++i) total[r] += sum[i];
+  }
+  InParts<3>(block.n_rows, [&](int row, auto n) {
+    float* o = state.o + size_t(row) * size_t(block.o_stride);
+    const float* weight = scratch.score + row * kTile;
+    if (value.number == SPARKV_INT8) {
+      RunValues<n(), true>(value, tile, weight, total + row, correction + row, o, size_t(block.o_stride));
+    } else {
+      RunValues<n(), false>(value, tile, weight, total + row, correction + row, o, size_t(block.o_stride));
+    }
+  });
+}
+
 void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
                       const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch,
                       const AttentionState& state) {
+  if (key.number != SPARKV_F16 && value.rotated() && block.n_rows <= kFewRows)
+    return AttendFew(key, value, block, tile, visible, mask, scratch, state);
   AttendPacked(key, value, block, tile, visible, mask, scratch, state);
 }
+void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&) {}
 }  // namespace sparkv::avx2

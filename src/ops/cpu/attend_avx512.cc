@@ -36,132 +36,89 @@ bool HalfRow(const uint16_t* half, int n, float* out) {
   return _mm256_cmpge_epu16_mask(largest, _mm256_set1_epi16(0x7c00)) == 0;
 }
 
-// 64 codes of kept channels, ranks first .. first + 63 (first a multiple of 64).
+// Levels of 64 kept channels as signed bytes, ranks first .. first + 63 (first a multiple of 64).
 template <sparkv_number kNumber>
-inline __m512i Codes64(const KeyLayout& layout, const uint8_t* row, unsigned first) {
+inline __m512i Levels64(const KeyLayout& layout, const uint8_t* row, unsigned first) {
   const uint8_t* low = row + layout.low_at;
-  if constexpr (kNumber == SPARKV_INT8) return _mm512_loadu_si512(low + first);
+  if constexpr (kNumber == SPARKV_INT8) {
+    // -127 .. -1 below zero, 1 .. 127 above.
+    const __m512i centred = _mm512_xor_si512(_mm512_loadu_si512(low + first), _mm512_set1_epi8(char(0x80)));
+    const __m512i one = _mm512_maskz_set1_epi8(_mm512_cmpgt_epi8_mask(centred, _mm512_set1_epi8(-1)), 1);
+    return _mm512_max_epi8(_mm512_adds_epi8(centred, one), _mm512_set1_epi8(-127));
+  }
   const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + first / 2)));
   const __m512i nibbles = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
   const uint8_t* high = row + layout.high_at;
+  __m512i codes = nibbles;
   if constexpr (kNumber == SPARKV_INT5) {
-    return _mm512_mask_add_epi8(nibbles, Word(high + first / 8), nibbles, _mm512_set1_epi8(16));
+    codes = _mm512_mask_add_epi8(nibbles, Word(high + first / 8), nibbles, _mm512_set1_epi8(16));
   } else if constexpr (kNumber == SPARKV_INT6) {
     const uint64_t a = Word(high + first / 4), b = Word(high + first / 4 + 8);
     const uint64_t even = 0x5555555555555555u;
     const __mmask64 bit4 = _pext_u64(a, even) | _pext_u64(b, even) << 32;
     const __mmask64 bit5 = _pext_u64(a, ~even) | _pext_u64(b, ~even) << 32;
     const __m512i with4 = _mm512_mask_add_epi8(nibbles, bit4, nibbles, _mm512_set1_epi8(16));
-    return _mm512_mask_add_epi8(with4, bit5, with4, _mm512_set1_epi8(32));
-  } else {
-    return nibbles;
+    codes = _mm512_mask_add_epi8(with4, bit5, with4, _mm512_set1_epi8(32));
   }
+  return _mm512_permutexvar_epi8(codes, _mm512_loadu_si512(LevelsOf(kNumber).level));
 }
 
-// Levels of all codes, and scales of all scale codes: two loads instead of a dozen instructions per row. Made by the compiler:
-// nothing of this file may run on a machine that lacks its instructions.
-template <int kCodes>
-struct LevelTable {
-  alignas(64) float level[kCodes] = {};
-  constexpr LevelTable() {
-    for (int i = 0; i < kCodes; ++i) level[i] = Level(i, float(kCodes / 2) - 0.5f);
-  }
-};
-struct ScaleTable {
-  float largest[1024] = {}, ratio[64] = {};
-  constexpr ScaleTable() {
-    for (int e = 0; e < 1023; ++e) largest[e] = KeyScaleGrid::Value(e);
-    largest[kKeyScaleNotFinite] = std::numeric_limits<float>::quiet_NaN();
-    for (int r = 0; r < 64; ++r) ratio[r] = RatioValue(r);
-  }
-};
-constexpr LevelTable<16> kLevels4;
-constexpr LevelTable<32> kLevels5;
-constexpr ScaleTable kScales;
-
-// Calls emit(j, x) with the channels j .. j + 15 of a key, for every such piece. kDim: the head size where it is worth a
-// compile-time constant, else 0.
-template <sparkv_number kNumber, int kDim, typename Emit>
-[[gnu::always_inline]] inline void IntegerKey(const KeyLayout& layout, const float* table, const uint8_t* row, Emit&& emit) {
-  const int n = kDim != 0 ? kDim : layout.head_dim;
-  constexpr int kBits = kNumber == SPARKV_INT8 ? 8 : kNumber == SPARKV_INT6 ? 6 : kNumber == SPARKV_INT5 ? 5 : 4;
-  constexpr float kMiddle = float(1 << (kBits - 1)) - 0.5f;
-  const float* restore = table;
-  const uint32_t scale = GetScale(row);
-  const float top = kScales.largest[KeyScaleOf(scale)];
-  const float ratio = kScales.ratio[RatioOf(scale)];
-  const float magnitude = ratio == 0.0f ? 0.0f : top * ratio;
-  const __m512 to_unit = _mm512_set1_ps(1.0f / kMiddle), minus_one = _mm512_set1_ps(-1.0f);
-  const __m512 linear = _mm512_set1_ps(kLevelLinear * top), square = _mm512_set1_ps((1.0f - kLevelLinear) * top);
-  const __m512 tops = _mm512_set1_ps(top);
-  __m512 low_levels = tops, high_levels = tops;
-  if constexpr (kNumber == SPARKV_INT5) {
-    low_levels = _mm512_mul_ps(tops, _mm512_load_ps(kLevels5.level));
-    high_levels = _mm512_mul_ps(tops, _mm512_load_ps(kLevels5.level + 16));
-  } else if constexpr (kNumber == SPARKV_INT4) {
-    low_levels = _mm512_mul_ps(tops, _mm512_load_ps(kLevels4.level));
-  }
-  const __m512 plus = _mm512_set1_ps(magnitude), minus = _mm512_set1_ps(-magnitude);
-  // All codes first, as bytes, when they do not fit one register: a 64-channel piece starts at any rank.
-  alignas(64) uint8_t codes[kMaxHeadDim + 64];
+// A key with integer kept channels, 64 channels at a time: calls emit(first channel, mask of kept ones, their levels in place and
+// `other` elsewhere, bits of positive pruned ones).
+template <sparkv_number kNumber, typename Emit>
+[[gnu::always_inline]] inline void KeyPieces(const KeyLayout& layout, const uint8_t* row, __m512i other, Emit&& emit) {
+  const int n = layout.head_dim;
+  // All levels first when they do not fit one register: a piece starts at any rank.
+  alignas(64) uint8_t levels[kMaxHeadDim + 64];
   const bool one = n <= 64;
-  if (!one) {
-    for (int first = 0; first < layout.kept; first += 64) {
-      _mm512_store_si512(codes + first, Codes64<kNumber>(layout, row, unsigned(first)));
-    }
+  for (int first = 0; !one && first < layout.kept; first += 64) {
+    _mm512_store_si512(levels + first, Levels64<kNumber>(layout, row, unsigned(first)));
   }
   unsigned rank = 0, pruned_rank = 0;
-  for (int j0 = 0; j0 < n; j0 += 64) {
-    const uint64_t channels = n - j0 >= 64 ? ~uint64_t{0} : (uint64_t{1} << (n - j0)) - 1;
-    const uint64_t mask = layout.mask_bytes != 0 ? Word(row + layout.mask_at + j0 / 8) & channels
+  for (int j = 0; j < n; j += 64) {
+    const uint64_t channels = n - j >= 64 ? ~uint64_t{0} : (uint64_t{1} << (n - j)) - 1;
+    const uint64_t mask = layout.mask_bytes != 0 ? Word(row + layout.mask_at + j / 8) & channels
                           : layout.kept > 0      ? channels
                                                  : 0;
-    const __m512i packed = one ? Codes64<kNumber>(layout, row, 0) : _mm512_loadu_si512(codes + rank);
-    const __m512i expanded = _mm512_maskz_expand_epi8(mask, packed);
+    const __m512i packed = one ? Levels64<kNumber>(layout, row, 0) : _mm512_loadu_si512(levels + rank);
     const uint64_t positive =
         layout.sign_bytes != 0 ? _pdep_u64(BitsAt(row + layout.sign_at, pruned_rank), ~mask & channels) : 0;
-    const auto quarter = [&](int i, __m128i bytes) __attribute__((always_inline)) {
-      const __mmask16 kept = __mmask16(mask >> (16 * i)), plus_bits = __mmask16(positive >> (16 * i));
-      const int j = j0 + 16 * i;
-      const __m512i code = _mm512_cvtepu8_epi32(bytes);
-      __m512 x;
-      if constexpr (kNumber == SPARKV_INT5) {
-        x = _mm512_permutex2var_ps(low_levels, code, high_levels);
-      } else if constexpr (kNumber == SPARKV_INT4) {
-        x = _mm512_permutexvar_ps(code, low_levels);
-      } else {
-        const __m512 unit = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), to_unit, minus_one);
-        x = _mm512_mul_ps(unit, _mm512_fmadd_ps(_mm512_abs_ps(unit), square, linear));
-      }
-      // Masked loads keep off the weights when nothing is pruned and there are none.
-      const __m512 sign_magnitude = _mm512_mask_blend_ps(plus_bits, minus, plus);
-      const __m512 pruned = _mm512_mul_ps(sign_magnitude, _mm512_maskz_loadu_ps(__mmask16(~kept), restore + j));
-      emit(j, _mm512_mask_mov_ps(pruned, kept, x));
-    };
-    quarter(0, _mm512_castsi512_si128(expanded));
-    if (n - j0 >= 64) {
-      quarter(1, _mm512_extracti32x4_epi32(expanded, 1));
-      quarter(2, _mm512_extracti32x4_epi32(expanded, 2));
-      quarter(3, _mm512_extracti32x4_epi32(expanded, 3));
-    } else {
-      if (n - j0 > 16) quarter(1, _mm512_extracti32x4_epi32(expanded, 1));
-      if (n - j0 > 32) quarter(2, _mm512_extracti32x4_epi32(expanded, 2));
-      if (n - j0 > 48) quarter(3, _mm512_extracti32x4_epi32(expanded, 3));
-    }
+    emit(j, mask, _mm512_mask_expand_epi8(other, mask, packed), positive);
     const unsigned kept = unsigned(std::popcount(mask));
     rank += kept;
     pruned_rank += unsigned(std::popcount(channels)) - kept;
   }
 }
 
-template <typename Emit>
-[[gnu::always_inline]] inline void HalfKey(const KeyLayout& layout, const float* table, const uint8_t* row, Emit&& emit) {
+template <sparkv_number kNumber>
+inline void IntegerKey(const KeyLayout& layout, const float* restore, const uint8_t* row, float* out) {
+  const __m512 unit = _mm512_set1_ps(LargestKept(row) * kLevelUnit);
+  const float magnitude = PrunedMagnitude(layout, row);
+  const __m512 plus = _mm512_set1_ps(magnitude), minus = _mm512_set1_ps(-magnitude);
+  KeyPieces<kNumber>(layout, row, _mm512_setzero_si512(), [&](int j0, uint64_t mask, __m512i levels, uint64_t positive) {
+    const auto quarter = [&](int i, __m128i bytes) {
+      const __mmask16 kept = __mmask16(mask >> (16 * i)), sign = __mmask16(positive >> (16 * i));
+      const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), unit);
+      // Masked loads keep off the weights when nothing is pruned and there are none.
+      const __m512 pruned = _mm512_mul_ps(_mm512_mask_blend_ps(sign, minus, plus),
+                                          _mm512_maskz_loadu_ps(__mmask16(~kept), restore + j0 + 16 * i));
+      _mm512_storeu_ps(out + j0 + 16 * i, _mm512_mask_mov_ps(pruned, kept, x));
+    };
+    const int n = layout.head_dim - j0;
+    quarter(0, _mm512_castsi512_si128(levels));
+    if (n > 16) quarter(1, _mm512_extracti32x4_epi32(levels, 1));
+    if (n > 32) quarter(2, _mm512_extracti32x4_epi32(levels, 2));
+    if (n > 48) quarter(3, _mm512_extracti32x4_epi32(levels, 3));
+  });
+}
+
+inline void HalfKey(const KeyLayout& layout, const float* restore, const uint8_t* row, float* out) {
   const int n = layout.head_dim;
   const uint8_t* codes = row + layout.low_at;
   if (layout.pruned == 0) {
     for (int j = 0; j < n; j += 16) {
       const __mmask16 lanes = n - j >= 16 ? 0xffff : 0xff;
-      emit(j, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, codes + 2 * j)));
+      _mm512_storeu_ps(out + j, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, codes + 2 * j)));
     }
     return;
   }
@@ -179,8 +136,8 @@ template <typename Emit>
                                : 0;
     const auto half = [&](int i, __m256i bits) {
       const __m512 pruned = _mm512_mul_ps(_mm512_mask_blend_ps(__mmask16(positive >> (16 * i)), minus, plus),
-                                          _mm512_loadu_ps(table + j0 + 16 * i));
-      emit(j0 + 16 * i, _mm512_mask_mov_ps(pruned, __mmask16(mask >> (16 * i)), _mm512_cvtph_ps(bits)));
+                                          _mm512_loadu_ps(restore + j0 + 16 * i));
+      _mm512_storeu_ps(out + j0 + 16 * i, _mm512_mask_mov_ps(pruned, __mmask16(mask >> (16 * i)), _mm512_cvtph_ps(bits)));
     };
     half(0, _mm512_castsi512_si256(expanded));
     if (n - j0 > 16) half(1, _mm512_extracti64x4_epi64(expanded, 1));
@@ -190,31 +147,20 @@ template <typename Emit>
   }
 }
 
-template <sparkv_number kNumber, int kDim, typename Emit>
-[[gnu::always_inline]] inline void KeyPieces(const KeyLayout& layout, const float* table, const uint8_t* row, Emit&& emit) {
-  if constexpr (kNumber == SPARKV_F16) {
-    HalfKey(layout, table, row, emit);
-  } else {
-    IntegerKey<kNumber, kDim>(layout, table, row, emit);
-  }
-}
-
-// Calls body(constant) with the number type as a compile-time constant.
+// Calls body(constant) with an integer type as a compile-time constant.
 template <typename Body>
-inline void WithNumber(sparkv_number number, Body&& body) {
+inline void WithInteger(sparkv_number number, Body&& body) {
   switch (number) {
-    case SPARKV_F16: return body(std::integral_constant<sparkv_number, SPARKV_F16>());
     case SPARKV_INT8: return body(std::integral_constant<sparkv_number, SPARKV_INT8>());
     case SPARKV_INT6: return body(std::integral_constant<sparkv_number, SPARKV_INT6>());
     case SPARKV_INT5: return body(std::integral_constant<sparkv_number, SPARKV_INT5>());
-    case SPARKV_INT4: return body(std::integral_constant<sparkv_number, SPARKV_INT4>());
+    default: return body(std::integral_constant<sparkv_number, SPARKV_INT4>());
   }
 }
 
 inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
-  WithNumber(layout.number, [&](auto number) {
-    KeyPieces<number(), 0>(layout, table, row, [&](int j, __m512 x) { _mm512_storeu_ps(out + j, x); });
-  });
+  if (layout.number == SPARKV_F16) return HalfKey(layout, table, row, out);
+  WithInteger(layout.number, [&](auto number) { IntegerKey<number()>(layout, table, row, out); });
 }
 
 inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
@@ -246,131 +192,379 @@ inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) 
   return true;
 }
 
-// 64 value codes as levels in [-1, 1], sixteen at a time: calls emit(i, levels) for i = 0..3. The scale of the row is left to
-// the weight the row is summed with.
-template <typename Emit>
-inline void ValueLevels(bool bytes, const uint8_t* code, Emit&& emit) {
-  if (bytes) {
-    const __m512 step = _mm512_set1_ps(1.0f / 127.5f), minus_one = _mm512_set1_ps(-1.0f);
-    for (int i = 0; i < 4; ++i) {
-      const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(code + 16 * i)));
-      emit(i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), step, minus_one));
-    }
-    return;
-  }
-  const __m512 levels = _mm512_setr_ps(-1.0f, -13 / 15.0f, -11 / 15.0f, -9 / 15.0f, -7 / 15.0f, -5 / 15.0f, -3 / 15.0f,
-                                       -1 / 15.0f, 1 / 15.0f, 3 / 15.0f, 5 / 15.0f, 7 / 15.0f, 9 / 15.0f, 11 / 15.0f,
-                                       13 / 15.0f, 1.0f);
-  // permutexvar looks at the low four bits of a lane alone, so the even nibble needs no mask.
-  const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(code)));
-  const __m512i nibbles = _mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4));
-  emit(0, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(nibbles)), levels));
-  emit(1, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(nibbles, 1)), levels));
-  emit(2, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(nibbles, 2)), levels));
-  emit(3, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(nibbles, 3)), levels));
-}
-
 #include "ops/cpu/attend-inl.h"
 
-// sum[l] = sum of the lanes of v[l], by halves: after the step of 2^b, bit b of the lane is bit b of the row.
-inline Vec SumLanes(Vec (&v)[16]) {
-  const auto halve = [&]<int kStep>(std::integral_constant<int, kStep>) {
-    for (int i = 0; i < 16; i += 2 * kStep) {
-      SwapBlocks<kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kVec>());
-      v[i] += v[i + kStep];
-    }
-  };
-  halve(std::integral_constant<int, 1>());
-  halve(std::integral_constant<int, 2>());
-  halve(std::integral_constant<int, 4>());
-  halve(std::integral_constant<int, 8>());
-  return v[0];
+// ---- integer keys and values: products of bytes ----
+//
+// Queries and softmax weights are split into 16-bit numbers, high and low byte, so that packed codes are multiplied as they are,
+// four at a time, and never become floats. Tokens lie in lanes: no sums across a register.
+//   score[t] = unit[t] sum_kept q_j level_tj + magnitude[t] sum_pruned +-w_j,  w_j = q_j restore_j
+//   sum_pruned +-w_j = sum_j w_j (s_tj - 1) with s = 2 for +, 1 for kept, 0 for -
+
+// sum + a . b in every lane, a unsigned and b signed bytes. Assembly, because gcc 12 copies the sum before and after the intrinsic.
+inline __m512i AddProducts(__m512i sum, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+// The same with four bytes b for all lanes.
+inline __m512i AddProducts(__m512i sum, __m512i a, const int32_t& b) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(b));
+  return sum;
 }
 
-// The tile for a handful of query rows, one token being decoded: rows go from packed bytes into sums without a stop in memory.
-// Scores: a row's pieces meet the queries in registers, lanes are added up for 16 rows together. Values: 64 channels of all
-// query rows stay in registers while the rows of the tile pass.
-template <int R, sparkv_number kNumber, int kDim>
-void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
-               const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
-  const size_t q_stride = kDim != 0 ? size_t(kDim) : block.q_stride;
-  alignas(64) float top[kTile];
-  float* score = scratch.score;
-  for (int t0 = 0; t0 < kTile; t0 += 16) {
-    const unsigned rows = unsigned(tile.rows >> t0) & 0xffffu;
-    if (rows == 0) continue;
-    Vec sum[R][16];
-    for (int i = 0; i < 16; ++i) {
-      Vec acc[R] = {};
-      top[t0 + i] = 0.0f;
-      if ((rows >> i & 1) != 0) {
-        const int t = t0 + i;
-        KeyPieces<kNumber, kDim>(key, tile.table[t], tile.key[t], [&](int j, __m512 x) __attribute__((always_inline)) {
-          for (int r = 0; r < R; ++r) acc[r] = _mm512_fmadd_ps(x, _mm512_loadu_ps(block.q + size_t(r) * q_stride + j), acc[r]);
-        });
-        const int e = int(GetScale(tile.value[t]));
-        if (e == kValueScaleNotFinite) {
-          for (int r = 0; r < R; ++r) acc[r] = Set(std::numeric_limits<float>::quiet_NaN());
-        } else {
-          top[t] = ValueScaleGrid::Value(e);
-        }
-      }
-      for (int r = 0; r < R; ++r) sum[r][i] = acc[r];
-    }
-    for (int r = 0; r < R; ++r) Store(score + r * kTile + t0, SumLanes(sum[r]));
-  }
+// A query row: two vectors of 16-bit numbers as bytes, [4][padded]: q high, q low, w high, w low, behind these numbers.
+struct PreparedRow {
+  float q_scale, w_scale;
+  int32_t bias[4];  // what the offset of the other operand (128 for levels, 1 for signs) adds to the four sums, negative
+  int32_t unused[10];
+};
+static_assert(sizeof(PreparedRow) == 64);
+inline size_t Padded64(int n) { return size_t(n + 63) / 64 * 64; }
+inline PreparedRow* PreparedAt(const Scratch& scratch, int k_dim, int row) {
+  return reinterpret_cast<PreparedRow*>(scratch.queries + size_t(row) * (Padded64(k_dim) + 16));
+}
+inline int8_t* PreparedBytes(PreparedRow* row) { return reinterpret_cast<int8_t*>(row + 1); }
 
-  const int first_row = std::countr_zero(tile.rows), end_row = 64 - std::countl_zero(tile.rows);
+// x [n] (times y, if given) = scale * (256 high + low); padding is zero. Not finite: the scale is NaN.
+inline void Split(const float* x, const float* y, int n, float* scale, int32_t* sums, int8_t* high, int8_t* low, size_t padded) {
+  const auto at = [&](int j) {
+    const __mmask16 lanes = n - j >= 16 ? 0xffff : __mmask16((1u << (n - j)) - 1);
+    const __m512 a = _mm512_maskz_loadu_ps(lanes, x + j);
+    return y != nullptr ? _mm512_mul_ps(a, _mm512_maskz_loadu_ps(lanes, y + j)) : a;
+  };
+  __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+  for (int j = 0; j < n; j += 16) {
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(at(j)));
+    poison = _mm512_fmadd_ps(at(j), _mm512_setzero_ps(), poison);
+  }
+  const float top = _mm512_reduce_max_ps(largest);
+  const bool any = top > 1e-30f;
+  *scale = (any ? top / 32512.0f : 0.0f) + _mm512_reduce_add_ps(poison);
+  const __m512 inverse = _mm512_set1_ps(any ? 32512.0f / top : 0.0f);
+  __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
+  for (int j = 0; size_t(j) < padded; j += 16) {
+    const __m512i q = j < n ? _mm512_cvtps_epi32(_mm512_mul_ps(at(j), inverse)) : _mm512_setzero_si512();
+    const __m128i low8 = _mm512_cvtepi32_epi8(q);
+    const __m512i l = _mm512_cvtepi8_epi32(low8), h = _mm512_srai_epi32(_mm512_sub_epi32(q, l), 8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low + j), low8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + j), _mm512_cvtepi32_epi8(h));
+    sum_high = _mm512_add_epi32(sum_high, h);
+    sum_low = _mm512_add_epi32(sum_low, l);
+  }
+  sums[0] = _mm512_reduce_add_epi32(sum_high);
+  sums[1] = _mm512_reduce_add_epi32(sum_low);
+}
+
+void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBlock& block, const Scratch& scratch) {
+  if (layout.number == SPARKV_F16) return;
+  const size_t padded = Padded64(block.k_dim);
+  for (int r = 0; r < block.n_rows; ++r) {
+    PreparedRow* row = PreparedAt(scratch, block.k_dim, r);
+    int8_t* bytes = PreparedBytes(row);
+    const float* q = block.q + size_t(r) * block.q_stride;
+    Split(q, nullptr, block.k_dim, &row->q_scale, row->bias, bytes, bytes + padded, padded);
+    row->bias[0] *= -128;
+    row->bias[1] *= -128;
+    if (layout.sign_bytes == 0) continue;
+    const float* restore = KeyWeights(table, block.k_dim).restore;
+    Split(q, restore, block.k_dim, &row->w_scale, row->bias + 2, bytes + 2 * padded, bytes + 3 * padded, padded);
+    row->bias[2] = -row->bias[2];
+    row->bias[3] = -row->bias[3];
+  }
+}
+
+// 2^(((e - 1) mod steps) / steps + octave) of a grid whose table of one octave is given; lanes with e = 0 are zero.
+template <int kSteps, int kBias>
+inline __m512 GridValues(__m512i e) {
+  const __m512i place = _mm512_sub_epi32(e, _mm512_set1_epi32(1));
+  const __m512i index = _mm512_slli_epi32(_mm512_and_si512(place, _mm512_set1_epi32(kSteps - 1)), std::countr_zero(unsigned(64 / kSteps)));
+  const __m512 a = _mm512_permutex2var_ps(_mm512_loadu_ps(kPow2Table), index, _mm512_loadu_ps(kPow2Table + 16));
+  const __m512 b = _mm512_permutex2var_ps(_mm512_loadu_ps(kPow2Table + 32), index, _mm512_loadu_ps(kPow2Table + 48));
+  const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+  const __m512i octave = _mm512_sub_epi32(_mm512_srai_epi32(place, std::countr_zero(unsigned(kSteps))), _mm512_set1_epi32(kBias));
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(_mm512_mask_mov_ps(a, upper, b)), _mm512_slli_epi32(octave, 23));
+  return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(e, e), _mm512_castsi512_ps(bits));
+}
+
+// Scale words at the head of 16 rows.
+inline __m512i ScaleWords(const uint8_t* row, size_t bytes, unsigned rows) {
+  alignas(32) uint16_t words[16] = {};
+  for (int i = 0; i < 16; ++i) {
+    if ((rows >> i & 1) != 0) std::memcpy(&words[i], row + size_t(i) * bytes, 2);
+  }
+  return _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(words)));
+}
+
+// Keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
+struct KeyBytes {
+  alignas(64) uint8_t level[kTile * kMaxHeadDim];  // 128 + level, 128 where pruned
+  alignas(64) uint8_t sign[kTile * kMaxHeadDim];   // s
+  alignas(64) float unit[kTile], magnitude[kTile];
+};
+
+template <sparkv_number kNumber>
+inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, int run, KeyBytes* out) {
+  const int n = layout.head_dim, n_pieces = (n + 63) / 64;
+  alignas(64) uint8_t level[kMaxHeadDim / 64][16][64];
+  alignas(64) uint64_t kept[kMaxHeadDim / 64][16], plus[kMaxHeadDim / 64][16];
+  const __m512i none = _mm512_set1_epi8(char(0x80));
+  for (int i = 0; i < 16; ++i) {
+    if ((rows >> i & 1) != 0) {
+      KeyPieces<kNumber>(layout, rows16 + size_t(i) * layout.bytes, _mm512_setzero_si512(),
+                         [&](int j, uint64_t mask, __m512i levels, uint64_t positive) __attribute__((always_inline)) {
+                           _mm512_store_si512(level[j / 64][i], _mm512_xor_si512(levels, none));
+                           kept[j / 64][i] = mask;
+                           plus[j / 64][i] = positive;
+                         });
+    } else {
+      for (int p = 0; p < n_pieces; ++p) {
+        _mm512_store_si512(level[p][i], none);
+        kept[p][i] = plus[p][i] = 0;
+      }
+    }
+  }
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  // Four bits -> four bytes.
+  const __m512i ones = _mm512_setr_epi32(0x00000000, 0x00000001, 0x00000100, 0x00000101, 0x00010000, 0x00010001, 0x00010100,
+                                         0x00010101, 0x01000000, 0x01000001, 0x01000100, 0x01000101, 0x01010000, 0x01010001,
+                                         0x01010100, 0x01010101);
+  const __m512i twos = _mm512_add_epi32(ones, ones);
+  for (int p = 0; p < n_pieces; ++p) {
+    Vec block[16];
+    for (int i = 0; i < 16; ++i) block[i] = _mm512_load_ps(reinterpret_cast<const float*>(level[p][i]));
+    TransposeStage<1>(block);
+    uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
+    for (int i = 0; i < 16; ++i) _mm512_store_ps(reinterpret_cast<float*>(to + 64 * i), block[i]);
+    if (layout.sign_bytes == 0) continue;
+    to = out->sign + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
+    const __m512i k0 = _mm512_load_si512(kept[p]), k1 = _mm512_load_si512(kept[p] + 8);
+    const __m512i p0 = _mm512_load_si512(plus[p]), p1 = _mm512_load_si512(plus[p] + 8);
+    const auto half = [&](__m512i kept32, __m512i plus32, uint8_t* at) {
+      for (int c = 0; c < 8; ++c) {
+        const __m512i s = _mm512_add_epi32(_mm512_permutexvar_epi32(_mm512_srli_epi32(kept32, unsigned(4 * c)), ones),
+                                           _mm512_permutexvar_epi32(_mm512_srli_epi32(plus32, unsigned(4 * c)), twos));
+        _mm512_store_si512(at + 64 * c, s);
+      }
+    };
+    half(_mm512_permutex2var_epi32(k0, even, k1), _mm512_permutex2var_epi32(p0, even, p1), to);
+    half(_mm512_permutex2var_epi32(k0, odd, k1), _mm512_permutex2var_epi32(p0, odd, p1), to + 512);
+  }
+  const __m512i words = ScaleWords(rows16, layout.bytes, rows);
+  const __m512i e = _mm512_and_si512(words, _mm512_set1_epi32(1023));
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kKeyScaleNotFinite));
+  const __m512 largest = GridValues<32, 16>(e);
+  const __m512 unit = _mm512_mul_ps(largest, _mm512_set1_ps(kLevelUnit));
+  _mm512_store_ps(out->unit + 16 * run, _mm512_mask_mov_ps(unit, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN())));
+  // ratio = 2^((9 - r) / 4): a grid of four steps, read backwards.
+  const __m512i r = _mm512_srli_epi32(words, 10);
+  const __m512i quarter = _mm512_sub_epi32(_mm512_set1_epi32(kRatioOne + 64 + 1), r);
+  const __m512 ratio = _mm512_maskz_mov_ps(_mm512_test_epi32_mask(r, r), GridValues<4, 16>(quarter));
+  _mm512_store_ps(out->magnitude + 16 * run, _mm512_maskz_mul_ps(__mmask16(~nan), largest, ratio));
+}
+
+// Products of R query rows with 16 tokens: sum[r] = 256 high . bytes + low . bytes + bias. `part`: 0 for q and levels, 1 for w and
+// signs.
+template <int R>
+inline void ByteProducts(const QueryBlock& block, int row, int part, const uint8_t* bytes, const Scratch& scratch, Vec (&out)[R]) {
+  const size_t padded = Padded64(block.k_dim);
+  const int n_quads = block.k_dim / 4;
+  const int32_t* query[R];
+  __m512i high[R], low[R];
+  for (int r = 0; r < R; ++r) {
+    PreparedRow* prepared = PreparedAt(scratch, block.k_dim, row + r);
+    query[r] = reinterpret_cast<const int32_t*>(PreparedBytes(prepared) + size_t(2 * part) * padded);
+    high[r] = _mm512_set1_epi32(prepared->bias[2 * part]);
+    low[r] = _mm512_set1_epi32(prepared->bias[2 * part + 1]);
+  }
+  for (int c = 0; c < n_quads; ++c) {
+    const __m512i k = _mm512_load_si512(bytes + 64 * c);
+    for (int r = 0; r < R; ++r) {
+      high[r] = AddProducts(high[r], k, query[r][c]);
+      low[r] = AddProducts(low[r], k, query[r][padded / 4 + size_t(c)]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    out[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r]), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low[r]));
+  }
+}
+
+// score [R][64] of query rows row .. row + R - 1.
+template <int R>
+inline void ByteScores(const QueryBlock& block, bool signs, int row, const KeyBytes& keys, uint64_t any, const Scratch& scratch) {
+  const size_t run_bytes = Padded64(block.k_dim) * 16;
+  for (int run = 0; run < 4; ++run) {
+    if ((any >> (16 * run) & 0xffff) == 0) continue;
+    Vec score[R];
+    ByteProducts<R>(block, row, 0, keys.level + size_t(run) * run_bytes, scratch, score);
+    const Vec unit = Load(keys.unit + 16 * run);
+    for (int r = 0; r < R; ++r) score[r] *= unit * PreparedAt(scratch, block.k_dim, row + r)->q_scale;
+    if (signs) {
+      Vec pruned[R];
+      ByteProducts<R>(block, row, 1, keys.sign + size_t(run) * run_bytes, scratch, pruned);
+      const Vec magnitude = Load(keys.magnitude + 16 * run);
+      for (int r = 0; r < R; ++r) score[r] += pruned[r] * (magnitude * PreparedAt(scratch, block.k_dim, row + r)->w_scale);
+    }
+    for (int r = 0; r < R; ++r) Store(scratch.score + r * kTile + 16 * run, score[r]);
+  }
+}
+
+// Softmax weights of a row times the scales of the value rows, as 16-bit numbers: weight = factor * (256 high + low).
+struct WeightBytes {
+  alignas(64) uint8_t high[kTile], low[kTile];
+  float factor = 0.0f, sum = 0.0f;  // sum of the 16-bit numbers
+};
+
+inline void SplitWeights(const float* p, const float* top, float poison, WeightBytes* w) {
+  __m512 x[4];
+  __m512 largest = _mm512_setzero_ps();
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_mul_ps(_mm512_loadu_ps(p + 16 * i), _mm512_load_ps(top + 16 * i));
+    largest = _mm512_max_ps(largest, x[i]);
+  }
+  const float most = _mm512_reduce_max_ps(largest);
+  const bool any = most > 1e-30f;
+  w->factor = (any ? most / 65535.0f : 0.0f) + poison;
+  const __m512 inverse = _mm512_set1_ps(any ? 65535.0f / most : 0.0f);
+  __m512i sum = _mm512_setzero_si512();
+  for (int i = 0; i < 4; ++i) {
+    const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse));
+    sum = _mm512_add_epi32(sum, n);
+    _mm_store_si128(reinterpret_cast<__m128i*>(w->low + 16 * i), _mm512_cvtepi32_epi8(n));
+    _mm_store_si128(reinterpret_cast<__m128i*>(w->high + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
+  }
+  w->sum = float(_mm512_reduce_add_epi32(sum));
+}
+
+// o[r] = o[r] * correction[r] + sum_t weight_rt value_t for R rows, 32 channels at a time. Four tokens of a channel lie in a lane.
+//   q4: level = (2 c - 15) / 15, q8: level = (2 (c - 128) + 1) / 255
+template <int R, bool kBytes>
+inline void ByteValues(const ValueLayout& layout, const PackedTile& tile, const WeightBytes* weights, const float* correction,
+                       float* o, size_t o_stride) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i each = _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101));
+  // Byte i of tokens 0..3, which lie 16 (q4) or 32 (q8) bytes apart.
+  const __m512i spread = _mm512_add_epi32(each, _mm512_set1_epi32(kBytes ? 0x60402000 : 0x30201000));
+  const __m512i beyond = _mm512_add_epi32(spread, _mm512_set1_epi32(0x10101010));
+  const __m512i nibble = _mm512_set1_epi8(15), centre = _mm512_set1_epi8(char(0x80));
+  const size_t bytes = layout.bytes;
+  for (int c = 0; c < layout.head_dim; c += 32) {
+    __m512i high0[R], high1[R], low0[R], low1[R];
+    for (int r = 0; r < R; ++r) high0[r] = high1[r] = low0[r] = low1[r] = _mm512_setzero_si512();
+    const size_t at = layout.scale_bytes + size_t(kBytes ? c : c / 2);
+    for (int g = 0; g < kTile / 4; ++g) {
+      if ((tile.rows >> (4 * g) & 15) == 0) continue;
+      const uint8_t* row = tile.value[g / 4] + size_t(g % 4 * 4) * bytes + at;
+      __m512i even, odd;
+      if constexpr (kBytes) {
+        const auto half = [](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+        const __m512i a = _mm512_inserti64x4(_mm512_castsi256_si512(half(row)), half(row + bytes), 1);
+        const __m512i b = _mm512_inserti64x4(_mm512_castsi256_si512(half(row + 2 * bytes)), half(row + 3 * bytes), 1);
+        even = _mm512_xor_si512(_mm512_permutex2var_epi8(a, spread, b), centre);
+        odd = _mm512_xor_si512(_mm512_permutex2var_epi8(a, beyond, b), centre);
+      } else {
+        const auto quarter = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+        __m512i four = _mm512_castsi128_si512(quarter(row));
+        four = _mm512_mask_broadcast_i32x4(four, 0x00f0, quarter(row + bytes));
+        four = _mm512_mask_broadcast_i32x4(four, 0x0f00, quarter(row + 2 * bytes));
+        four = _mm512_mask_broadcast_i32x4(four, 0xf000, quarter(row + 3 * bytes));
+        four = _mm512_permutexvar_epi8(spread, four);
+        even = _mm512_and_si512(four, nibble);
+        odd = _mm512_and_si512(_mm512_srli_epi16(four, 4), nibble);
+      }
+      for (int r = 0; r < R; ++r) {
+        const __m512i h = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weights[r].high)[g]);
+        const __m512i l = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weights[r].low)[g]);
+        high0[r] = AddProducts(high0[r], h, even);
+        high1[r] = AddProducts(high1[r], h, odd);
+        low0[r] = AddProducts(low0[r], l, even);
+        low1[r] = AddProducts(low1[r], l, odd);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const float step = weights[r].factor / (kBytes ? 255.0f : 15.0f);
+      const __m512 scale = _mm512_set1_ps(2.0f * step), offset = _mm512_set1_ps(weights[r].sum * step * (kBytes ? 1.0f : -15.0f));
+      const auto number = [&](__m512i h, __m512i l) {
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l)), scale, offset);
+      };
+      __m512 x = number(high0[r], low0[r]), y = number(high1[r], low1[r]);
+      if constexpr (!kBytes) {
+        // Even and odd channels take turns.
+        const __m512i turns = _mm512_add_epi32(_mm512_srli_epi32(lane, 1), _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(1)), 4));
+        const __m512 evens = x;
+        x = _mm512_permutex2var_ps(evens, turns, y);
+        y = _mm512_permutex2var_ps(evens, _mm512_add_epi32(turns, _mm512_set1_epi32(8)), y);
+      }
+      float* to = o + size_t(r) * o_stride + c;
+      Store(to, _mm512_fmadd_ps(Load(to), _mm512_set1_ps(correction[r]), x));
+      if (size_t(c) + 16 < o_stride) Store(to + 16, _mm512_fmadd_ps(Load(to + 16), _mm512_set1_ps(correction[r]), y));
+    }
+  }
+}
+
+// Rows row .. row + R - 1 of the block, keys unpacked.
+template <int R>
+inline void ByteRows(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, int row, const PackedTile& tile,
+                     const KeyBytes& keys, const float* top, const uint64_t* visible, const uint16_t* const* mask,
+                     const Scratch& scratch, const AttentionState& state) {
+  uint64_t any = 0;
+  for (int r = 0; r < R; ++r) any |= visible[(row + r) / block.group];
+  if (any == 0) return;
+  ByteScores<R>(block, key.sign_bytes != 0, row, keys, any, scratch);
+  WeightBytes weights[R];
   float correction[R];
   for (int r = 0; r < R; ++r) {
-    const int token = r / block.group;
-    float* weight = score + r * kTile;
+    const int token = (row + r) / block.group;
+    float* score = scratch.score + r * kTile;
     correction[r] = 1.0f;
     if (visible[token] == 0) {
-      std::memset(weight, 0, kTile * sizeof(float));
+      std::memset(weights[r].high, 0, kTile);
+      std::memset(weights[r].low, 0, kTile);
       continue;
     }
-    correction[r] = Softmax(block, r % block.group, visible[token], mask != nullptr ? mask[token] : nullptr, weight,
-                            &state.m[r], &state.d[r]);
-    for (int t = first_row & ~15; t < end_row; t += kVec) Store(weight + t, Load(weight + t) * Load(top + t));
+    correction[r] = Softmax(block, (row + r) % block.group, visible[token], mask != nullptr ? mask[token] : nullptr, score,
+                            &state.m[row + r], &state.d[row + r]);
+    SplitWeights(score, top, state.d[row + r] * 0.0f, &weights[r]);
   }
-  const bool bytes = value.number == SPARKV_INT8;
-  for (int c = 0; c < value.head_dim; c += 64) {
-    Vec acc[R][4];
-    for (int r = 0; r < R; ++r) {
-      for (int i = 0; i < 4; ++i) acc[r][i] = Load(state.o + size_t(r) * size_t(block.o_stride) + c + 16 * i) * correction[r];
-    }
-    const size_t at = value.scale_bytes + size_t(bytes ? c : c / 2);
-    for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
-      const int t = std::countr_zero(rows);
-      ValueLevels(bytes, tile.value[t] + at, [&](int i, __m512 x) {
-        for (int r = 0; r < R; ++r) acc[r][i] = _mm512_fmadd_ps(x, _mm512_set1_ps(score[r * kTile + t]), acc[r][i]);
-      });
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int i = 0; i < 4; ++i) Store(state.o + size_t(r) * size_t(block.o_stride) + c + 16 * i, acc[r][i]);
-    }
+  float* o = state.o + size_t(row) * size_t(block.o_stride);
+  if (value.number == SPARKV_INT8) {
+    ByteValues<R, true>(value, tile, weights, correction, o, size_t(block.o_stride));
+  } else {
+    ByteValues<R, false>(value, tile, weights, correction, o, size_t(block.o_stride));
   }
 }
 
 void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
                       const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch,
                       const AttentionState& state) {
-  if (block.n_rows <= 4 && value.rotated() && key.head_dim % 16 == 0 && value.head_dim % 64 == 0) {
-    const auto few = [&](auto number, auto dim) {
-      switch (block.n_rows) {
-        case 1: return AttendFew<1, number(), dim()>(key, value, block, tile, visible, mask, scratch, state);
-        case 2: return AttendFew<2, number(), dim()>(key, value, block, tile, visible, mask, scratch, state);
-        case 3: return AttendFew<3, number(), dim()>(key, value, block, tile, visible, mask, scratch, state);
-        default: return AttendFew<4, number(), dim()>(key, value, block, tile, visible, mask, scratch, state);
-      }
-    };
-    return WithNumber(key.number, [&](auto number) {
-      // One piece of 64 channels, no loop: the size of small models.
-      if (key.head_dim == 64 && block.q_stride == 64) return few(number, std::integral_constant<int, 64>());
-      few(number, std::integral_constant<int, 0>());
-    });
+  if (key.number == SPARKV_F16 || !value.rotated()) {
+    return AttendPacked(key, value, block, tile, visible, mask, scratch, state);
   }
-  AttendPacked(key, value, block, tile, visible, mask, scratch, state);
+  KeyBytes keys;
+  alignas(64) float top[kTile];
+  WithInteger(key.number, [&](auto number) {
+    for (int run = 0; run < 4; ++run) {
+      const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
+      if (rows == 0) {
+        _mm512_store_ps(top + 16 * run, _mm512_setzero_ps());
+        continue;
+      }
+      UnpackRun<number()>(key, tile.key[run], rows, run, &keys);
+      // A value that is not finite gives no number: its key does, to those who see it.
+      const __m512i e = _mm512_and_si512(ScaleWords(tile.value[run], value.bytes, rows), _mm512_set1_epi32(4095));
+      const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kValueScaleNotFinite));
+      _mm512_store_ps(top + 16 * run, _mm512_maskz_mov_ps(__mmask16(~nan), GridValues<64, 32>(e)));
+      _mm512_mask_store_ps(keys.unit + 16 * run, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
+    }
+  });
+  const auto rows = [&](auto n, int row) { ByteRows<n()>(key, value, block, row, tile, keys, top, visible, mask, scratch, state); };
+  int row = 0;
+  for (; row + 4 <= block.n_rows; row += 4) rows(std::integral_constant<int, 4>(), row);
+  switch (block.n_rows - row) {
+    case 3: rows(std::integral_constant<int, 3>(), row); break;
+    case 2: rows(std::integral_constant<int, 2>(), row); break;
+    case 1: rows(std::integral_constant<int, 1>(), row); break;
+    default: break;
+  }
 }
 }  // namespace sparkv::avx512

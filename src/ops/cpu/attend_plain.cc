@@ -30,12 +30,13 @@ void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, flo
   }
   const KeyWeights w(table, layout.head_dim);
   const float magnitude = PrunedMagnitude(layout, row);
-  const float largest = integers ? LargestKept(row) : 0.0f, middle = Middle(layout);
+  const float unit = integers ? LargestKept(row) * kLevelUnit : 0.0f;
+  const int8_t* levels = LevelsOf(layout.number).level;
   int rank = 0, pruned_rank = 0;
   for (int j = 0; j < layout.head_dim; ++j) {
     if (MaskBit(layout, row, j)) {
       if (integers) {
-        out[j] = Level(GetCode(layout, row, rank), middle) * largest;
+        out[j] = float(levels[GetCode(layout, row, rank)]) * unit;
       } else {
         uint16_t half;
         std::memcpy(&half, codes + 2 * size_t(rank), 2);
@@ -79,4 +80,5 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
                       const AttentionState& state) {
   AttendPacked(key, value, block, tile, visible, mask, scratch, state);
 }
+void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&) {}
 }  // namespace sparkv::plain

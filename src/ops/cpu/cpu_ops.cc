@@ -12,11 +12,12 @@ namespace sparkv {
   void PackValue(const ValueLayout&, const uint16_t*, uint8_t*);                                                         \
   void UnpackKey(const KeyLayout&, const float*, const uint8_t*, uint16_t*);                                             \
   void UnpackValue(const ValueLayout&, const uint8_t*, uint16_t*);                                                       \
+  void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&);                                \
   void AttendPackedTile(const KeyLayout&, const ValueLayout&, const QueryBlock&, const PackedTile&, const uint64_t*,     \
                         const uint16_t* const*, const Scratch&, const AttentionState&);                                  \
   void AttendDense(const QueryBlock&, const DenseTile&, const uint64_t*, const uint16_t* const*, const Scratch&,         \
                    const AttentionState&);                                                                               \
-  constexpr OpTable kOps{#isa, PackKey, PackValue, UnpackKey, UnpackValue, AttendPackedTile, AttendDense};               \
+  constexpr OpTable kOps{#isa, PackKey, PackValue, UnpackKey, UnpackValue, PrepareQueries, AttendPackedTile, AttendDense}; \
   }
 
 SPARKV_DECLARE_OPS(plain)
@@ -37,7 +38,8 @@ bool HasAvx2() {
 bool HasAvx512() {
   return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 }  // namespace
 #endif

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/half.h"
+#include "format/levels.h"
 #include "format/log_grid.h"
 #include "format/row_layout.h"
 #include "method/select.h"

@@ -45,7 +45,8 @@ void UnpackKey(const KeyLayout& layout, const float* table, const uint8_t* row, 
   const KeyWeights w(table, layout.head_dim);
   const float magnitude = PrunedMagnitude(layout, row);
   const bool integers = layout.number != SPARKV_F16;
-  const float largest = integers ? LargestKept(row) : 0.0f, middle = Middle(layout);
+  const float unit = integers ? LargestKept(row) * kLevelUnit : 0.0f;
+  const int8_t* levels = LevelsOf(layout.number).level;
   int rank = 0, pruned_rank = 0;
   for (int j = 0; j < layout.head_dim; ++j) {
     float y = 0.0f;
@@ -55,7 +56,7 @@ void UnpackKey(const KeyLayout& layout, const float* table, const uint8_t* row, 
         std::memcpy(&k[j], row + layout.low_at + 2 * size_t(at), 2);
         continue;
       }
-      y = Level(GetCode(layout, row, at), middle) * largest;
+      y = float(levels[GetCode(layout, row, at)]) * unit;
     } else {
       const int at = pruned_rank++;
       if (layout.sign_bytes != 0) {
@@ -162,9 +163,11 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const uint1
       while (ratio <= kMaxRatio && top * RatioValue(ratio) >= threshold) ++ratio;
       if (ratio > kMaxRatio || magnitude < 0.5f * top * RatioValue(kMaxRatio)) ratio = 0;
     }
-    const int half = 1 << (NumberBits(layout.number) - 1);
-    const float middle = Middle(layout);
-    unit = kLevelLinear * top / middle;
+    const int half = LevelHalf(layout.number), last = LevelCount(layout.number) - 1;
+    const int8_t* levels = LevelsOf(layout.number).level + half;
+    const uint8_t* nearest = LevelsOf(layout.number).nearest;
+    const float step = top * kLevelUnit;
+    unit = float(levels[1] - levels[0]) * step;
     // Again with a smaller pruned magnitude when a kept channel cannot be put above it.
     for (bool above = scale == 0; !above; ratio = above || ratio == 0 ? ratio : (ratio + 1) % (kMaxRatio + 1)) {
       above = true;
@@ -173,17 +176,13 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const uint1
       int rank = 0;
       for (int j = 0; j < n; ++j) {
         if (!kept(j)) continue;
-        // The inverse of level(), then the nearer of two neighbours.
-        const float t = std::fabs(value[j]) / top;
-        const float b = 1.0f - kLevelLinear;
-        const float x = (std::sqrt(kLevelLinear * kLevelLinear + 4.0f * b * t) - kLevelLinear) / (2.0f * b) * middle;
-        int level = x < float(half - 1) ? int(x) : half - 1;
-        while (level < half - 1 && t + t > Level(half + level, middle) + Level(half + level + 1, middle)) ++level;
-        while (level > 0 && t + t <= Level(half + level - 1, middle) + Level(half + level, middle)) --level;
-        if (j == largest_at) level = half - 1;
+        const float twice = 2.0f * (std::fabs(value[j]) / step);
+        const int floor = twice < 255.0f ? int(twice) : 255;
+        const int ceil = floor + (floor < 255 && float(floor) < twice ? 1 : 0);
+        int level = j == largest_at ? last : nearest[ceil];
         if (ratio > 0) {
-          while (level < half - 1 && Level(half + level, middle) * top * w.weight[j] <= at_least) ++level;
-          if (Level(half + level, middle) * top * w.weight[j] <= at_least) above = false;
+          while (level < last && float(levels[level]) * step * w.weight[j] <= at_least) ++level;
+          if (float(levels[level]) * step * w.weight[j] <= at_least) above = false;
         }
         PutCode(layout, row, rank++, value[j] < 0.0f ? half - 1 - level : half + level);
       }

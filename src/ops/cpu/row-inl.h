@@ -32,9 +32,12 @@ inline float PrunedMagnitude(const KeyLayout& layout, const uint8_t* row) {
   return KeyScaleOf(scale) == kKeyScaleNotFinite ? 0.0f : KeyScaleGrid::Value(KeyScaleOf(scale)) * RatioValue(RatioOf(scale));
 }
 
-// level(code) of row_layout.h; middle = 2^(bits - 1) - 0.5.
-constexpr float Level(int code, float middle) {
-  const float x = (float(code) - middle) * (1.0f / middle);
-  return x * (kLevelLinear + (1.0f - kLevelLinear) * (x < 0.0f ? -x : x));
+constexpr Levels kLevels8{SPARKV_INT8}, kLevels6{SPARKV_INT6}, kLevels5{SPARKV_INT5}, kLevels4{SPARKV_INT4};
+inline const Levels& LevelsOf(sparkv_number number) {
+  switch (number) {
+    case SPARKV_INT8: return kLevels8;
+    case SPARKV_INT6: return kLevels6;
+    case SPARKV_INT5: return kLevels5;
+    default: return kLevels4;
+  }
 }
-inline float Middle(const KeyLayout& layout) { return float(1 << (NumberBits(layout.number) - 1)) - 0.5f; }

@@ -1,6 +1,6 @@
 # Everything the project does, by name. The work is in scripts/ and CMake; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: help build demo test golden bench model-gemma clean
+.PHONY: help build demo test golden bench bench-attend model-gemma clean
 
 # Evaluated when a recipe runs, so that a set-up step may install it first.
 PYTHON = $(shell for p in python3 /usr/bin/python3; do \
@@ -25,6 +25,10 @@ golden: ## compare the library with reference vectors: make golden DIR=folder
 
 bench: build ## measure on this machine: build/bin/sparkv bench, ARGS= goes through
 	@build/bin/sparkv bench $(ARGS)
+
+bench-attend: ## one step of attention alone, beside ggml's: ARGS='--tokens=8192 --dim=64 --kv-heads=3 --group=3'
+	@scripts/build.sh attend_bench
+	@build/cmake/bench/attend_bench $(ARGS)
 
 model-gemma: build ## fetch Gemma-3-270m (its terms are shown) into build/models/
 	@$(PYTHON) scripts/fetch.py gemma

@@ -61,6 +61,13 @@ wanted=(
   'libclang-rt-14-dev:/usr/lib/llvm-14/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a'
 )
 
+# Only the kernel benchmark wants this.
+bench=OFF
+if [[ " ${targets[*]} " == *" attend_bench "* ]]; then
+  bench=ON
+  needed+=(libbenchmark-dev:/usr/include/benchmark/benchmark.h)
+fi
+
 present() {
   if [[ $1 == /* ]]; then compgen -G "$1"; else command -v "$1"; fi >/dev/null
 }
@@ -194,7 +201,7 @@ build_sparkv() {
   must configure cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$PWD/build/bin" \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/build/lib" \
-    -DSPARKV_WERROR="$werror" -DSPARKV_GGML_SOURCE_DIR="${llama_source:+$llama_source/ggml}" \
+    -DSPARKV_WERROR="$werror" -DSPARKV_BENCH=$bench -DSPARKV_GGML_SOURCE_DIR="${llama_source:+$llama_source/ggml}" \
     -DPython3_EXECUTABLE="$(command -v "$python")"
   if $tests; then
     targets+=(all)

@@ -234,8 +234,8 @@ void AttendPacked(const KeyLayout& key, const ValueLayout& value, const QueryBlo
   AttendTile(block, tile.rows, visible, mask, scratch, state);
 }
 
-void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible, const uint16_t* const* mask,
-                 const Scratch& scratch, const AttentionState& state) {
+void AttendDenseRows(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible, const uint16_t* const* mask,
+                     const Scratch& scratch, const AttentionState& state) {
   const size_t k_stride = PadTo16(block.k_dim), v_stride = PadTo16(block.v_dim);
   for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
     const size_t t = size_t(std::countr_zero(rows));

@@ -193,37 +193,62 @@ inline uint32_t Word32(const uint8_t* p) {
   return x;
 }
 
-inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, KeyRun* out) {
-  const int n = layout.head_dim;
-  alignas(32) uint8_t levels[16][kMaxHeadDim + 64];
-  std::memset(out->unit, 0, sizeof(out->unit));
-  std::memset(out->magnitude, 0, sizeof(out->magnitude));
-  // Levels of all rows first: what was just stored is slow to read back in other pieces.
-  for (unsigned left = rows; left != 0; left &= left - 1) {
-    const int i = std::countr_zero(left);
+// Scales of all scale codes: two loads instead of two dozen instructions per row.
+struct ScaleTable {
+  float unit[1024] = {}, ratio[64] = {};
+  constexpr ScaleTable() {
+    for (int e = 0; e < 1023; ++e) unit[e] = KeyScaleGrid::Value(e) * kLevelUnit;
+    unit[kKeyScaleNotFinite] = std::numeric_limits<float>::quiet_NaN();
+    for (int r = 0; r < 64; ++r) ratio[r] = RatioValue(r) / kLevelUnit;
+  }
+};
+constexpr ScaleTable kScales;
+
+using LevelRows = uint8_t[16][kMaxHeadDim + 64];
+
+template <sparkv_number kNumber>
+[[gnu::noinline]] void LevelRun(KeyLayout layout, const uint8_t* rows16, unsigned rows, LevelRows& levels, KeyRun* out) {
+  layout.number = kNumber;
+  for (; rows != 0; rows &= rows - 1) {
+    const int i = std::countr_zero(rows);
     const uint8_t* row = rows16 + size_t(i) * layout.bytes;
     LevelBytes(layout, row, levels[i]);
-    out->unit[i] = LargestKept(row) * kLevelUnit;
-    out->magnitude[i] = PrunedMagnitude(layout, row);
+    const uint32_t scale = GetScale(row);
+    const float unit = kScales.unit[KeyScaleOf(scale)], ratio = kScales.ratio[RatioOf(scale)];
+    out->unit[i] = unit;
+    out->magnitude[i] = ratio == 0.0f || unit != unit ? 0.0f : unit * ratio;
   }
-  for (unsigned left = rows; left != 0; left &= left - 1) {
-    const int i = std::countr_zero(left);
-    const uint8_t* row = rows16 + size_t(i) * layout.bytes;
+}
+
+[[gnu::noinline]] void SpreadRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, const LevelRows& levels, KeyRun* out) {
+  const int n = layout.head_dim;
+  const size_t bytes = layout.bytes, mask_at = layout.mask_at, sign_at = layout.sign_at;
+  const bool masked = layout.mask_bytes != 0, signs = layout.sign_bytes != 0;
+  const uint32_t unmasked = layout.kept > 0 ? ~0u : 0u;
+  for (; rows != 0; rows &= rows - 1) {
+    const int i = std::countr_zero(rows);
+    const uint8_t* row = rows16 + size_t(i) * bytes;
     const uint8_t* from = levels[i];
+    int8_t* level = out->level[i];
     unsigned pruned_rank = 0;
     for (int j = 0; j < n; j += 32) {
-      const uint32_t mask = layout.mask_bytes != 0 ? Word32(row + layout.mask_at + j / 8) : layout.kept > 0 ? ~0u : 0u;
-      for (int b = 0; b < 32 && j + b < n; b += 8) {
+      const uint32_t mask = masked ? Word32(row + mask_at + j / 8) : unmasked;
+      const auto spread = [&](int b) {
         const unsigned m = mask >> b & 255u;
-        const __m128i spread = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[m].data()));
-        const __m128i bytes = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), spread);
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(out->level[i] + j + b), bytes);
+        const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[m].data()));
+        const __m128i codes = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), ranks);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(level + j + b), codes);
         from += std::popcount(m);
-      }
-      if (layout.sign_bytes == 0) continue;
-      uint64_t signs;
-      std::memcpy(&signs, row + layout.sign_at + pruned_rank / 8, 8);
-      const uint32_t plus = _pdep_u32(uint32_t(signs >> (pruned_rank % 8)), ~mask);
+      };
+      // Rows of a run have room behind the last channel; a mask has not.
+      spread(0);
+      if (n - j > 8) spread(8);
+      if (n - j > 16) spread(16);
+      if (n - j > 24) spread(24);
+      if (!signs) continue;
+      uint64_t bits;
+      std::memcpy(&bits, row + sign_at + pruned_rank / 8, 8);
+      const uint32_t plus = _pdep_u32(uint32_t(bits >> (pruned_rank % 8)), ~mask);
       pruned_rank += 32 - unsigned(std::popcount(mask));
       // -1 where pruned, and twice 1 more where positive.
       const __m256i pruned = ByteMask<false>(mask), positive = ByteMask<true>(plus);
@@ -231,6 +256,23 @@ inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned r
                          _mm256_sub_epi8(_mm256_sub_epi8(pruned, positive), positive));
     }
   }
+}
+
+inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, KeyRun* out) {
+  alignas(32) LevelRows levels;
+  if (rows != 0xffff) {
+    // Rows that are not there score zero, whatever was left at their place.
+    std::memset(out->unit, 0, sizeof(out->unit));
+    std::memset(out->magnitude, 0, sizeof(out->magnitude));
+  }
+  // Levels of all rows first: what was just stored is slow to read back in other pieces.
+  switch (layout.number) {
+    case SPARKV_INT8: LevelRun<SPARKV_INT8>(layout, rows16, rows, levels, out); break;
+    case SPARKV_INT6: LevelRun<SPARKV_INT6>(layout, rows16, rows, levels, out); break;
+    case SPARKV_INT5: LevelRun<SPARKV_INT5>(layout, rows16, rows, levels, out); break;
+    default: LevelRun<SPARKV_INT4>(layout, rows16, rows, levels, out); break;
+  }
+  SpreadRun(layout, rows16, rows, levels, out);
 }
 
 // Lane i of the result: sum of the lanes of v[i].
@@ -242,28 +284,48 @@ inline __m256 SumLanes(const __m256 (&v)[8]) {
 
 // score [R][64] of query rows row .. row + R - 1 with the keys of a run. restore: NULL when pruned channels are zero.
 template <int R>
-inline void RunScores(const QueryBlock& block, int row, const float* restore, const KeyRun& keys, int run, float* score) {
-  const float* q = block.q + size_t(row) * block.q_stride;
+[[gnu::noinline]] void RunScores(const QueryBlock& block, int row, const float* restore, const KeyRun& keys, int run, float* score) {
+  const size_t n = size_t(block.k_dim), q_stride = block.q_stride;
+  const float* q = block.q + size_t(row) * q_stride;
+  score += row * kTile + 16 * run;
   const auto wide = [](const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   };
   for (int t0 = 0; t0 < 16; t0 += 8) {
     __m256 sum[R][8];
-    for (int i = 0; i < 8; ++i) {
+    // Two keys share the loads of the queries.
+    for (int i = 0; i < 8; i += 2) {
       const int8_t* level = keys.level[t0 + i];
       const int8_t* sign = keys.sign[t0 + i];
-      const __m256 unit = _mm256_broadcast_ss(&keys.unit[t0 + i]), magnitude = _mm256_broadcast_ss(&keys.magnitude[t0 + i]);
-      __m256 acc[R];
-      for (int r = 0; r < R; ++r) acc[r] = _mm256_setzero_ps();
-      for (int j = 0; j < block.k_dim; j += 8) {
-        __m256 k = _mm256_mul_ps(wide(level + j), unit);
-        if (restore != nullptr)
-          k = _mm256_fmadd_ps(_mm256_mul_ps(magnitude, _mm256_loadu_ps(restore + j)), wide(sign + j), k);
-        for (int r = 0; r < R; ++r) acc[r] = _mm256_fmadd_ps(k, _mm256_loadu_ps(q + size_t(r) * block.q_stride + j), acc[r]);
+      const __m256 unit0 = _mm256_broadcast_ss(&keys.unit[t0 + i]), unit1 = _mm256_broadcast_ss(&keys.unit[t0 + i + 1]);
+      const __m256 size0 = _mm256_broadcast_ss(&keys.magnitude[t0 + i]), size1 = _mm256_broadcast_ss(&keys.magnitude[t0 + i + 1]);
+      __m256 acc0[R], acc1[R];
+      for (int r = 0; r < R; ++r) acc0[r] = acc1[r] = _mm256_setzero_ps();
+      const auto meet = [&](size_t j, __m256 k0, __m256 k1) {
+        for (int r = 0; r < R; ++r) {
+          const __m256 x = _mm256_loadu_ps(q + size_t(r) * q_stride + j);
+          acc0[r] = _mm256_fmadd_ps(k0, x, acc0[r]);
+          acc1[r] = _mm256_fmadd_ps(k1, x, acc1[r]);
+        }
+      };
+      if (restore != nullptr) {
+        for (size_t j = 0; j < n; j += 8) {
+          const __m256 a = _mm256_loadu_ps(restore + j);
+          const __m256 pruned0 = _mm256_mul_ps(_mm256_mul_ps(size0, a), wide(sign + j));
+          const __m256 pruned1 = _mm256_mul_ps(_mm256_mul_ps(size1, a), wide(sign + kMaxHeadDim + j));
+          meet(j, _mm256_fmadd_ps(wide(level + j), unit0, pruned0), _mm256_fmadd_ps(wide(level + kMaxHeadDim + j), unit1, pruned1));
+        }
+      } else {
+        for (size_t j = 0; j < n; j += 8) {
+          meet(j, _mm256_mul_ps(wide(level + j), unit0), _mm256_mul_ps(wide(level + kMaxHeadDim + j), unit1));
+        }
       }
-      for (int r = 0; r < R; ++r) sum[r][i] = acc[r];
+      for (int r = 0; r < R; ++r) {
+        sum[r][i] = acc0[r];
+        sum[r][i + 1] = acc1[r];
+      }
     }
-    for (int r = 0; r < R; ++r) _mm256_storeu_ps(score + (row + r) * kTile + 16 * run + t0, SumLanes(sum[r]));
+    for (int r = 0; r < R; ++r) _mm256_storeu_ps(score + r * kTile + t0, SumLanes(sum[r]));
   }
 }
 
@@ -283,7 +345,7 @@ inline void FourCodes(__m256i word, __m256 (&x)[4]) {
 
 // sum[r][k] = sum over the rows of the tile of weight[r] * codes k of the lanes of the 32 bytes at `at` of a row.
 template <int R, bool kBytes, int kFrom>
-inline void SumCodes(const PackedTile& tile, size_t bytes, size_t at, const float* weight, __m256 (&sum)[R][4]) {
+[[gnu::noinline]] void SumCodes(const PackedTile& tile, size_t bytes, size_t at, const float* weight, __m256 (&sum)[R][4]) {
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm256_setzero_ps();
   for (int run = 0; run < kTile / 16; ++run) {
     for (unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu; rows != 0; rows &= rows - 1) {
@@ -409,12 +471,141 @@ void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock&
   });
 }
 
+// ---- f16 rows for a handful of query rows ----
+
+// Rows of f16 at any address; rows whose bit is clear are not read.
+struct HalfRows {
+  uint64_t rows;
+  const uint8_t* key[kTile];
+  const uint8_t* value[kTile];
+};
+
+inline __m256 Half8(const uint8_t* row, size_t j) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * j)));
+}
+
+inline bool Finite(const uint8_t* row, int n) {
+  __m128i largest = _mm_setzero_si128();
+  for (int j = 0; j < n; j += 8) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 2 * j));
+    largest = _mm_max_epu16(largest, _mm_and_si128(h, _mm_set1_epi16(0x7fff)));
+  }
+  return _mm_movemask_epi8(_mm_cmpgt_epi16(largest, _mm_set1_epi16(0x7bff))) == 0;
+}
+
+template <int R>
+[[gnu::noinline]] void HalfScores(const QueryBlock& block, int row, const HalfRows& in, float* score) {
+  const size_t n = size_t(block.k_dim);
+  const float* q = block.q + size_t(row) * block.q_stride;
+  score += row * kTile;
+  for (int t0 = 0; t0 < kTile; t0 += 8) {
+    const unsigned rows = unsigned(in.rows >> t0) & 255u;
+    if (rows == 0) continue;
+    __m256 sum[R][8];
+    for (int i = 0; i < 8; ++i) {
+      __m256 acc[R];
+      for (int r = 0; r < R; ++r) acc[r] = _mm256_setzero_ps();
+      if ((rows >> i & 1) != 0) {
+        const uint8_t* key = in.key[t0 + i];
+        for (size_t j = 0; j < n; j += 8) {
+          const __m256 k = Half8(key, j);
+          for (int r = 0; r < R; ++r) acc[r] = _mm256_fmadd_ps(k, _mm256_loadu_ps(q + size_t(r) * block.q_stride + j), acc[r]);
+        }
+      }
+      for (int r = 0; r < R; ++r) sum[r][i] = acc[r];
+    }
+    for (int r = 0; r < R; ++r) _mm256_storeu_ps(score + r * kTile + t0, SumLanes(sum[r]));
+  }
+}
+
+template <int R, int kBlock>
+inline void HalfValueBlock(const HalfRows& in, uint64_t rows, const float* weight, const float* correction, int c, float* o,
+                           size_t o_stride) {
+  __m256 sum[R][kBlock];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kBlock; ++v) sum[r][v] = Load(o + size_t(r) * o_stride + c + 8 * v) * correction[r];
+  }
+  for (; rows != 0; rows &= rows - 1) {
+    const int t = std::countr_zero(rows);
+    __m256 x[kBlock];
+    for (int v = 0; v < kBlock; ++v) x[v] = Half8(in.value[t], size_t(c + 8 * v));
+    for (int r = 0; r < R; ++r) {
+      const __m256 w = _mm256_broadcast_ss(weight + r * kTile + t);
+      for (int v = 0; v < kBlock; ++v) sum[r][v] = _mm256_fmadd_ps(w, x[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kBlock; ++v) Store(o + size_t(r) * o_stride + c + 8 * v, sum[r][v]);
+  }
+}
+
+void AttendFewHalf(const QueryBlock& block, const HalfRows& in, const uint64_t* visible, const uint16_t* const* mask,
+                   const Scratch& scratch, const AttentionState& state) {
+  InParts<4>(block.n_rows, [&](int row, auto n) { HalfScores<n()>(block, row, in, scratch.score); });
+  // A value that is not finite gives no number: its score does, to those who see it.
+  uint64_t finite = 0;
+  for (uint64_t rows = in.rows; rows != 0; rows &= rows - 1) {
+    const int t = std::countr_zero(rows);
+    if (Finite(in.value[t], block.v_dim)) {
+      finite |= uint64_t{1} << t;
+    } else {
+      for (int r = 0; r < block.n_rows; ++r) scratch.score[r * kTile + t] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+  float correction[kFewRows];
+  for (int r = 0; r < block.n_rows; ++r) {
+    const int token = r / block.group;
+    float* score = scratch.score + r * kTile;
+    correction[r] = 1.0f;
+    if (visible[token] == 0) {
+      std::memset(score, 0, kTile * sizeof(float));
+      continue;
+    }
+    correction[r] = Softmax(block, r % block.group, visible[token], mask != nullptr ? mask[token] : nullptr, score,
+                            &state.m[r], &state.d[r]);
+  }
+  InParts<3>(block.n_rows, [&](int row, auto n) {
+    float* o = state.o + size_t(row) * size_t(block.o_stride);
+    const auto values = [&](auto vectors, int c) {
+      HalfValueBlock<n(), vectors()>(in, finite, scratch.score + row * kTile, correction + row, c, o, size_t(block.o_stride));
+    };
+    int c = 0;
+    for (; c + 32 <= block.v_dim; c += 32) values(std::integral_constant<int, 4>(), c);
+    for (; c < block.v_dim; c += 8) values(std::integral_constant<int, 1>(), c);
+  });
+}
+
 void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
                       const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch,
                       const AttentionState& state) {
-  if (key.number != SPARKV_F16 && value.rotated() && block.n_rows <= kFewRows)
-    return AttendFew(key, value, block, tile, visible, mask, scratch, state);
+  if (block.n_rows <= kFewRows) {
+    if (key.number != SPARKV_F16 && value.rotated()) return AttendFew(key, value, block, tile, visible, mask, scratch, state);
+    if (key.number == SPARKV_F16 && key.pruned == 0 && !value.rotated()) {
+      HalfRows in;
+      in.rows = tile.rows;
+      for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
+        const int t = std::countr_zero(rows);
+        in.key[t] = tile.key[t / 16] + size_t(t % 16) * key.bytes;
+        in.value[t] = tile.value[t / 16] + size_t(t % 16) * value.bytes;
+      }
+      return AttendFewHalf(block, in, visible, mask, scratch, state);
+    }
+  }
   AttendPacked(key, value, block, tile, visible, mask, scratch, state);
 }
+
+void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible, const uint16_t* const* mask,
+                 const Scratch& scratch, const AttentionState& state) {
+  if (block.n_rows > kFewRows) return AttendDenseRows(block, tile, visible, mask, scratch, state);
+  HalfRows in;
+  in.rows = tile.rows;
+  for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
+    const int t = std::countr_zero(rows);
+    in.key[t] = reinterpret_cast<const uint8_t*>(tile.key[t]);
+    in.value[t] = reinterpret_cast<const uint8_t*>(tile.value[t]);
+  }
+  AttendFewHalf(block, in, visible, mask, scratch, state);
+}
+
 void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&) {}
 }  // namespace sparkv::avx2

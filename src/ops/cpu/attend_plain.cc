@@ -81,4 +81,9 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
   AttendPacked(key, value, block, tile, visible, mask, scratch, state);
 }
 void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&) {}
+
+void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible, const uint16_t* const* mask,
+                 const Scratch& scratch, const AttentionState& state) {
+  AttendDenseRows(block, tile, visible, mask, scratch, state);
+}
 }  // namespace sparkv::plain

@@ -52,6 +52,15 @@ class Refused(unittest.TestCase):
         self.assertEqual(result.code, 0, result)  # the answer is worth more than the report
         self.assertIn("sparkv: error: cannot write /nonexistent/stats.json", result.err)
 
+    def check_model(self, model):
+        """llama.cpp ends before its log thread has written the last lines, every other time."""
+        for _ in range(10):
+            result = complete("-fa", "on", model=model)
+            self.check(result, ours=False)
+            if model.name in result.err:
+                return
+        self.fail(f"the host never named {model.name}: {result}")
+
     def test_models_that_are_missing_or_damaged(self):
         with tempfile.TemporaryDirectory() as folder:
             cut = pathlib.Path(folder) / "cut.gguf"
@@ -60,10 +69,9 @@ class Refused(unittest.TestCase):
                                ("empty", b""), ("noise", b"GGUF" + bytes(range(256)) * 20)):
                 cut.write_bytes(data)
                 with self.subTest(name):
-                    self.check(complete("-fa", "on", model=cut), "cut.gguf", ours=False)
+                    self.check_model(cut)
             with self.subTest("missing"):
-                missing = pathlib.Path(folder) / "none.gguf"
-                self.check(complete("-fa", "on", model=missing), "none.gguf", ours=False)
+                self.check_model(pathlib.Path(folder) / "none.gguf")
 
     def test_no_memory(self):
         """From where llama.cpp itself has enough to where all have: never a signal."""

@@ -1,7 +1,9 @@
-// One decode step of attention over one layer: packed caches beside our dense f16 one (`exact`) and ggml's FLASH_ATTN_EXT over
-// f16, q8_0 and q4_0 tensors of the same shape. Time it with interleaving, or sides drift apart on a shared machine:
+// One decode step of attention over one layer: packed caches beside our dense f16 one (`exact`) and
+// ggml's FLASH_ATTN_EXT over f16, q8_0 and q4_0 tensors of the same shape. Time it with
+// interleaving, or sides drift apart on a shared machine:
 //   attend_bench --tokens=8192 --dim=64 --kv-heads=3 --group=3
-// Every row names the bytes it has to read and, as `x_bound`, its time over those bytes at the bandwidth measured at the start.
+// Every row names the bytes it has to read and, as `x_bound`, its time over those bytes at the
+// bandwidth measured at the start.
 #include <benchmark/benchmark.h>
 
 #include <charconv>
@@ -126,8 +128,12 @@ class Packed {
       };
       sees(0);
       const size_t at = size_t(first) * row;
-      Check(sparkv_cache_write_keys(cache_, 0, cells.data(), n, keys.data() + at, SPARKV_ROW_F16, row * 2, &error), error);
-      Check(sparkv_cache_write_values(cache_, 0, cells.data(), n, values.data() + at, SPARKV_ROW_F16, row * 2, &error), error);
+      Check(sparkv_cache_write_keys(cache_, 0, cells.data(), n, keys.data() + at, SPARKV_ROW_F16,
+                                    row * 2, &error),
+            error);
+      Check(sparkv_cache_write_values(cache_, 0, cells.data(), n, values.data() + at,
+                                      SPARKV_ROW_F16, row * 2, &error),
+            error);
       Attend(n, int64_t(n_kv), mask.data(), n_kv * 2);
       sees(kHidden);
     }
@@ -171,9 +177,11 @@ class Ggml {
     ggml_tensor* q = ggml_new_tensor_3d(context_, GGML_TYPE_F32, shape.dim, 1, shape.n_heads());
     ggml_tensor* mask = ggml_new_tensor_2d(context_, GGML_TYPE_F16, shape.tokens, 1);
     const auto heads = [&](ggml_tensor* x) {
-      return ggml_view_3d(context_, x, shape.dim, shape.tokens, shape.kv_heads, x->nb[1], ggml_row_size(type, shape.dim), 0);
+      return ggml_view_3d(context_, x, shape.dim, shape.tokens, shape.kv_heads, x->nb[1],
+                          ggml_row_size(type, shape.dim), 0);
     };
-    ggml_tensor* out = ggml_flash_attn_ext(context_, q, heads(k), heads(v), mask, 1.0f / std::sqrt(float(shape.dim)), 0.0f, 0.0f);
+    ggml_tensor* out = ggml_flash_attn_ext(context_, q, heads(k), heads(v), mask,
+                                           1.0f / std::sqrt(float(shape.dim)), 0.0f, 0.0f);
     graph_ = ggml_new_graph(context_);
     ggml_build_forward_expand(graph_, out);
     buffer_ = ggml_backend_alloc_ctx_tensors(context_, backend_);
@@ -192,7 +200,8 @@ class Ggml {
     }
     const std::vector<float> queries = Queries(shape);
     ggml_backend_tensor_set(q, queries.data(), 0, ggml_nbytes(q));
-    ggml_backend_tensor_set(mask, std::vector<uint16_t>(size_t(shape.tokens), 0).data(), 0, ggml_nbytes(mask));
+    ggml_backend_tensor_set(mask, std::vector<uint16_t>(size_t(shape.tokens), 0).data(), 0,
+                            ggml_nbytes(mask));
     bytes_ = double(ggml_nbytes(k) + ggml_nbytes(v));
   }
   ~Ggml() {
@@ -237,43 +246,51 @@ bool Take(const char* arg, const char* name, int* number) {
 
 int Main(int argc, char** argv) {
   std::vector<char*> args(argv, argv + argc);
-  char interleave[] = "--benchmark_enable_random_interleaving=true", repeat[] = "--benchmark_repetitions=9",
-       aggregates[] = "--benchmark_report_aggregates_only=true", unit[] = "--benchmark_time_unit=us",
-       least[] = "--benchmark_min_time=0.1";
+  char interleave[] = "--benchmark_enable_random_interleaving=true",
+       repeat[] = "--benchmark_repetitions=9",
+       aggregates[] = "--benchmark_report_aggregates_only=true",
+       unit[] = "--benchmark_time_unit=us", least[] = "--benchmark_min_time=0.1";
   args.insert(args.begin() + 1, {interleave, repeat, aggregates, unit, least});
   int n = int(args.size());
   benchmark::Initialize(&n, args.data());
   Shape shape;
   for (int i = 1; i < n; ++i) {
     char* arg = args[size_t(i)];
-    if (!Take(arg, "tokens", &shape.tokens) && !Take(arg, "dim", &shape.dim) && !Take(arg, "kv-heads", &shape.kv_heads) &&
-        !Take(arg, "group", &shape.group) && !Take(arg, "threads", &shape.threads)) {
-      std::cerr << "attend_bench: " << arg << ": unknown; --tokens --dim --kv-heads --group --threads, or Google Benchmark's\n";
+    if (!Take(arg, "tokens", &shape.tokens) && !Take(arg, "dim", &shape.dim) &&
+        !Take(arg, "kv-heads", &shape.kv_heads) && !Take(arg, "group", &shape.group) &&
+        !Take(arg, "threads", &shape.threads)) {
+      std::cerr
+          << "attend_bench: " << arg
+          << ": unknown; --tokens --dim --kv-heads --group --threads, or Google Benchmark's\n";
       return 2;
     }
   }
   const double bandwidth = Bandwidth();
-  benchmark::AddCustomContext("shape", std::to_string(shape.tokens) + " tokens, head size " + std::to_string(shape.dim) + ", " +
-                                           std::to_string(shape.kv_heads) + " KV heads, group " + std::to_string(shape.group) +
-                                           ", " + std::to_string(shape.threads) + " threads");
+  benchmark::AddCustomContext(
+      "shape", std::to_string(shape.tokens) + " tokens, head size " + std::to_string(shape.dim) +
+                   ", " + std::to_string(shape.kv_heads) + " KV heads, group " +
+                   std::to_string(shape.group) + ", " + std::to_string(shape.threads) + " threads");
   benchmark::AddCustomContext("one thread reads", std::to_string(bandwidth / 1e9) + " GB/s");
   // A side is made when its turn comes first, so that a filter saves time and memory.
   std::map<std::string, std::unique_ptr<Packed>> packed;
-  for (const std::string preset : {"exact", "spark-0.5", "spark-0.5-i8", "spark-0.5-i5", "spark-0.8-i4"}) {
-    benchmark::RegisterBenchmark(("sparkv/" + preset).c_str(), [&, preset](benchmark::State& state) {
-      auto& side = packed[preset];
-      if (!side) side = std::make_unique<Packed>(shape, preset);
-      Run(state, *side, bandwidth);
-    });
+  for (const std::string preset :
+       {"exact", "spark-0.5", "spark-0.5-i8", "spark-0.5-i5", "spark-0.8-i4"}) {
+    benchmark::RegisterBenchmark(("sparkv/" + preset).c_str(),
+                                 [&, preset](benchmark::State& state) {
+                                   auto& side = packed[preset];
+                                   if (!side) side = std::make_unique<Packed>(shape, preset);
+                                   Run(state, *side, bandwidth);
+                                 });
   }
 #ifdef SPARKV_BENCH_GGML
   std::map<ggml_type, std::unique_ptr<Ggml>> dense;
   for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
-    benchmark::RegisterBenchmark((std::string("ggml/") + ggml_type_name(type)).c_str(), [&, type](benchmark::State& state) {
-      auto& side = dense[type];
-      if (!side) side = std::make_unique<Ggml>(shape, type);
-      Run(state, *side, bandwidth);
-    });
+    benchmark::RegisterBenchmark((std::string("ggml/") + ggml_type_name(type)).c_str(),
+                                 [&, type](benchmark::State& state) {
+                                   auto& side = dense[type];
+                                   if (!side) side = std::make_unique<Ggml>(shape, type);
+                                   Run(state, *side, bandwidth);
+                                 });
   }
 #endif
   benchmark::RunSpecifiedBenchmarks();

@@ -1,14 +1,16 @@
 /* sparkv: a packed, query-aware KV cache (SparK, arXiv 2508.15212), as a C ABI.
  *
  * Conventions
- * - Handles are opaque; every function that can fail returns a sparkv_status and, when `error` is not NULL, fills a text
- *   that names the field and the value at fault. Nothing prints, aborts or throws across this border.
+ * - Handles are opaque; every function that can fail returns a sparkv_status and, when `error` is
+ * not NULL, fills a text that names the field and the value at fault. Nothing prints, aborts or
+ * throws across this border.
  * - "row" is what one token stores in one layer: all KV heads, head-major, channels contiguous.
  * - "cell" is a place for one token in every layer of one cache. Cells are numbered stream-major:
  *   cell = stream * cells_per_stream + index. Cells of different streams never see each other.
  * - f16 numbers travel as uint16_t bit patterns (IEEE 754 binary16). Strides are in bytes.
  * - One cache may be used by one thread at a time. Different caches may be used in parallel.
- * - Structs that may grow start with struct_size; set it to sizeof(the struct you were compiled with).
+ * - Structs that may grow start with struct_size; set it to sizeof(the struct you were compiled
+ * with).
  */
 #ifndef SPARKV_SPARKV_H
 #define SPARKV_SPARKV_H
@@ -43,96 +45,137 @@ typedef struct sparkv_error {
 
 SPARKV_API const char* sparkv_version(void);
 
-/* ---- configuration ------------------------------------------------------------------------------------------------- */
+/* ---- configuration
+ * -------------------------------------------------------------------------------------------------
+ */
 
 /* How a pruned channel is restored (docs/method.md, section 4). */
-typedef enum sparkv_recover { SPARKV_RECOVER_ZERO = 0, SPARKV_RECOVER_MEAN = 1, SPARKV_RECOVER_PAPER = 2 } sparkv_recover;
-/* How the query heads of one group become one channel weight: signed mean (reference) or energy (ours). */
+typedef enum sparkv_recover {
+  SPARKV_RECOVER_ZERO = 0,
+  SPARKV_RECOVER_MEAN = 1,
+  SPARKV_RECOVER_PAPER = 2
+} sparkv_recover;
+/* How the query heads of one group become one channel weight: signed mean (reference) or energy
+ * (ours). */
 typedef enum sparkv_group { SPARKV_GROUP_SIGNED = 0, SPARKV_GROUP_ENERGY = 1 } sparkv_group;
-/* Number type of kept key channels and of value rows. The integers of value rows are Hadamard-rotated. */
+/* Number type of kept key channels and of value rows. The integers of value rows are
+ * Hadamard-rotated. */
 typedef enum sparkv_number {
-  SPARKV_F16 = 0, SPARKV_INT8 = 1, SPARKV_INT6 = 2, SPARKV_INT5 = 3, SPARKV_INT4 = 4
+  SPARKV_F16 = 0,
+  SPARKV_INT8 = 1,
+  SPARKV_INT6 = 2,
+  SPARKV_INT5 = 3,
+  SPARKV_INT4 = 4
 } sparkv_number;
 typedef enum sparkv_seal { SPARKV_SEAL_STREAM = 0, SPARKV_SEAL_PREFILL_END = 1 } sparkv_seal;
 typedef enum sparkv_simd {
-  SPARKV_SIMD_AUTO = 0, SPARKV_SIMD_PLAIN = 1, SPARKV_SIMD_AVX2 = 2, SPARKV_SIMD_AVX512 = 3
+  SPARKV_SIMD_AUTO = 0,
+  SPARKV_SIMD_PLAIN = 1,
+  SPARKV_SIMD_AVX2 = 2,
+  SPARKV_SIMD_AVX512 = 3
 } sparkv_simd;
 
 typedef struct sparkv_config {
   uint32_t struct_size;
-  int32_t recover;  /* sparkv_recover */
-  int32_t group;    /* sparkv_group */
-  int32_t kept;     /* sparkv_number of kept key channels */
-  int32_t values;   /* sparkv_number of value rows: F16, INT8 or INT4 */
-  int32_t seal;     /* sparkv_seal */
-  int32_t simd;     /* sparkv_simd */
-  double ratio;     /* share of key channels pruned, [0, 1]; kept = D - int(ratio * D), the product truncated */
-  int32_t sinks;    /* first tokens of a sequence that stay dense, [0, 1024] */
-  int32_t window;   /* newest tokens of a sequence that stay dense, [0, 65536] */
-  int32_t observe;  /* queries that make the channel weights, [1, 1024]; nothing is packed before they were seen */
-  int32_t threads;  /* 0: as many as the host says, else [1, 256] */
-  char preset[32];  /* the name the configuration started from, for reports */
+  int32_t recover; /* sparkv_recover */
+  int32_t group;   /* sparkv_group */
+  int32_t kept;    /* sparkv_number of kept key channels */
+  int32_t values;  /* sparkv_number of value rows: F16, INT8 or INT4 */
+  int32_t seal;    /* sparkv_seal */
+  int32_t simd;    /* sparkv_simd */
+  double ratio;    /* share of key channels pruned, [0, 1]; kept = D - int(ratio * D), the product
+                      truncated */
+  int32_t sinks;   /* first tokens of a sequence that stay dense, [0, 1024] */
+  int32_t window;  /* newest tokens of a sequence that stay dense, [0, 65536] */
+  int32_t observe; /* queries that make the channel weights, [1, 1024]; nothing is packed before
+                      they were seen */
+  int32_t threads; /* 0: as many as the host says, else [1, 256] */
+  char preset[32]; /* the name the configuration started from, for reports */
 } sparkv_config;
 
-/* Fills `config` from a preset: "exact", "spark-R" (f16 kept, f16 values) or "spark-R-iB" (B in 8, 6, 5, 4; rotated 4-bit
- * values for B <= 5, 8-bit above), R a ratio such as 0.5. NULL or "" gives the default preset, "spark-0.5-i5". */
-SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name, sparkv_error* error);
-/* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe, seal, simd, threads) from
- * text. Unknown names and bad values are SPARKV_INVALID and leave `config` as it was. */
-SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key, const char* value, sparkv_error* error);
-/* One line, e.g. "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal stream". Always
- * zero-terminated; returns the length it needed. */
+/* Fills `config` from a preset: "exact", "spark-R" (f16 kept, f16 values) or "spark-R-iB" (B in 8,
+ * 6, 5, 4; rotated 4-bit values for B <= 5, 8-bit above), R a ratio such as 0.5. NULL or "" gives
+ * the default preset, "spark-0.5-i5". */
+SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name,
+                                              sparkv_error* error);
+/* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,
+ * seal, simd, threads) from text. Unknown names and bad values are SPARKV_INVALID and leave
+ * `config` as it was. */
+SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
+                                           const char* value, sparkv_error* error);
+/* One line, e.g. "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal
+ * stream". Always zero-terminated; returns the length it needed. */
 SPARKV_API size_t sparkv_config_text(const sparkv_config* config, char* text, size_t size);
 
-/* ---- the method, one step per function (f32 in, f32 out; docs/method.md) ------------------------------------------- */
-/* how: sparkv_group in sparkv_channel_weight, else sparkv_recover; enumerations cross as int32_t, so any value is an error
- * and never undefined. */
+/* ---- the method, one step per function (f32 in, f32 out; docs/method.md)
+ * ------------------------------------------- */
+/* how: sparkv_group in sparkv_channel_weight, else sparkv_recover; enumerations cross as int32_t,
+ * so any value is an error and never undefined. */
 
-/* u[d], [head_dim]: weight of each channel of one KV head from n_queries window queries of its group.
- * q: [group][n_queries][head_dim], contiguous. SPARKV_GROUP_SIGNED is method.md S2. */
-SPARKV_API sparkv_status sparkv_channel_weight(const float* q, int32_t group, int32_t n_queries, int32_t head_dim,
-                                               int32_t how, float* u, sparkv_error* error);
-/* mask[j] = 1 for the `kept` largest k[j]^2 * u[j]; ties: the smaller channel wins; NaN counts as largest (S3, S4). */
-SPARKV_API sparkv_status sparkv_select(const float* k, const float* u, int32_t head_dim, int32_t kept, uint8_t* mask,
-                                       sparkv_error* error);
-/* out = k with pruned channels restored (S5, S6). Reference-exact for SPARKV_RECOVER_MEAN and _ZERO. */
-SPARKV_API sparkv_status sparkv_recover_key(const float* k, const float* u, const uint8_t* mask, int32_t head_dim,
-                                            int32_t how, float* out, sparkv_error* error);
-/* SparK-g, method.md 5: *group_id in 0..4, mask of the group's int(a*D) channels, out as sparkv_recover_key. */
-SPARKV_API sparkv_status sparkv_group_mode(const float* k, const float* u, int32_t head_dim, int32_t how,
-                                           int32_t* group_id, uint8_t* mask, float* out, sparkv_error* error);
-/* Value pruning as the reference has it, method.md 6: v, mask, out [n_tokens][head_dim] of one head. recover MEAN fills
- * with the signed mean of the token's pruned entries, ZERO with 0. */
-SPARKV_API sparkv_status sparkv_prune_values(const float* v, int32_t n_tokens, int32_t head_dim, double ratio,
-                                             int32_t how, uint8_t* mask, float* out, sparkv_error* error);
+/* u[d], [head_dim]: weight of each channel of one KV head from n_queries window queries of its
+ * group. q: [group][n_queries][head_dim], contiguous. SPARKV_GROUP_SIGNED is method.md S2. */
+SPARKV_API sparkv_status sparkv_channel_weight(const float* q, int32_t group, int32_t n_queries,
+                                               int32_t head_dim, int32_t how, float* u,
+                                               sparkv_error* error);
+/* mask[j] = 1 for the `kept` largest k[j]^2 * u[j]; ties: the smaller channel wins; NaN counts as
+ * largest (S3, S4). */
+SPARKV_API sparkv_status sparkv_select(const float* k, const float* u, int32_t head_dim,
+                                       int32_t kept, uint8_t* mask, sparkv_error* error);
+/* out = k with pruned channels restored (S5, S6). Reference-exact for SPARKV_RECOVER_MEAN and
+ * _ZERO. */
+SPARKV_API sparkv_status sparkv_recover_key(const float* k, const float* u, const uint8_t* mask,
+                                            int32_t head_dim, int32_t how, float* out,
+                                            sparkv_error* error);
+/* SparK-g, method.md 5: *group_id in 0..4, mask of the group's int(a*D) channels, out as
+ * sparkv_recover_key. */
+SPARKV_API sparkv_status sparkv_group_mode(const float* k, const float* u, int32_t head_dim,
+                                           int32_t how, int32_t* group_id, uint8_t* mask,
+                                           float* out, sparkv_error* error);
+/* Value pruning as the reference has it, method.md 6: v, mask, out [n_tokens][head_dim] of one
+ * head. recover MEAN fills with the signed mean of the token's pruned entries, ZERO with 0. */
+SPARKV_API sparkv_status sparkv_prune_values(const float* v, int32_t n_tokens, int32_t head_dim,
+                                             double ratio, int32_t how, uint8_t* mask, float* out,
+                                             sparkv_error* error);
 /* The same with one global top-p cut over the head (method.md 6, last lines); top_p in (0, 1]. */
-SPARKV_API sparkv_status sparkv_prune_values_top_p(const float* v, int32_t n_tokens, int32_t head_dim, double top_p,
-                                                   int32_t how, uint8_t* mask, float* out, sparkv_error* error);
-/* ThinK's structured baseline (method.md 10): one channel mask [head_dim] for all tokens of the head.
- * q: [group][n_queries][head_dim], k: [n_tokens][head_dim]. */
-SPARKV_API sparkv_status sparkv_think(const float* q, int32_t group, int32_t n_queries, const float* k, int32_t n_tokens,
-                                      int32_t head_dim, double ratio, uint8_t* mask, sparkv_error* error);
+SPARKV_API sparkv_status sparkv_prune_values_top_p(const float* v, int32_t n_tokens,
+                                                   int32_t head_dim, double top_p, int32_t how,
+                                                   uint8_t* mask, float* out, sparkv_error* error);
+/* ThinK's structured baseline (method.md 10): one channel mask [head_dim] for all tokens of the
+ * head. q: [group][n_queries][head_dim], k: [n_tokens][head_dim]. */
+SPARKV_API sparkv_status sparkv_think(const float* q, int32_t group, int32_t n_queries,
+                                      const float* k, int32_t n_tokens, int32_t head_dim,
+                                      double ratio, uint8_t* mask, sparkv_error* error);
 
-/* ---- packed rows (docs/format.md) ---------------------------------------------------------------------------------- */
+/* ---- packed rows (docs/format.md)
+ * ---------------------------------------------------------------------------------- */
 
-/* Bytes of one packed key or value row of one head; 0 when the shape is not allowed (head_dim 32..512 in steps of 8). */
+/* Bytes of one packed key or value row of one head; 0 when the shape is not allowed
+ * (head_dim 32..512 in steps of 8). */
 SPARKV_API size_t sparkv_key_row_bytes(const sparkv_config* config, int32_t head_dim);
 SPARKV_API size_t sparkv_value_row_bytes(const sparkv_config* config, int32_t head_dim);
-/* Weight table of one head from u: f16 [head_dim], what is stored once per sequence, layer and head. */
-SPARKV_API sparkv_status sparkv_make_table(const sparkv_config* config, const float* u, int32_t head_dim, uint16_t* table,
+/* Weight table of one head from u: f16 [head_dim], what is stored once per sequence, layer and
+ * head. */
+SPARKV_API sparkv_status sparkv_make_table(const sparkv_config* config, const float* u,
+                                           int32_t head_dim, uint16_t* table, sparkv_error* error);
+/* One row of one head, f16 in, packed bytes out and back. `table` may be NULL when nothing is
+ * pruned. `row_size` must be the exact row bytes. Unpacking treats the bytes as hostile:
+ * SPARKV_CORRUPT names the field. */
+SPARKV_API sparkv_status sparkv_pack_key(const sparkv_config* config, const uint16_t* table,
+                                         const uint16_t* k, int32_t head_dim, uint8_t* row,
+                                         size_t row_size, sparkv_error* error);
+SPARKV_API sparkv_status sparkv_unpack_key(const sparkv_config* config, const uint16_t* table,
+                                           const uint8_t* row, size_t row_size, int32_t head_dim,
+                                           uint16_t* k, sparkv_error* error);
+SPARKV_API sparkv_status sparkv_pack_value(const sparkv_config* config, const uint16_t* v,
+                                           int32_t head_dim, uint8_t* row, size_t row_size,
                                            sparkv_error* error);
-/* One row of one head, f16 in, packed bytes out and back. `table` may be NULL when nothing is pruned.
- * `row_size` must be the exact row bytes. Unpacking treats the bytes as hostile: SPARKV_CORRUPT names the field. */
-SPARKV_API sparkv_status sparkv_pack_key(const sparkv_config* config, const uint16_t* table, const uint16_t* k,
-                                         int32_t head_dim, uint8_t* row, size_t row_size, sparkv_error* error);
-SPARKV_API sparkv_status sparkv_unpack_key(const sparkv_config* config, const uint16_t* table, const uint8_t* row,
-                                           size_t row_size, int32_t head_dim, uint16_t* k, sparkv_error* error);
-SPARKV_API sparkv_status sparkv_pack_value(const sparkv_config* config, const uint16_t* v, int32_t head_dim, uint8_t* row,
-                                           size_t row_size, sparkv_error* error);
-SPARKV_API sparkv_status sparkv_unpack_value(const sparkv_config* config, const uint8_t* row, size_t row_size,
-                                             int32_t head_dim, uint16_t* v, sparkv_error* error);
+SPARKV_API sparkv_status sparkv_unpack_value(const sparkv_config* config, const uint8_t* row,
+                                             size_t row_size, int32_t head_dim, uint16_t* v,
+                                             sparkv_error* error);
 
-/* ---- cache --------------------------------------------------------------------------------------------------------- */
+/* ---- cache
+ * ---------------------------------------------------------------------------------------------------------
+ */
 
 typedef struct sparkv_cache sparkv_cache;
 
@@ -151,8 +194,8 @@ typedef struct sparkv_shape {
 } sparkv_shape;
 
 /* Reserves address space for all cells, commits none. */
-SPARKV_API sparkv_status sparkv_cache_create(const sparkv_config* config, const sparkv_shape* shape, sparkv_cache** cache,
-                                             sparkv_error* error);
+SPARKV_API sparkv_status sparkv_cache_create(const sparkv_config* config, const sparkv_shape* shape,
+                                             sparkv_cache** cache, sparkv_error* error);
 SPARKV_API void sparkv_cache_free(sparkv_cache* cache);
 /* Forgets every cell and gives all pages back. */
 SPARKV_API void sparkv_cache_clear(sparkv_cache* cache);
@@ -161,91 +204,106 @@ SPARKV_API void sparkv_cache_set_threads(sparkv_cache* cache, int32_t n_threads)
 
 typedef enum sparkv_row_type { SPARKV_ROW_F32 = 0, SPARKV_ROW_F16 = 1 } sparkv_row_type;
 
-/* Appends (or overwrites) rows in `cells`, [n_rows], distinct, in token order. The rows of one micro-batch of a layer come
- * in one call for keys and one for values, followed by the sparkv_cache_attend of that layer before the next layer is
- * written; every layer of a micro-batch gets the same cells. row: k_dim * n_kv_heads numbers, contiguous. A negative
- * cell is skipped. type: sparkv_row_type; row_stride: bytes. */
-SPARKV_API sparkv_status sparkv_cache_write_keys(sparkv_cache* cache, int32_t layer, const int64_t* cells, int64_t n_rows,
+/* Appends (or overwrites) rows in `cells`, [n_rows], distinct, in token order. The rows of one
+ * micro-batch of a layer come in one call for keys and one for values, followed by the
+ * sparkv_cache_attend of that layer before the next layer is written; every layer of a micro-batch
+ * gets the same cells. row: k_dim * n_kv_heads numbers, contiguous. A negative cell is skipped.
+ * type: sparkv_row_type; row_stride: bytes. */
+SPARKV_API sparkv_status sparkv_cache_write_keys(sparkv_cache* cache, int32_t layer,
+                                                 const int64_t* cells, int64_t n_rows,
                                                  const void* rows, int32_t type, size_t row_stride,
                                                  sparkv_error* error);
-SPARKV_API sparkv_status sparkv_cache_write_values(sparkv_cache* cache, int32_t layer, const int64_t* cells, int64_t n_rows,
-                                                   const void* rows, int32_t type, size_t row_stride,
-                                                   sparkv_error* error);
+SPARKV_API sparkv_status sparkv_cache_write_values(sparkv_cache* cache, int32_t layer,
+                                                   const int64_t* cells, int64_t n_rows,
+                                                   const void* rows, int32_t type,
+                                                   size_t row_stride, sparkv_error* error);
 
 typedef struct sparkv_attend_args {
   uint32_t struct_size;
   int32_t layer;
   int32_t first_stream; /* streams first_stream .. first_stream + n_streams - 1 */
   int32_t n_streams;
-  int64_t n_kv;         /* cells 0..n_kv-1 of each stream may be seen; the others are known to be dead and are released */
-  int64_t n_tokens;     /* queries per stream */
-  int32_t n_heads;      /* query heads, a multiple of n_kv_heads; head i reads KV head i / (n_heads / n_kv_heads) */
+  int64_t n_kv; /* cells 0..n_kv-1 of each stream may be seen; the others are known to be dead and
+                   are released */
+  int64_t n_tokens; /* queries per stream */
+  int32_t n_heads;  /* query heads, a multiple of n_kv_heads; head i reads KV head i / (n_heads /
+                       n_kv_heads) */
   float scale;
-  float max_bias;       /* ALiBi; 0 = none */
-  float softcap;        /* logit soft-cap; 0 = none */
-  const float* q;       /* f32, [k_dim] contiguous, strides below */
+  float max_bias; /* ALiBi; 0 = none */
+  float softcap;  /* logit soft-cap; 0 = none */
+  const float* q; /* f32, [k_dim] contiguous, strides below */
   size_t q_token_stride, q_head_stride, q_stream_stride;
   const uint16_t* mask; /* f16, [n_kv] contiguous, -inf = not seen; NULL: all of n_kv are seen */
   size_t mask_token_stride, mask_stream_stride;
-  const float* sinks;   /* [n_heads] extra logits, or NULL */
-  float* out;           /* f32, [n_streams][n_tokens][n_heads][v_dim], contiguous */
+  const float* sinks; /* [n_heads] extra logits, or NULL */
+  float* out;         /* f32, [n_streams][n_tokens][n_heads][v_dim], contiguous */
 } sparkv_attend_args;
 
-/* Observes the queries, seals what leaves the window, attends. Order within a micro-batch: docs/design.md. */
-SPARKV_API sparkv_status sparkv_cache_attend(sparkv_cache* cache, const sparkv_attend_args* args, sparkv_error* error);
+/* Observes the queries, seals what leaves the window, attends. Order within a micro-batch:
+ * docs/design.md. */
+SPARKV_API sparkv_status sparkv_cache_attend(sparkv_cache* cache, const sparkv_attend_args* args,
+                                             sparkv_error* error);
 
-/* Rows of cells first .. first+n-1 as f16, [n][n_kv_heads * dim]; cells that hold nothing read as zeros. */
-SPARKV_API sparkv_status sparkv_cache_read_keys(sparkv_cache* cache, int32_t layer, int64_t first, int64_t n, uint16_t* rows,
-                                                sparkv_error* error);
-SPARKV_API sparkv_status sparkv_cache_read_values(sparkv_cache* cache, int32_t layer, int64_t first, int64_t n,
-                                                  uint16_t* rows, sparkv_error* error);
-/* Rows that an earlier read gave (a state file): a row that packs to itself under weights this process knows becomes the
- * same packed row again; any other stays dense. Keys of a cell come before its values; restoring keys of a live cell replaces
- * the cell. One sequence per range. */
-SPARKV_API sparkv_status sparkv_cache_restore_keys(sparkv_cache* cache, int32_t layer, int64_t first, int64_t n,
-                                                   const uint16_t* rows, sparkv_error* error);
-SPARKV_API sparkv_status sparkv_cache_restore_values(sparkv_cache* cache, int32_t layer, int64_t first, int64_t n,
-                                                     const uint16_t* rows, sparkv_error* error);
-/* Makes stream `to` a copy of stream `from` in one layer, keys or values (llama.cpp copies tensor by tensor). */
-SPARKV_API sparkv_status sparkv_cache_copy_keys(sparkv_cache* cache, int32_t layer, int32_t from, int32_t to,
-                                                sparkv_error* error);
-SPARKV_API sparkv_status sparkv_cache_copy_values(sparkv_cache* cache, int32_t layer, int32_t from, int32_t to,
-                                                  sparkv_error* error);
+/* Rows of cells first .. first+n-1 as f16, [n][n_kv_heads * dim]; cells that hold nothing read as
+ * zeros. */
+SPARKV_API sparkv_status sparkv_cache_read_keys(sparkv_cache* cache, int32_t layer, int64_t first,
+                                                int64_t n, uint16_t* rows, sparkv_error* error);
+SPARKV_API sparkv_status sparkv_cache_read_values(sparkv_cache* cache, int32_t layer, int64_t first,
+                                                  int64_t n, uint16_t* rows, sparkv_error* error);
+/* Rows that an earlier read gave (a state file): a row that packs to itself under weights this
+ * process knows becomes the same packed row again; any other stays dense. Keys of a cell come
+ * before its values; restoring keys of a live cell replaces the cell. One sequence per range. */
+SPARKV_API sparkv_status sparkv_cache_restore_keys(sparkv_cache* cache, int32_t layer,
+                                                   int64_t first, int64_t n, const uint16_t* rows,
+                                                   sparkv_error* error);
+SPARKV_API sparkv_status sparkv_cache_restore_values(sparkv_cache* cache, int32_t layer,
+                                                     int64_t first, int64_t n, const uint16_t* rows,
+                                                     sparkv_error* error);
+/* Makes stream `to` a copy of stream `from` in one layer, keys or values (llama.cpp copies tensor
+ * by tensor). */
+SPARKV_API sparkv_status sparkv_cache_copy_keys(sparkv_cache* cache, int32_t layer, int32_t from,
+                                                int32_t to, sparkv_error* error);
+SPARKV_API sparkv_status sparkv_cache_copy_values(sparkv_cache* cache, int32_t layer, int32_t from,
+                                                  int32_t to, sparkv_error* error);
 /* Cells first .. first+n-1 hold nothing any more. */
 SPARKV_API void sparkv_cache_release(sparkv_cache* cache, int64_t first, int64_t n);
 
 /* RoPE as ggml's GGML_OP_ROPE has it, applied in place to stored keys (context shift). */
 typedef struct sparkv_rope {
   uint32_t struct_size;
-  int32_t n_rot;      /* channels rotated, from channel first_channel of each head */
+  int32_t n_rot; /* channels rotated, from channel first_channel of each head */
   int32_t first_channel;
-  int32_t neox;       /* 1: pairs (j, j + n_rot/2); 0: pairs (2j, 2j+1) */
+  int32_t neox; /* 1: pairs (j, j + n_rot/2); 0: pairs (2j, 2j+1) */
   int32_t n_ctx_orig;
   float freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow;
   const float* freq_factors; /* [n_rot / 2] or NULL */
 } sparkv_rope;
 
-/* Rotates the keys of cell i by delta[i] positions, i in [0, n_cells). A packed row is unpacked, rotated and packed again
- * under its own weights, which costs some accuracy; cells with delta 0 are not touched. */
-SPARKV_API sparkv_status sparkv_cache_rotate_keys(sparkv_cache* cache, int32_t layer, const int32_t* delta, int64_t n_cells,
+/* Rotates the keys of cell i by delta[i] positions, i in [0, n_cells). A packed row is unpacked,
+ * rotated and packed again under its own weights, which costs some accuracy; cells with delta 0 are
+ * not touched. */
+SPARKV_API sparkv_status sparkv_cache_rotate_keys(sparkv_cache* cache, int32_t layer,
+                                                  const int32_t* delta, int64_t n_cells,
                                                   const sparkv_rope* rope, sparkv_error* error);
 
-/* Bytes by kind. The sum of all kinds is what is committed; *_used bytes of pages not filled are in slack. */
+/* Bytes by kind. The sum of all kinds is what is committed; *_used bytes of pages not filled are in
+ * slack. */
 typedef struct sparkv_memory {
   uint32_t struct_size;
-  int64_t tokens;        /* live cells */
-  int64_t sealed;        /* of them packed */
+  int64_t tokens;                                      /* live cells */
+  int64_t sealed;                                      /* of them packed */
   uint64_t key_masks, key_signs, key_scales, key_kept; /* packed key rows */
   uint64_t value_scales, value_codes;                  /* packed value rows */
-  uint64_t dense_keys, dense_values;                   /* sinks, window, rows that must stay dense */
-  uint64_t tables;       /* channel weights */
-  uint64_t cells;        /* bookkeeping per cell */
-  uint64_t slack;        /* committed, holding nothing */
-  uint64_t workspace;    /* micro-batch in flight, observed queries, attention scratch */
-  uint64_t resident;     /* sum of the above */
-  uint64_t peak;         /* largest resident so far */
-  uint64_t f16_bytes;    /* what the live tokens would take as dense f16 */
-  double key_bits, value_bits, bits; /* per element of live tokens; all kinds but workspace, shared kinds split by size */
+  uint64_t dense_keys, dense_values; /* sinks, window, rows that must stay dense */
+  uint64_t tables;                   /* channel weights */
+  uint64_t cells;                    /* bookkeeping per cell */
+  uint64_t slack;                    /* committed, holding nothing */
+  uint64_t workspace; /* micro-batch in flight, observed queries, attention scratch */
+  uint64_t resident;  /* sum of the above */
+  uint64_t peak;      /* largest resident so far */
+  uint64_t f16_bytes; /* what the live tokens would take as dense f16 */
+  double key_bits, value_bits,
+      bits; /* per element of live tokens; all kinds but workspace, shared kinds split by size */
 } sparkv_memory;
 
 SPARKV_API void sparkv_cache_memory(const sparkv_cache* cache, sparkv_memory* memory);
@@ -256,17 +314,19 @@ SPARKV_API const char* sparkv_cache_isa(const sparkv_cache* cache);
 /* Rows restored so far that had to stay dense because no known weights reproduce them. */
 SPARKV_API int64_t sparkv_cache_unknown_rows(const sparkv_cache* cache);
 
-/* Weight tables as bytes (docs/format.md, "weights"), so that another process can take packed rows back from a state file.
- * Save returns the size it needs and writes nothing when size is smaller. Load checks everything and takes nothing from
- * damaged bytes or from another shape or configuration. */
+/* Weight tables as bytes (docs/format.md, "weights"), so that another process can take packed rows
+ * back from a state file. Save returns the size it needs and writes nothing when size is smaller.
+ * Load checks everything and takes nothing from damaged bytes or from another shape or
+ * configuration. */
 SPARKV_API size_t sparkv_cache_save_weights(const sparkv_cache* cache, void* bytes, size_t size);
-SPARKV_API sparkv_status sparkv_cache_load_weights(sparkv_cache* cache, const void* bytes, size_t size,
-                                                   sparkv_error* error);
+SPARKV_API sparkv_status sparkv_cache_load_weights(sparkv_cache* cache, const void* bytes,
+                                                   size_t size, sparkv_error* error);
 
-/* For pictures: saliency |k| * weight of one head's live cells in cell order, [n_cells][k_dim] scaled to the row's largest,
- * and which channels are kept (all of them in a dense row). Returns the number of live cells written (<= max_cells). */
-SPARKV_API int64_t sparkv_cache_saliency(sparkv_cache* cache, int32_t layer, int32_t kv_head, int64_t max_cells,
-                                         float* saliency, uint8_t* kept);
+/* For pictures: saliency |k| * weight of one head's live cells in cell order, [n_cells][k_dim]
+ * scaled to the row's largest, and which channels are kept (all of them in a dense row). Returns
+ * the number of live cells written (<= max_cells). */
+SPARKV_API int64_t sparkv_cache_saliency(sparkv_cache* cache, int32_t layer, int32_t kv_head,
+                                         int64_t max_cells, float* saliency, uint8_t* kept);
 
 #ifdef __cplusplus
 }

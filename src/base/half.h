@@ -1,8 +1,9 @@
-// IEEE binary16 <-> binary32, round to nearest even. Same results as F16C and AVX-512 on every input but the payload of NaN,
-// which becomes one quiet NaN, so that packed bytes do not depend on the instruction set.
+// IEEE binary16 <-> binary32, round to nearest even. Same results as F16C and AVX-512 on every
+// input but the payload of NaN, which becomes one quiet NaN, so that packed bytes do not depend on
+// the instruction set.
 //
-// Helpers used by files compiled for one instruction set are static: a shared inline function would let the linker give AVX-512
-// code to a machine without it.
+// Helpers used by files compiled for one instruction set are static: a shared inline function would
+// let the linker give AVX-512 code to a machine without it.
 #pragma once
 
 #include <bit>
@@ -24,7 +25,8 @@ static inline uint16_t FloatToHalf(float f) {
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
   uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (magnitude >= 0x477ff000u)
+    return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
   if (magnitude < 0x38800000u) {
     // Subnormal result: adding 0.5 puts the rounding position at bit 0 of the float's significand.
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;

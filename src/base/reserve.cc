@@ -14,9 +14,11 @@ Reserve::~Reserve() {
 
 Status Reserve::Map(size_t bytes, const char* what) {
   const size_t mapped = (bytes + kOverrun + kPage - 1) / kPage * kPage;
-  const std::string text = std::string(what) + ": cannot reserve " + std::to_string(bytes) + " bytes of address space";
+  const std::string text =
+      std::string(what) + ": cannot reserve " + std::to_string(bytes) + " bytes of address space";
   if (mapped < bytes) return Status::NoMemory(text);
-  void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) return Status::NoMemory(text);
   madvise(p, mapped, MADV_NOHUGEPAGE);
   try {

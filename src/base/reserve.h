@@ -9,8 +9,9 @@
 
 namespace sparkv {
 
-// A region of bytes that starts as zeros and costs nothing until touched. The region counts its own committed pages: every
-// writer calls Touch first, so committed() is what the kernel holds (transparent huge pages are switched off for the region).
+// A region of bytes that starts as zeros and costs nothing until touched. The region counts its own
+// committed pages: every writer calls Touch first, so committed() is what the kernel holds
+// (transparent huge pages are switched off for the region).
 class Reserve {
  public:
   Reserve() = default;

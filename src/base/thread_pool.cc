@@ -38,10 +38,12 @@ void ThreadPool::Run(int64_t n_tasks, Call call, void* context) {
 }
 
 void ThreadPool::Drain(int thread) {
-  for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks_;) call_(context_, i, thread);
+  for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks_;)
+    call_(context_, i, thread);
 }
 
-// `seen` is the generation when the worker was made: a thread that starts late still owes its part of the next loop.
+// `seen` is the generation when the worker was made: a thread that starts late still owes its part
+// of the next loop.
 void ThreadPool::Work(int thread, uint64_t seen) {
   std::unique_lock lock(mutex_);
   for (;;) {

@@ -19,16 +19,20 @@ class ThreadPool {
   void Resize(int n_threads);
   int size() const { return int(workers_.size()) + 1; }
 
-  // Calls body(task, thread) for task in [0, n_tasks); thread in [0, size()). Returns when all are done.
+  // Calls body(task, thread) for task in [0, n_tasks); thread in [0, size()). Returns when all are
+  // done.
   template <typename Body>
   void ParallelFor(int64_t n_tasks, Body&& body) {
     if (workers_.empty() || n_tasks <= 1) {
       for (int64_t i = 0; i < n_tasks; ++i) body(i, 0);
       return;
     }
-    Run(n_tasks, [](void* context, int64_t task, int thread) {
-      (*static_cast<std::remove_reference_t<Body>*>(context))(task, thread);
-    }, const_cast<void*>(static_cast<const void*>(&body)));
+    Run(
+        n_tasks,
+        [](void* context, int64_t task, int thread) {
+          (*static_cast<std::remove_reference_t<Body>*>(context))(task, thread);
+        },
+        const_cast<void*>(static_cast<const void*>(&body)));
   }
 
  private:

@@ -1,5 +1,5 @@
-// One attention call: which tiles, which queries together, which thread. Work is cut by shape alone, never by the number of
-// threads, so results do not depend on it.
+// One attention call: which tiles, which queries together, which thread. Work is cut by shape
+// alone, never by the number of threads, so results do not depend on it.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -25,13 +25,16 @@ constexpr double kWorthWaking = 3e6;
 Status KvCache::Attend(const sparkv_attend_args& args) {
   EndRestore();
   copy_ = {};
-  if (step_.open && !step_.planned && arena_layer_ != args.layer && layer_written_[size_t(args.layer)] != 0) {
-    return Status::Invalid("layer: " + std::to_string(args.layer) + " was written before another layer was attended");
+  if (step_.open && !step_.planned && arena_layer_ != args.layer &&
+      layer_written_[size_t(args.layer)] != 0) {
+    return Status::Invalid("layer: " + std::to_string(args.layer) +
+                           " was written before another layer was attended");
   }
   if (!ViewHolds(args)) {
     if (Status s = Look(args); !s.ok()) return s;
   }
-  const bool first = step_.open && layer_done_[size_t(args.layer)] == 0 && arena_layer_ == args.layer;
+  const bool first =
+      step_.open && layer_done_[size_t(args.layer)] == 0 && arena_layer_ == args.layer;
   if (first) {
     MakeTables(args);
     SealLayer(args.layer);
@@ -42,7 +45,8 @@ Status KvCache::Attend(const sparkv_attend_args& args) {
   if (first) {
     KeepDense(args.layer);
     layer_done_[size_t(args.layer)] = 1;
-    if (std::all_of(layer_done_.begin(), layer_done_.end(), [](uint8_t done) { return done != 0; })) FinishStep();
+    if (std::all_of(layer_done_.begin(), layer_done_.end(), [](uint8_t done) { return done != 0; }))
+      FinishStep();
   }
   return Status::Ok();
 }
@@ -56,7 +60,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
   const int64_t n_blocks = few ? 1 : (args.n_tokens + kBlockTokens - 1) / kBlockTokens;
   const int64_t block_tokens = few ? args.n_tokens : kBlockTokens;
   const int64_t n_tiles = int64_t(view_.packed_words);
-  const int64_t n_splits = few ? std::max<int64_t>(1, (n_tiles + kSplitTiles - 1) / kSplitTiles) : 1;
+  const int64_t n_splits =
+      few ? std::max<int64_t>(1, (n_tiles + kSplitTiles - 1) / kSplitTiles) : 1;
   const size_t block_rows = size_t(block_tokens) * size_t(group);
 
   std::vector<float> slopes;
@@ -64,15 +69,17 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     slopes.assign(size_t(args.n_heads), 1.0f);
     if (args.max_bias > 0.0f) {
       const int power = 1 << int(std::floor(std::log2(double(args.n_heads))));
-      const float m0 = std::pow(2.0f, -args.max_bias / float(power)), m1 = std::pow(2.0f, -args.max_bias / 2.0f / float(power));
+      const float m0 = std::pow(2.0f, -args.max_bias / float(power)),
+                  m1 = std::pow(2.0f, -args.max_bias / 2.0f / float(power));
       for (int h = 0; h < args.n_heads; ++h) {
-        slopes[size_t(h)] = h < power ? std::pow(m0, float(h + 1)) : std::pow(m1, float(2 * (h - power) + 1));
+        slopes[size_t(h)] =
+            h < power ? std::pow(m0, float(h + 1)) : std::pow(m1, float(2 * (h - power) + 1));
       }
     }
   }
 
-  const double work = double(args.n_streams) * double(args.n_tokens) * double(args.n_heads) * double(args.n_kv) *
-                      double(k_dim + v_dim);
+  const double work = double(args.n_streams) * double(args.n_tokens) * double(args.n_heads) *
+                      double(args.n_kv) * double(k_dim + v_dim);
   const int n_threads = work < kWorthWaking ? 1 : pool_.size();
   const size_t kernel_floats = ScratchFloats(k_dim, v_dim, block_rows);
   const size_t scratch_floats = kernel_floats + block_rows * (size_t(k_dim) + o_stride + 2) + 16;
@@ -82,7 +89,9 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
   }
   // A split task leaves its state here: [stream][head][split][rows][o_stride + 2].
   const size_t state_floats = block_rows * (o_stride + 2);
-  if (n_splits > 1) partial_.resize(size_t(args.n_streams) * size_t(layer.n_kv_heads) * size_t(n_splits) * state_floats);
+  if (n_splits > 1)
+    partial_.resize(size_t(args.n_streams) * size_t(layer.n_kv_heads) * size_t(n_splits) *
+                    state_floats);
 
   const auto query_block = [&](int head, int64_t n_rows, const float* q) {
     QueryBlock block{};
@@ -119,7 +128,9 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     s.state = s.q + block_rows * size_t(k_dim);
     return s;
   };
-  const auto state_at = [&](float* p) { return AttentionState{p, p + block_rows * o_stride, p + block_rows * (o_stride + 1)}; };
+  const auto state_at = [&](float* p) {
+    return AttentionState{p, p + block_rows * o_stride, p + block_rows * (o_stride + 1)};
+  };
   const auto reset = [&](const AttentionState& state) {
     std::fill(state.o, state.o + block_rows * o_stride, 0.0f);
     std::fill(state.m, state.m + block_rows, -std::numeric_limits<float>::infinity());
@@ -128,15 +139,18 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
   const auto gather_queries = [&](int stream, int head, int64_t first, int64_t n, float* q) {
     for (int64_t t = 0; t < n; ++t) {
       for (int g = 0; g < group; ++g) {
-        const uint8_t* from = reinterpret_cast<const uint8_t*>(args.q) + size_t(stream) * args.q_stream_stride +
-                              size_t(first + t) * args.q_token_stride + size_t(head * group + g) * args.q_head_stride;
-        std::memcpy(q + (size_t(t) * size_t(group) + size_t(g)) * size_t(k_dim), from, size_t(k_dim) * sizeof(float));
+        const uint8_t* from =
+            reinterpret_cast<const uint8_t*>(args.q) + size_t(stream) * args.q_stream_stride +
+            size_t(first + t) * args.q_token_stride + size_t(head * group + g) * args.q_head_stride;
+        std::memcpy(q + (size_t(t) * size_t(group) + size_t(g)) * size_t(k_dim), from,
+                    size_t(k_dim) * sizeof(float));
       }
     }
   };
 
-  const auto attend_packed = [&](int stream, int head, int64_t first, int64_t n, int64_t tile_begin, int64_t tile_end,
-                                 const Space& space, const AttentionState& state) {
+  const auto attend_packed = [&](int stream, int head, int64_t first, int64_t n, int64_t tile_begin,
+                                 int64_t tile_end, const Space& space,
+                                 const AttentionState& state) {
     const QueryBlock block = query_block(head, n * group, space.q);
     const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
     const uint8_t* base = packed_.data();
@@ -148,24 +162,30 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     bool prepared = false;
     const auto attend_tile = [&](uint16_t id, const uint16_t* const* masks) {
       tile.table = HeadTable(layer, id, head);
-      if (!prepared || tile.table != table) ops_->prepare_queries(layer.key, tile.table, block, space.scratch);
+      if (!prepared || tile.table != table)
+        ops_->prepare_queries(layer.key, tile.table, block, space.scratch);
       prepared = true;
       table = tile.table;
-      ops_->attend_packed(layer.key, layer.value, block, tile, visible, masks, space.scratch, state);
+      ops_->attend_packed(layer.key, layer.value, block, tile, visible, masks, space.scratch,
+                          state);
     };
     for (int64_t w = tile_begin; w < tile_end; ++w) {
       uint64_t any = 0;
       for (int64_t t = 0; t < n; ++t) {
-        visible[t] = view_.packed_bits[size_t(stream * args.n_tokens + first + t) * view_.packed_words + size_t(w)];
+        visible[t] =
+            view_.packed_bits[size_t(stream * args.n_tokens + first + t) * view_.packed_words +
+                              size_t(w)];
         any |= visible[t];
       }
       if (any == 0) continue;
       const int64_t tile_cell = stream_cell + w * kTile;
       // Groups of one layer lie far apart: no hardware looks ahead over the gap.
       if (few && w + 1 < tile_end) {
-        for (int64_t i = kTile; i < 2 * kTile && w * kTile + i < layout_.cells_per_stream; i += kGroupCells) {
+        for (int64_t i = kTile; i < 2 * kTile && w * kTile + i < layout_.cells_per_stream;
+             i += kGroupCells) {
           const uint8_t* next = base + layout_.key_at(layer, head, tile_cell + i);
-          for (size_t line = 0; line < layer.head_group_bytes(); line += 64) __builtin_prefetch(next + line);
+          for (size_t line = 0; line < layer.head_group_bytes(); line += 64)
+            __builtin_prefetch(next + line);
         }
       }
       static_assert(kGroupCells == 16);
@@ -215,7 +235,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     for (size_t w = 0; w < view_.dense_words; ++w) {
       uint64_t any = 0;
       for (int64_t t = 0; t < n; ++t) {
-        visible[t] = view_.dense_bits[size_t(stream * args.n_tokens + first + t) * view_.dense_words + w];
+        visible[t] =
+            view_.dense_bits[size_t(stream * args.n_tokens + first + t) * view_.dense_words + w];
         any |= visible[t];
       }
       if (any == 0) continue;
@@ -226,7 +247,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         tile.key[i] = ColumnNumbers(layer, column, true) + size_t(head) * size_t(k_dim);
         tile.value[i] = ColumnNumbers(layer, column, false) + size_t(head) * size_t(v_dim);
         if (block.slope != nullptr) {
-          for (int64_t t = 0; t < n; ++t) gathered[t][i] = mask_row(stream, first + t)[column.cell - stream_cell];
+          for (int64_t t = 0; t < n; ++t)
+            gathered[t][i] = mask_row(stream, first + t)[column.cell - stream_cell];
         }
       }
       for (int64_t t = 0; t < n; ++t) mask[t] = gathered[t];
@@ -234,10 +256,13 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     }
   };
 
-  // Packed values are summed in the rotated basis: turned back once, then the dense rows join the same state.
-  const auto finish = [&](int stream, int head, int64_t first, int64_t n, const Space& space, const AttentionState& state) {
+  // Packed values are summed in the rotated basis: turned back once, then the dense rows join the
+  // same state.
+  const auto finish = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
+                          const AttentionState& state) {
     if (layer.value.rotated()) {
-      for (size_t r = 0; r < size_t(n) * size_t(group); ++r) Rotate(state.o + r * o_stride, v_dim, RotationBlock(v_dim));
+      for (size_t r = 0; r < size_t(n) * size_t(group); ++r)
+        Rotate(state.o + r * o_stride, v_dim, RotationBlock(v_dim));
     }
     attend_dense(stream, head, first, n, space, state);
     for (int64_t t = 0; t < n; ++t) {
@@ -257,8 +282,10 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         }
         // A query that sees nothing gets zeros.
         const float factor = d == 0.0f ? 0.0f : scale / d;
-        float* out = args.out + ((size_t(stream) * size_t(args.n_tokens) + size_t(first + t)) * size_t(args.n_heads) +
-                                 size_t(q_head)) * size_t(v_dim);
+        float* out = args.out + ((size_t(stream) * size_t(args.n_tokens) + size_t(first + t)) *
+                                     size_t(args.n_heads) +
+                                 size_t(q_head)) *
+                                    size_t(v_dim);
         for (int j = 0; j < v_dim; ++j) out[j] = state.o[r * o_stride + size_t(j)] * factor;
       }
     }
@@ -288,7 +315,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     return;
   }
   const auto partial_at = [&](int64_t stream, int64_t head, int64_t split) {
-    return state_at(partial_.data() + size_t((stream * n_heads + head) * n_splits + split) * state_floats);
+    return state_at(partial_.data() +
+                    size_t((stream * n_heads + head) * n_splits + split) * state_floats);
   };
   run(args.n_streams * n_heads * n_splits, [&](int64_t task, int thread) {
     const int64_t split = task % n_splits;
@@ -297,8 +325,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     const AttentionState state = partial_at(stream, head, split);
     reset(state);
     gather_queries(stream, head, 0, args.n_tokens, space.q);
-    attend_packed(stream, head, 0, args.n_tokens, split * kSplitTiles, std::min(n_tiles, (split + 1) * kSplitTiles), space,
-                  state);
+    attend_packed(stream, head, 0, args.n_tokens, split * kSplitTiles,
+                  std::min(n_tiles, (split + 1) * kSplitTiles), space, state);
   });
   for (int stream = 0; stream < args.n_streams; ++stream) {
     for (int head = 0; head < n_heads; ++head) {
@@ -308,7 +336,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         for (size_t r = 0; r < block_rows; ++r) {
           if (part.d[r] == 0.0f) continue;
           const float m = std::max(sum.m[r], part.m[r]);
-          const float a = sum.d[r] == 0.0f ? 0.0f : std::exp(sum.m[r] - m), b = std::exp(part.m[r] - m);
+          const float a = sum.d[r] == 0.0f ? 0.0f : std::exp(sum.m[r] - m),
+                      b = std::exp(part.m[r] - m);
           for (size_t j = 0; j < o_stride; ++j) {
             sum.o[r * o_stride + j] = sum.o[r * o_stride + j] * a + part.o[r * o_stride + j] * b;
           }

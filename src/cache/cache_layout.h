@@ -9,9 +9,9 @@
 
 namespace sparkv {
 
-// Packed rows are stored in groups of 16 cells that hold all layers: group g of a stream holds, for each layer and KV head,
-// 16 key rows and then 16 value rows. So a cell's row is found by arithmetic, and memory grows with tokens, a few pages at a
-// time, whatever the number of layers.
+// Packed rows are stored in groups of 16 cells that hold all layers: group g of a stream holds, for
+// each layer and KV head, 16 key rows and then 16 value rows. So a cell's row is found by
+// arithmetic, and memory grows with tokens, a few pages at a time, whatever the number of layers.
 inline constexpr int64_t kGroupCells = 16;
 
 struct LayerLayout {
@@ -28,7 +28,9 @@ struct LayerLayout {
   size_t dense_at = 0;    // offset in a dense slot, f16 numbers: key row, then value row
   size_t channel_at = 0;  // offset in an observation row, channels
   size_t table_at = 0;    // offset in a weight table, f16 numbers [n_kv_heads][k_dim]
-  size_t table_row() const { return size_t(n_kv_heads) * size_t(kWeightParts) * size_t(key.head_dim); }  // f32, expanded
+  size_t table_row() const {
+    return size_t(n_kv_heads) * size_t(kWeightParts) * size_t(key.head_dim);
+  }  // f32, expanded
 };
 
 struct CacheLayout {
@@ -45,15 +47,19 @@ struct CacheLayout {
   int64_t words_per_stream() const { return (cells_per_stream + 63) / 64; }
   int64_t stream_of(int64_t cell) const { return cell / cells_per_stream; }
   int64_t index_of(int64_t cell) const { return cell % cells_per_stream; }
-  int64_t group_of(int64_t cell) const { return stream_of(cell) * groups_per_stream() + index_of(cell) / kGroupCells; }
+  int64_t group_of(int64_t cell) const {
+    return stream_of(cell) * groups_per_stream() + index_of(cell) / kGroupCells;
+  }
 
   size_t key_at(const LayerLayout& layer, int head, int64_t cell) const {
-    return size_t(group_of(cell)) * group_bytes + layer.packed_at + size_t(head) * layer.head_group_bytes() +
+    return size_t(group_of(cell)) * group_bytes + layer.packed_at +
+           size_t(head) * layer.head_group_bytes() +
            size_t(index_of(cell) % kGroupCells) * layer.key.bytes;
   }
   size_t value_at(const LayerLayout& layer, int head, int64_t cell) const {
-    return size_t(group_of(cell)) * group_bytes + layer.packed_at + size_t(head) * layer.head_group_bytes() +
-           size_t(kGroupCells) * layer.key.bytes + size_t(index_of(cell) % kGroupCells) * layer.value.bytes;
+    return size_t(group_of(cell)) * group_bytes + layer.packed_at +
+           size_t(head) * layer.head_group_bytes() + size_t(kGroupCells) * layer.key.bytes +
+           size_t(index_of(cell) % kGroupCells) * layer.value.bytes;
   }
 };
 

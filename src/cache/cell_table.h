@@ -34,11 +34,13 @@ class CellTable {
     slot_.Touch(size_t(cell) * 4, 4);
   }
   void Release() {
-    for (Reserve* r : {&state_, &pinned_, &table_, &rank_, &order_, &slot_}) r->Release(0, r->size() + 4096);
+    for (Reserve* r : {&state_, &pinned_, &table_, &rank_, &order_, &slot_})
+      r->Release(0, r->size() + 4096);
   }
   size_t committed() const {
     size_t sum = 0;
-    for (const Reserve* r : {&state_, &pinned_, &table_, &rank_, &order_, &slot_}) sum += r->committed();
+    for (const Reserve* r : {&state_, &pinned_, &table_, &rank_, &order_, &slot_})
+      sum += r->committed();
     return sum;
   }
 

@@ -50,7 +50,8 @@ class DenseStore {
       region_.Release(size_t(free_[i]) * slot_bytes_, (run - i) * slot_bytes_);
       i = run;
     }
-    if (end_ < high_) region_.Release(size_t(end_) * slot_bytes_, size_t(high_ - end_) * slot_bytes_ + 4095);
+    if (end_ < high_)
+      region_.Release(size_t(end_) * slot_bytes_, size_t(high_ - end_) * slot_bytes_ + 4095);
     high_ = end_;
   }
   void Clear() {
@@ -58,7 +59,9 @@ class DenseStore {
     end_ = used_ = high_ = 0;
     region_.Release(0, region_.size() + 4096);
   }
-  uint16_t* numbers(int32_t slot) const { return reinterpret_cast<uint16_t*>(region_.data() + size_t(slot) * slot_bytes_); }
+  uint16_t* numbers(int32_t slot) const {
+    return reinterpret_cast<uint16_t*>(region_.data() + size_t(slot) * slot_bytes_);
+  }
   int64_t used() const { return used_; }
   size_t committed() const { return region_.committed(); }
   size_t bookkeeping() const { return region_.bookkeeping(); }

@@ -13,9 +13,11 @@ Status CheckShape(const sparkv_shape& shape) {
   const auto outside = [](const std::string& field, int64_t value, const char* range) {
     return Status::Invalid(field + ": " + std::to_string(value) + " is outside " + range);
   };
-  if (shape.n_layers < 1 || shape.n_layers > 4096) return outside("n_layers", shape.n_layers, "[1, 4096]");
+  if (shape.n_layers < 1 || shape.n_layers > 4096)
+    return outside("n_layers", shape.n_layers, "[1, 4096]");
   if (shape.layers == nullptr) return Status::Invalid("layers: NULL");
-  if (shape.n_streams < 1 || shape.n_streams > 1024) return outside("n_streams", shape.n_streams, "[1, 1024]");
+  if (shape.n_streams < 1 || shape.n_streams > 1024)
+    return outside("n_streams", shape.n_streams, "[1, 1024]");
   const int64_t most = int64_t{1} << 30;
   if (shape.cells_per_stream < 1 || shape.cells_per_stream > most / shape.n_streams) {
     return outside("cells_per_stream", shape.cells_per_stream, "[1, 2^30 / n_streams]");
@@ -23,24 +25,29 @@ Status CheckShape(const sparkv_shape& shape) {
   for (int i = 0; i < shape.n_layers; ++i) {
     const sparkv_layer_shape& layer = shape.layers[i];
     const std::string name = "layers[" + std::to_string(i) + "].";
-    if (layer.n_kv_heads < 1 || layer.n_kv_heads > 1024) return outside(name + "n_kv_heads", layer.n_kv_heads, "[1, 1024]");
-    if (!HeadDimAllowed(layer.k_dim)) return outside(name + "k_dim", layer.k_dim, "32..512 in steps of 8");
-    if (!HeadDimAllowed(layer.v_dim)) return outside(name + "v_dim", layer.v_dim, "32..512 in steps of 8");
+    if (layer.n_kv_heads < 1 || layer.n_kv_heads > 1024)
+      return outside(name + "n_kv_heads", layer.n_kv_heads, "[1, 1024]");
+    if (!HeadDimAllowed(layer.k_dim))
+      return outside(name + "k_dim", layer.k_dim, "32..512 in steps of 8");
+    if (!HeadDimAllowed(layer.v_dim))
+      return outside(name + "v_dim", layer.v_dim, "32..512 in steps of 8");
   }
   return Status::Ok();
 }
 
 }  // namespace
 
-Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape, std::unique_ptr<KvCache>* cache) {
+Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
+                       std::unique_ptr<KvCache>* cache) {
   if (Status s = CheckConfig(config); !s.ok()) return s;
   if (Status s = CheckShape(shape); !s.ok()) return s;
   std::unique_ptr<KvCache> c(new KvCache());
   c->config_ = config;
   c->ops_ = CpuOps(sparkv_simd(config.simd));
   if (c->ops_ == nullptr) {
-    return Status::Unsupported(std::string("simd: this CPU has no ") +
-                               (config.simd == SPARKV_SIMD_AVX512 ? "avx512 (F, BW, VL, DQ, VBMI, VBMI2)" : "avx2"));
+    return Status::Unsupported(
+        std::string("simd: this CPU has no ") +
+        (config.simd == SPARKV_SIMD_AVX512 ? "avx512 (F, BW, VL, DQ, VBMI, VBMI2)" : "avx2"));
   }
   CacheLayout& l = c->layout_;
   l.cells_per_stream = shape.cells_per_stream;
@@ -49,8 +56,8 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape, s
     const sparkv_layer_shape& s = shape.layers[i];
     LayerLayout layer;
     layer.n_kv_heads = s.n_kv_heads;
-    layer.key = KeyLayout::Make(s.k_dim, KeptChannels(config.ratio, s.k_dim), sparkv_number(config.kept),
-                                sparkv_recover(config.recover));
+    layer.key = KeyLayout::Make(s.k_dim, KeptChannels(config.ratio, s.k_dim),
+                                sparkv_number(config.kept), sparkv_recover(config.recover));
     layer.value = ValueLayout::Make(s.v_dim, sparkv_number(config.values));
     layer.packed_at = l.group_bytes;
     layer.dense_at = l.dense_slot_numbers;
@@ -67,7 +74,8 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape, s
   size_t bytes = 0;
   if (__builtin_mul_overflow(l.group_bytes, n_groups, &bytes) ||
       __builtin_mul_overflow(l.dense_slot_numbers * 2, size_t(l.cells()), &bytes)) {
-    return Status::NoMemory("cells_per_stream: " + std::to_string(shape.cells_per_stream) + " cells exceed the address space");
+    return Status::NoMemory("cells_per_stream: " + std::to_string(shape.cells_per_stream) +
+                            " cells exceed the address space");
   }
   if (Status s = c->cells_.Map(l.cells()); !s.ok()) return s;
   if (Status s = c->dense_.Map(l.dense_slot_numbers, l.cells()); !s.ok()) return s;
@@ -109,7 +117,8 @@ void KvCache::Clear() {
 }
 
 uint64_t& KvCache::SealedWord(int64_t cell) {
-  return sealed_bits_[size_t(layout_.stream_of(cell) * layout_.words_per_stream() + layout_.index_of(cell) / 64)];
+  return sealed_bits_[size_t(layout_.stream_of(cell) * layout_.words_per_stream() +
+                             layout_.index_of(cell) / 64)];
 }
 
 // Memory and bit of a packed row; the cell's state is the caller's.
@@ -192,7 +201,8 @@ void KvCache::ExpandTables(int layer_index, bool idle_too) {
   for (size_t i = 0; i < known.size(); ++i) {
     const uint16_t* table = tables_.at(known[i])->a.data() + layer.table_at;
     for (int h = 0; h < layer.n_kv_heads; ++h) {
-      ExpandTable(table + size_t(h * layer.k_dim()), layer.k_dim(), &table_f32_[i * row + size_t(h) * head]);
+      ExpandTable(table + size_t(h * layer.k_dim()), layer.k_dim(),
+                  &table_f32_[i * row + size_t(h) * head]);
     }
     table_of_[known[i]] = &table_f32_[i * row];
   }
@@ -205,10 +215,12 @@ const float* KvCache::HeadTable(const LayerLayout& layer, uint16_t id, int head)
 }
 
 // key, value: f16 rows of all heads; either may be NULL. ExpandTables(layer) was called.
-void KvCache::PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key, const uint16_t* value) {
+void KvCache::PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id,
+                      const uint16_t* key, const uint16_t* value) {
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     if (key != nullptr) {
-      ops_->pack_key(layer.key, HeadTable(layer, table_id, h), key + size_t(h) * size_t(layer.k_dim()),
+      ops_->pack_key(layer.key, HeadTable(layer, table_id, h),
+                     key + size_t(h) * size_t(layer.k_dim()),
                      packed_.data() + layout_.key_at(layer, h, cell));
     }
     if (value != nullptr) {
@@ -232,13 +244,16 @@ void KvCache::ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16
   const size_t row = keys ? layer.k_row() : layer.v_row();
   switch (cells_.state(cell)) {
     case CellState::kDense:
-      std::memcpy(out, dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()), row * 2);
+      std::memcpy(out,
+                  dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()),
+                  row * 2);
       break;
     case CellState::kSealed: {
       const uint16_t id = cells_.table(cell);
       for (int h = 0; h < layer.n_kv_heads; ++h) {
         if (keys) {
-          ops_->unpack_key(layer.key, HeadTable(layer, id, h), packed_.data() + layout_.key_at(layer, h, cell),
+          ops_->unpack_key(layer.key, HeadTable(layer, id, h),
+                           packed_.data() + layout_.key_at(layer, h, cell),
                            out + size_t(h) * size_t(layer.k_dim()));
         } else {
           ops_->unpack_value(layer.value, packed_.data() + layout_.value_at(layer, h, cell),
@@ -247,11 +262,13 @@ void KvCache::ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16
       }
       break;
     }
-    default: std::memset(out, 0, row * 2);
+    default:
+      std::memset(out, 0, row * 2);
   }
 }
 
-int64_t KvCache::Saliency(int layer_index, int kv_head, int64_t max_cells, float* saliency, uint8_t* kept) {
+int64_t KvCache::Saliency(int layer_index, int kv_head, int64_t max_cells, float* saliency,
+                          uint8_t* kept) {
   FinishStep();
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
   ExpandTables(layer_index);
@@ -273,7 +290,8 @@ int64_t KvCache::Saliency(int layer_index, int kv_head, int64_t max_cells, float
     const bool sealed = cells_.state(cell) == CellState::kSealed && layer.key.pruned > 0;
     const uint8_t* mask = packed_.data() + layout_.key_at(layer, kv_head, cell) + layer.key.mask_at;
     for (size_t j = 0; j < dim; ++j) {
-      const bool bit = layer.key.mask_bytes != 0 ? (mask[j / 8] >> (j % 8) & 1) != 0 : layer.key.kept > 0;
+      const bool bit =
+          layer.key.mask_bytes != 0 ? (mask[j / 8] >> (j % 8) & 1) != 0 : layer.key.kept > 0;
       kept[size_t(n) * dim + j] = !sealed || bit ? 1 : 0;
     }
     ++n;
@@ -303,11 +321,14 @@ void KvCache::Memory(sparkv_memory* m) const {
   m->dense_keys = dense * k_row * 2;
   m->dense_values = dense * v_row * 2;
   m->tables = tables_.bytes();
-  m->cells = cells_.committed() + sealed_bits_.capacity() * 8 + packed_.bookkeeping() + dense_.bookkeeping();
+  m->cells = cells_.committed() + sealed_bits_.capacity() * 8 + packed_.bookkeeping() +
+             dense_.bookkeeping();
   const uint64_t key_rows = m->key_masks + m->key_signs + m->key_scales + m->key_kept;
   const uint64_t value_rows = m->value_scales + m->value_codes;
-  m->slack = packed_.committed() - (key_rows + value_rows) + dense_.committed() - (m->dense_keys + m->dense_values);
-  m->workspace = (flight_keys_.capacity() + flight_values_.capacity()) * 2 + observed_.size() * layout_.channels * 4 +
+  m->slack = packed_.committed() - (key_rows + value_rows) + dense_.committed() -
+             (m->dense_keys + m->dense_values);
+  m->workspace = (flight_keys_.capacity() + flight_values_.capacity()) * 2 +
+                 observed_.size() * layout_.channels * 4 +
                  (view_.packed_bits.capacity() + view_.dense_bits.capacity()) * 8 +
                  (table_f32_.capacity() + partial_.capacity()) * 4;
   for (const auto& space : thread_space_) m->workspace += space.capacity() * 4;
@@ -315,9 +336,11 @@ void KvCache::Memory(sparkv_memory* m) const {
   m->peak = std::max<uint64_t>(peak_, m->resident);
   m->f16_bytes = uint64_t(m->tokens) * (k_row + v_row) * 2;
   if (m->tokens > 0) {
-    const double keys = double(key_rows + m->dense_keys), values = double(value_rows + m->dense_values);
+    const double keys = double(key_rows + m->dense_keys),
+                 values = double(value_rows + m->dense_values);
     const double shared = double(m->cells + m->slack), share = keys / (keys + values);
-    m->key_bits = 8.0 * (keys + double(m->tables) + shared * share) / (double(m->tokens) * double(k_row));
+    m->key_bits =
+        8.0 * (keys + double(m->tables) + shared * share) / (double(m->tokens) * double(k_row));
     m->value_bits = 8.0 * (values + shared * (1.0 - share)) / (double(m->tokens) * double(v_row));
     m->bits = (m->key_bits * double(k_row) + m->value_bits * double(v_row)) / double(k_row + v_row);
   }

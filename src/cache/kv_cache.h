@@ -1,5 +1,6 @@
-// The cache: owns rows, knows the time. Rows arrive (Write), wait dense, are packed when they leave the window (Attend seals
-// before it attends) and are read packed from then on. docs/design.md tells the life of a row.
+// The cache: owns rows, knows the time. Rows arrive (Write), wait dense, are packed when they leave
+// the window (Attend seals before it attends) and are read packed from then on. docs/design.md
+// tells the life of a row.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +22,13 @@ namespace sparkv {
 
 class KvCache {
  public:
-  static Status Create(const sparkv_config& config, const sparkv_shape& shape, std::unique_ptr<KvCache>* cache);
+  static Status Create(const sparkv_config& config, const sparkv_shape& shape,
+                       std::unique_ptr<KvCache>* cache);
 
   void Clear();
   void SetThreads(int n_threads);
-  Status Write(bool keys, int layer, const int64_t* cells, int64_t n_rows, const void* rows, sparkv_row_type type,
-               size_t row_stride);
+  Status Write(bool keys, int layer, const int64_t* cells, int64_t n_rows, const void* rows,
+               sparkv_row_type type, size_t row_stride);
   Status Attend(const sparkv_attend_args& args);
   Status Read(bool keys, int layer, int64_t first, int64_t n, uint16_t* rows);
   Status Restore(bool keys, int layer, int64_t first, int64_t n, const uint16_t* rows);
@@ -54,28 +56,34 @@ class KvCache {
   };
   struct NewTable {
     uint16_t id;
-    std::vector<std::pair<int32_t, int64_t>> queries;  // (rank, cell), by rank: whose queries make the weights
+    std::vector<std::pair<int32_t, int64_t>>
+        queries;  // (rank, cell), by rank: whose queries make the weights
   };
   struct TokenPlan {
     int32_t rank = 0;
     uint16_t table = 0;
-    bool alone = false;  // no other token of its sequence is in this micro-batch: its prompt has ended
+    bool alone =
+        false;  // no other token of its sequence is in this micro-batch: its prompt has ended
   };
-  // What one micro-batch does to the cache: decided once, at its first Attend, the same for all layers.
+  // What one micro-batch does to the cache: decided once, at its first Attend, the same for all
+  // layers.
   struct Step {
     bool open = false, planned = false;
-    std::vector<TokenPlan> tokens;     // per flight
-    std::vector<Column> sealing;       // rows packed in this step
+    std::vector<TokenPlan> tokens;  // per flight
+    std::vector<Column> sealing;    // rows packed in this step
     std::vector<NewTable> new_tables;
-    std::vector<int64_t> observed;     // flight cells whose queries are kept for a later table
+    std::vector<int64_t> observed;  // flight cells whose queries are kept for a later table
   };
-  // What the queries of a call see, [n_streams * n_tokens][words]: bits of packed cells and bits of dense columns.
+  // What the queries of a call see, [n_streams * n_tokens][words]: bits of packed cells and bits of
+  // dense columns.
   struct View {
     std::vector<std::vector<Column>> columns;  // per stream of the call
     std::vector<uint64_t> packed_bits, dense_bits;
     size_t packed_words = 0, dense_words = 0;
-    std::vector<uint16_t> tile_table;  // [n_streams][packed_words] weights of the packed cells seen, kMixedTables if they differ
-    bool in_arena = false;     // columns in flight name rows of the arena, which holds the layer being attended
+    std::vector<uint16_t> tile_table;  // [n_streams][packed_words] weights of the packed cells
+                                       // seen, kMixedTables if they differ
+    bool in_arena =
+        false;  // columns in flight name rows of the arena, which holds the layer being attended
     bool mask_values = false;  // the mask holds numbers besides 0 and -inf
     const uint16_t* mask = nullptr;
     int64_t n_kv = -1, n_tokens = 0;
@@ -93,13 +101,17 @@ class KvCache {
   Status EnsureSlots();
   bool ViewHolds(const sparkv_attend_args& args) const;
   Status Look(const sparkv_attend_args& args);
-  Status PlanTokens(const sparkv_attend_args& args, int stream_index, const Words& seen, std::vector<TokenPlan>* tokens);
-  uint16_t FindOrMakeTable(const sparkv_attend_args& args, int stream_index, const uint64_t* seen, int64_t own, int32_t rank);
-  void PlanSeals(const sparkv_attend_args& args, int stream_index, const Words& seen, const std::vector<TokenPlan>& tokens);
+  Status PlanTokens(const sparkv_attend_args& args, int stream_index, const Words& seen,
+                    std::vector<TokenPlan>* tokens);
+  uint16_t FindOrMakeTable(const sparkv_attend_args& args, int stream_index, const uint64_t* seen,
+                           int64_t own, int32_t rank);
+  void PlanSeals(const sparkv_attend_args& args, int stream_index, const Words& seen,
+                 const std::vector<TokenPlan>& tokens);
   void PlanObserved(const sparkv_attend_args& args, int stream_index, const Words& seen,
                     const std::vector<TokenPlan>& tokens);
   Status CommitPlan();
-  void MarkBits(const sparkv_attend_args& args, const Words& seen, const std::vector<std::vector<TokenPlan>>& tokens);
+  void MarkBits(const sparkv_attend_args& args, const Words& seen,
+                const std::vector<std::vector<TokenPlan>>& tokens);
   void ResolveRanks(const uint64_t* seen, int64_t base);
   void ReleaseBeyond(int stream, int64_t n_kv);
   int64_t FlightOf(const sparkv_attend_args& args, int stream_index, int64_t token) const;
@@ -122,7 +134,8 @@ class KvCache {
   void RemoveDense(int64_t cell);
   Status TakeSlot(int64_t cell);
   void ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16_t* out) const;
-  void PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key, const uint16_t* value);
+  void PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key,
+               const uint16_t* value);
   void ExpandTables(int layer, bool idle_too = false);
   const float* HeadTable(const LayerLayout& layer, uint16_t id, int head) const;
   void NotePeak();
@@ -143,13 +156,14 @@ class KvCache {
   DenseStore dense_;
   PackedStore packed_;
   WeightTables tables_;
-  std::vector<uint64_t> sealed_bits_;               // [n_streams][words_per_stream]
-  std::vector<std::vector<int64_t>> dense_cells_;   // per stream, oldest first
-  std::vector<int64_t> used_end_;                   // per stream: largest used index + 1
+  std::vector<uint64_t> sealed_bits_;              // [n_streams][words_per_stream]
+  std::vector<std::vector<int64_t>> dense_cells_;  // per stream, oldest first
+  std::vector<int64_t> used_end_;                  // per stream: largest used index + 1
   uint32_t next_order_ = 1;
   int64_t n_sealed_ = 0, n_dense_ = 0;
 
-  // The micro-batch in flight. Its rows wait in one arena, which the layers use one after the other.
+  // The micro-batch in flight. Its rows wait in one arena, which the layers use one after the
+  // other.
   Step step_;
   View view_;
   std::vector<int64_t> flight_cells_;
@@ -161,18 +175,19 @@ class KvCache {
   // Energies of queries that may still be needed for a table: f32 [channels] per cell.
   std::unordered_map<int64_t, std::vector<float>> observed_;
 
-  std::vector<float> table_f32_;                    // KeyWeights of one layer, [table][n_kv_heads][kWeightParts][k_dim]
-  std::vector<const float*> table_of_;              // [id] -> row in table_f32_, or NULL
-  std::vector<std::vector<float>> thread_space_;    // attention scratch per thread
-  std::vector<float> partial_;                      // attention states of split tasks
-  bool needs_weights_ = false;                      // some layer packs keys with weights
+  std::vector<float>
+      table_f32_;  // KeyWeights of one layer, [table][n_kv_heads][kWeightParts][k_dim]
+  std::vector<const float*> table_of_;            // [id] -> row in table_f32_, or NULL
+  std::vector<std::vector<float>> thread_space_;  // attention scratch per thread
+  std::vector<float> partial_;                    // attention states of split tasks
+  bool needs_weights_ = false;                    // some layer packs keys with weights
 
   struct RestoreSession {
     bool open = false;
     int first_layer = -1;
-    uint16_t matched = 0;              // weights of the last row that was recognised
-    bool range_matched = false;        // one was in the range being restored
-    std::vector<int64_t> strangers;    // dense rows of ranges without any
+    uint16_t matched = 0;            // weights of the last row that was recognised
+    bool range_matched = false;      // one was in the range being restored
+    std::vector<int64_t> strangers;  // dense rows of ranges without any
     std::unordered_set<int64_t> cells;
   } restore_;
   struct CopySession {

@@ -1,4 +1,5 @@
-// Packed rows in groups of cells (cache_layout.h). A group is committed by its first row and given back with its last.
+// Packed rows in groups of cells (cache_layout.h). A group is committed by its first row and given
+// back with its last.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,11 @@ class PackedStore {
     if (--rows_[size_t(group)] != 0) return;
     // Pages shared with a neighbour go only when the neighbour is empty too.
     size_t first = size_t(group), last = size_t(group) + 1;
-    while (first > 0 && rows_[first - 1] == 0 && (size_t(group) - first) * group_bytes_ < 4096) --first;
-    while (last < rows_.size() && rows_[last] == 0 && (last - size_t(group) - 1) * group_bytes_ < 4096) ++last;
+    while (first > 0 && rows_[first - 1] == 0 && (size_t(group) - first) * group_bytes_ < 4096)
+      --first;
+    while (last < rows_.size() && rows_[last] == 0 &&
+           (last - size_t(group) - 1) * group_bytes_ < 4096)
+      ++last;
     const size_t tail = last == rows_.size() ? 4095 : 0;
     region_.Release(first * group_bytes_, (last - first) * group_bytes_ + tail);
   }

@@ -1,7 +1,8 @@
 // Rows that come from outside as f16: state files, copies of streams, keys that move.
 //
-// A packed row that was read as f16 packs to the same bytes again under its own weights and, in practice, under no others. So
-// weights need no name in a state file: the known table under which a key row is a fixed point is the one it was packed with.
+// A packed row that was read as f16 packs to the same bytes again under its own weights and, in
+// practice, under no others. So weights need no name in a state file: the known table under which a
+// key row is a fixed point is the one it was packed with.
 #include <algorithm>
 #include <cstring>
 
@@ -19,13 +20,15 @@ bool KvCache::PacksToItself(const LayerLayout& layer, uint16_t table_id, const u
     ops_->pack_key(layer.key, HeadTable(layer, table_id, h), row + at, packed);
     ops_->unpack_key(layer.key, HeadTable(layer, table_id, h), packed, again);
     for (int j = 0; j < layer.k_dim(); ++j) {
-      if (again[j] != row[at + size_t(j)] && ((again[j] | row[at + size_t(j)]) & 0x7fffu) != 0) return false;
+      if (again[j] != row[at + size_t(j)] && ((again[j] | row[at + size_t(j)]) & 0x7fffu) != 0)
+        return false;
     }
   }
   return true;
 }
 
-// Decides at the first key row of a cell whether it is packed; the other layers and the values follow.
+// Decides at the first key row of a cell whether it is packed; the other layers and the values
+// follow.
 Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row) {
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
   cells_.Touch(cell);
@@ -69,7 +72,8 @@ Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row
   return Status::Ok();
 }
 
-Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n, const uint16_t* rows) {
+Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
+                        const uint16_t* rows) {
   FinishStep();
   copy_ = {};
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
@@ -91,20 +95,26 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n, co
       restore_.cells.insert(cell);
     }
     switch (cells_.state(cell)) {
-      case CellState::kSealed: PackRow(layer, cell, cells_.table(cell), keys ? row : nullptr, keys ? nullptr : row); break;
-      case CellState::kDense:
-        std::memcpy(dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()), row, row_numbers * 2);
+      case CellState::kSealed:
+        PackRow(layer, cell, cells_.table(cell), keys ? row : nullptr, keys ? nullptr : row);
         break;
-      default: return Status::Invalid("values: cell " + std::to_string(cell) + " was given no keys");
+      case CellState::kDense:
+        std::memcpy(dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()),
+                    row, row_numbers * 2);
+        break;
+      default:
+        return Status::Invalid("values: cell " + std::to_string(cell) + " was given no keys");
     }
   }
-  for (int64_t i = 0; i < n && placing && !restore_.range_matched; ++i) restore_.strangers.push_back(first + i);
+  for (int64_t i = 0; i < n && placing && !restore_.range_matched; ++i)
+    restore_.strangers.push_back(first + i);
   return Status::Ok();
 }
 
-// The rows of a restore that no known weights reproduce. Beside rows that were recognised they are the window and the sinks of
-// the same sequence, which were dense before. Alone, and with packed values, they were packed by a process whose weights are
-// gone: packing them again would lose more, so they stay dense, and the host is told how many.
+// The rows of a restore that no known weights reproduce. Beside rows that were recognised they are
+// the window and the sinks of the same sequence, which were dense before. Alone, and with packed
+// values, they were packed by a process whose weights are gone: packing them again would lose more,
+// so they stay dense, and the host is told how many.
 void KvCache::EndRestore() {
   if (!restore_.open) return;
   restore_.open = false;
@@ -114,7 +124,8 @@ void KvCache::EndRestore() {
     std::vector<uint8_t> packed(layer.value.bytes);
     for (const int64_t cell : restore_.strangers) {
       if (cells_.state(cell) != CellState::kDense || cells_.pinned(cell) != 0) continue;
-      // Values that do not pack to themselves were never packed: a plain state file, free to be packed.
+      // Values that do not pack to themselves were never packed: a plain state file, free to be
+      // packed.
       bool raw = false;
       const uint16_t* values = dense_.numbers(cells_.slot(cell)) + layer.dense_at + layer.k_row();
       for (int h = 0; h < layer.n_kv_heads && !raw && layer.value.rotated(); ++h) {
@@ -179,11 +190,11 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
     if (cells_.state(a) == CellState::kSealed) {
       for (int h = 0; h < layer.n_kv_heads; ++h) {
         if (keys) {
-          std::memcpy(packed_.data() + layout_.key_at(layer, h, b), packed_.data() + layout_.key_at(layer, h, a),
-                      layer.key.bytes);
+          std::memcpy(packed_.data() + layout_.key_at(layer, h, b),
+                      packed_.data() + layout_.key_at(layer, h, a), layer.key.bytes);
         } else {
-          std::memcpy(packed_.data() + layout_.value_at(layer, h, b), packed_.data() + layout_.value_at(layer, h, a),
-                      layer.value.bytes);
+          std::memcpy(packed_.data() + layout_.value_at(layer, h, b),
+                      packed_.data() + layout_.value_at(layer, h, a), layer.value.bytes);
         }
       }
     } else if (cells_.state(a) == CellState::kDense) {
@@ -195,7 +206,8 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
   return Status::Ok();
 }
 
-Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cells, const sparkv_rope& rope) {
+Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cells,
+                           const sparkv_rope& rope) {
   FinishStep();
   EndRestore();
   copy_ = {};
@@ -238,7 +250,7 @@ struct WeightsHeader {
   uint64_t fingerprint;  // of shape and key configuration
   uint64_t checksum;     // of everything behind the header
   uint32_t n_tables;
-  uint32_t n_numbers;     // f16 numbers per table
+  uint32_t n_numbers;  // f16 numbers per table
 };
 static_assert(sizeof(WeightsHeader) == 32);
 
@@ -247,7 +259,8 @@ static_assert(sizeof(WeightsHeader) == 32);
 uint64_t KvCache::Fingerprint() const {
   uint64_t hash = Fnv1a(&config_.recover, sizeof(config_.recover));
   for (const LayerLayout& layer : layout_.layers) {
-    const int32_t numbers[4] = {layer.n_kv_heads, layer.key.head_dim, layer.key.kept, int32_t(layer.key.number)};
+    const int32_t numbers[4] = {layer.n_kv_heads, layer.key.head_dim, layer.key.kept,
+                                int32_t(layer.key.number)};
     hash = Fnv1a(numbers, sizeof(numbers), hash);
   }
   return hash;
@@ -268,31 +281,37 @@ size_t KvCache::SaveWeights(void* bytes, size_t size) const {
   header.fingerprint = Fingerprint();
   header.n_tables = uint32_t(known.size());
   header.n_numbers = uint32_t(layout_.table_numbers);
-  header.checksum = Fnv1a(static_cast<uint8_t*>(bytes) + sizeof(header), known.size() * table_bytes);
+  header.checksum =
+      Fnv1a(static_cast<uint8_t*>(bytes) + sizeof(header), known.size() * table_bytes);
   std::memcpy(bytes, &header, sizeof(header));
   return needed;
 }
 
 Status KvCache::LoadWeights(const void* bytes, size_t size) {
   WeightsHeader header;
-  if (size < sizeof(header)) return Status::Corrupt("weights: " + std::to_string(size) + " bytes are no header");
+  if (size < sizeof(header))
+    return Status::Corrupt("weights: " + std::to_string(size) + " bytes are no header");
   std::memcpy(&header, bytes, sizeof(header));
-  if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0) return Status::Corrupt("weights.magic: not sparkvw1");
+  if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0)
+    return Status::Corrupt("weights.magic: not sparkvw1");
   if (header.fingerprint != Fingerprint() || header.n_numbers != layout_.table_numbers) {
-    return Status::Invalid("weights.fingerprint: made for another model shape or another key configuration");
+    return Status::Invalid(
+        "weights.fingerprint: made for another model shape or another key configuration");
   }
   const size_t table_bytes = layout_.table_numbers * 2;
   if (header.n_tables > 65535 || size - sizeof(header) != size_t(header.n_tables) * table_bytes) {
-    return Status::Corrupt("weights.n_tables: " + std::to_string(header.n_tables) + " tables do not fit " +
-                           std::to_string(size) + " bytes");
+    return Status::Corrupt("weights.n_tables: " + std::to_string(header.n_tables) +
+                           " tables do not fit " + std::to_string(size) + " bytes");
   }
   const uint8_t* in = static_cast<const uint8_t*>(bytes) + sizeof(header);
-  if (header.checksum != Fnv1a(in, size - sizeof(header))) return Status::Corrupt("weights.checksum: bytes are damaged");
+  if (header.checksum != Fnv1a(in, size - sizeof(header)))
+    return Status::Corrupt("weights.checksum: bytes are damaged");
   // Anything that is not finite would reach keys.
   for (size_t i = 0; i < size - sizeof(header); i += 2) {
     uint16_t a;
     std::memcpy(&a, in + i, 2);
-    if ((a & 0x7c00u) == 0x7c00u) return Status::Corrupt("weights: number " + std::to_string(i / 2) + " is not finite");
+    if ((a & 0x7c00u) == 0x7c00u)
+      return Status::Corrupt("weights: number " + std::to_string(i / 2) + " is not finite");
   }
   // Oldest first, so that the newest is tried first again; the store keeps the newest ones.
   for (uint32_t t = header.n_tables; t-- > 0;) {

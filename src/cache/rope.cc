@@ -6,11 +6,13 @@
 namespace sparkv {
 namespace {
 
-// YaRN (arXiv 2309.00071): dimensions that turn more than beta_fast times over the original context keep their frequency,
-// those that turn less than beta_slow times are interpolated, the ones between are mixed.
+// YaRN (arXiv 2309.00071): dimensions that turn more than beta_fast times over the original context
+// keep their frequency, those that turn less than beta_slow times are interpolated, the ones
+// between are mixed.
 float CorrectionDim(const sparkv_rope& rope, float beta) {
   const float pi = 3.14159265358979f;
-  return float(rope.n_rot) * std::log(float(rope.n_ctx_orig) / (beta * 2.0f * pi)) / (2.0f * std::log(rope.freq_base));
+  return float(rope.n_rot) * std::log(float(rope.n_ctx_orig) / (beta * 2.0f * pi)) /
+         (2.0f * std::log(rope.freq_base));
 }
 
 }  // namespace
@@ -26,7 +28,8 @@ void RotatePosition(const sparkv_rope& rope, int delta, float* k) {
   }
   float position = float(delta);
   for (int i = 0; i < half; ++i, position *= theta_scale) {
-    const float extrapolated = position / (rope.freq_factors != nullptr ? rope.freq_factors[i] : 1.0f);
+    const float extrapolated =
+        position / (rope.freq_factors != nullptr ? rope.freq_factors[i] : 1.0f);
     float theta = rope.freq_scale * extrapolated, magnitude = rope.attn_factor;
     if (rope.ext_factor != 0.0f) {
       const float y = (float(i) - low) / std::max(0.001f, high - low);

@@ -1,5 +1,5 @@
-// Observe and seal: queries become weights, rows that leave the window become packed rows. Layer by layer, from the arena and
-// from dense slots.
+// Observe and seal: queries become weights, rows that leave the window become packed rows. Layer by
+// layer, from the arena and from dense slots.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -9,7 +9,8 @@
 
 namespace sparkv {
 
-const uint16_t* KvCache::ColumnNumbers(const LayerLayout& layer, const Column& column, bool keys) const {
+const uint16_t* KvCache::ColumnNumbers(const LayerLayout& layer, const Column& column,
+                                       bool keys) const {
   if (column.flight >= 0) {
     return keys ? flight_keys_.data() + size_t(column.flight) * layer.k_row()
                 : flight_values_.data() + size_t(column.flight) * layer.v_row();
@@ -17,19 +18,21 @@ const uint16_t* KvCache::ColumnNumbers(const LayerLayout& layer, const Column& c
   return dense_.numbers(column.slot) + layer.dense_at + (keys ? 0 : layer.k_row());
 }
 
-// The energies of the queries of this layer go where a table, now or later, asks for them. Sums run in order of rank, so
-// weights do not depend on how the queries arrived.
+// The energies of the queries of this layer go where a table, now or later, asks for them. Sums run
+// in order of rank, so weights do not depend on how the queries arrived.
 void KvCache::MakeTables(const sparkv_attend_args& args) {
   const LayerLayout& layer = layout_.layers[size_t(args.layer)];
   if (!layer.key.needs_table()) return;
   const int dim = layer.k_dim(), group = args.n_heads / layer.n_kv_heads;
   const auto energy = [&](int64_t cell, float* out) {
     const int64_t flight = flight_at_.at(cell);
-    const uint8_t* q = reinterpret_cast<const uint8_t*>(args.q) + size_t(flight / args.n_tokens) * args.q_stream_stride +
+    const uint8_t* q = reinterpret_cast<const uint8_t*>(args.q) +
+                       size_t(flight / args.n_tokens) * args.q_stream_stride +
                        size_t(flight % args.n_tokens) * args.q_token_stride;
     for (int h = 0; h < layer.n_kv_heads; ++h) {
       QueryEnergy(reinterpret_cast<const float*>(q + size_t(h * group) * args.q_head_stride),
-                  args.q_head_stride / sizeof(float), group, dim, sparkv_group(config_.group), out + size_t(h) * size_t(dim));
+                  args.q_head_stride / sizeof(float), group, dim, sparkv_group(config_.group),
+                  out + size_t(h) * size_t(dim));
     }
   };
   const size_t n = layer.k_row();
@@ -48,7 +51,8 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
     for (float& x : u) x = std::sqrt(x);
     for (int h = 0; h < layer.n_kv_heads; ++h) {
       const size_t at = size_t(h) * size_t(dim);
-      MakeTable(layer.key.recover, u.data() + at, dim, tables_.at(table.id)->a.data() + layer.table_at + at);
+      MakeTable(layer.key.recover, u.data() + at, dim,
+                tables_.at(table.id)->a.data() + layer.table_at + at);
     }
   }
   for (const int64_t cell : step_.observed) {
@@ -66,7 +70,8 @@ void KvCache::SealLayer(int layer_index) {
   const auto body = [&](int64_t chunk, int) {
     for (int64_t i = chunk * kChunk; i < std::min(n, (chunk + 1) * kChunk); ++i) {
       const Column& column = step_.sealing[size_t(i)];
-      PackRow(layer, column.cell, column.table, ColumnNumbers(layer, column, true), ColumnNumbers(layer, column, false));
+      PackRow(layer, column.cell, column.table, ColumnNumbers(layer, column, true),
+              ColumnNumbers(layer, column, false));
     }
   };
   if (n <= kChunk) {

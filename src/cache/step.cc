@@ -1,6 +1,7 @@
-// The life of a micro-batch. Which rows are packed, with which weights, and what each query sees is a function of the tokens
-// before it in its own sequence, never of how the host cuts prompts into micro-batches or what other sequences do
-// (docs/design.md, "one answer"). Sequences are not announced: a query's mask row shows which cells are its past.
+// The life of a micro-batch. Which rows are packed, with which weights, and what each query sees is
+// a function of the tokens before it in its own sequence, never of how the host cuts prompts into
+// micro-batches or what other sequences do (docs/design.md, "one answer"). Sequences are not
+// announced: a query's mask row shows which cells are its past.
 #include <algorithm>
 #include <cstring>
 
@@ -16,8 +17,8 @@ constexpr int32_t kNoSlot = -1, kPackedSlot = -2;
 
 }  // namespace
 
-Status KvCache::Write(bool keys, int layer_index, const int64_t* cells, int64_t n_rows, const void* rows, sparkv_row_type type,
-                      size_t row_stride) {
+Status KvCache::Write(bool keys, int layer_index, const int64_t* cells, int64_t n_rows,
+                      const void* rows, sparkv_row_type type, size_t row_stride) {
   EndRestore();
   copy_ = {};
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
@@ -35,7 +36,8 @@ Status KvCache::Write(bool keys, int layer_index, const int64_t* cells, int64_t 
   } else {
     if (arena_layer_ != layer_index || int64_t(flight_cells_.size()) != n_rows ||
         !std::equal(cells, cells + n_rows, flight_cells_.begin())) {
-      return Status::Invalid("values: layer " + std::to_string(layer_index) + " was not given keys for the same cells");
+      return Status::Invalid("values: layer " + std::to_string(layer_index) +
+                             " was not given keys for the same cells");
     }
   }
   std::vector<uint16_t>& arena = keys ? flight_keys_ : flight_values_;
@@ -80,7 +82,8 @@ void KvCache::BeginStep(const int64_t* cells, int64_t n_rows) {
 // Gives a dense slot to every cell in flight that will not be packed in this step.
 Status KvCache::EnsureSlots() {
   for (const int64_t cell : flight_cells_) {
-    if (cell < 0 || cells_.state(cell) != CellState::kFlight || cells_.slot(cell) != kNoSlot) continue;
+    if (cell < 0 || cells_.state(cell) != CellState::kFlight || cells_.slot(cell) != kNoSlot)
+      continue;
     if (Status s = TakeSlot(cell); !s.ok()) return s;
   }
   return Status::Ok();
@@ -103,8 +106,10 @@ void KvCache::FinishStep() {
   if (!step_.open) return;
   FlushLayer();
   step_.open = false;
-  // A step that stopped between layers packed its rows in some of them only: rows that waited dense stay dense.
-  const bool complete = std::all_of(layer_done_.begin(), layer_done_.end(), [](uint8_t done) { return done != 0; });
+  // A step that stopped between layers packed its rows in some of them only: rows that waited dense
+  // stay dense.
+  const bool complete =
+      std::all_of(layer_done_.begin(), layer_done_.end(), [](uint8_t done) { return done != 0; });
   for (const Column& column : step_.sealing) {
     if (column.flight < 0 && !complete) {
       RemovePacked(column.cell);
@@ -150,7 +155,8 @@ int64_t KvCache::FlightOf(const sparkv_attend_args& args, int stream_index, int6
   return layout_.stream_of(cell) == args.first_stream + stream_index ? cell : -1;
 }
 
-// Restored cells learn their place from the first query that sees them: they are older than what it was written with.
+// Restored cells learn their place from the first query that sees them: they are older than what it
+// was written with.
 void KvCache::ResolveRanks(const uint64_t* seen, int64_t base) {
   bool unknown = false;
   ForEachBit(seen, view_.packed_words, [&](int64_t i) {
@@ -160,7 +166,8 @@ void KvCache::ResolveRanks(const uint64_t* seen, int64_t base) {
   std::vector<std::pair<uint32_t, int64_t>> by_age;
   ForEachBit(seen, view_.packed_words, [&](int64_t i) {
     const CellState state = cells_.state(base + i);
-    if (state == CellState::kDense || state == CellState::kSealed) by_age.emplace_back(cells_.order(base + i), base + i);
+    if (state == CellState::kDense || state == CellState::kSealed)
+      by_age.emplace_back(cells_.order(base + i), base + i);
   });
   std::sort(by_age.begin(), by_age.end());
   int32_t rank = 0;
@@ -170,10 +177,11 @@ void KvCache::ResolveRanks(const uint64_t* seen, int64_t base) {
   }
 }
 
-// The weights of a sequence that has none yet: those of an older row of its own (restored), else new ones from its first
-// `observe` queries (its last ones with seal = prefill-end). 0 when no number is left.
-uint16_t KvCache::FindOrMakeTable(const sparkv_attend_args& args, int stream_index, const uint64_t* seen, int64_t own,
-                                  int32_t rank) {
+// The weights of a sequence that has none yet: those of an older row of its own (restored), else
+// new ones from its first `observe` queries (its last ones with seal = prefill-end). 0 when no
+// number is left.
+uint16_t KvCache::FindOrMakeTable(const sparkv_attend_args& args, int stream_index,
+                                  const uint64_t* seen, int64_t own, int32_t rank) {
   const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
   uint32_t newest = 0;
   uint16_t found = 0;
@@ -228,7 +236,8 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
       plan = step_.tokens[size_t(flight_at_[own])];
       continue;
     }
-    // The newest other cell it sees is the token before it; within a micro-batch that is mostly the query before it.
+    // The newest other cell it sees is the token before it; within a micro-batch that is mostly the
+    // query before it.
     int64_t parent = -1;
     if (own >= 0 && previous >= 0 && sees(row, previous)) {
       parent = previous;
@@ -239,7 +248,8 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
         const int64_t cell = base + i;
         const CellState state = cells_.state(cell);
         if (cell == own || state == CellState::kEmpty) return;
-        if (state == CellState::kFlight && own >= 0 && cells_.order(cell) > cells_.order(own)) return;
+        if (state == CellState::kFlight && own >= 0 && cells_.order(cell) > cells_.order(own))
+          return;
         if (cells_.order(cell) > newest) {
           newest = cells_.order(cell);
           parent = cell;
@@ -281,12 +291,16 @@ void KvCache::PlanSeals(const sparkv_attend_args& args, int stream_index, const 
   for (Column& column : view_.columns[size_t(stream_index)]) {
     const int64_t i = column.cell - base;
     if (column.rank < config_.sinks || cells_.pinned(column.cell) != 0) continue;
-    if (column.flight >= 0 && cells_.slot(column.cell) >= 0) continue;  // its first layers are dense already
+    if (column.flight >= 0 && cells_.slot(column.cell) >= 0)
+      continue;  // its first layers are dense already
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       const TokenPlan& plan = tokens[size_t(t)];
       const bool ready = needs_weights_ ? plan.table != 0 : !prefill_end || plan.alone;
       if (!ready || plan.rank - column.rank < config_.window) continue;
-      if ((seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >> (i % 64) & 1) == 0) continue;
+      if ((seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >>
+               (i % 64) &
+           1) == 0)
+        continue;
       column.table = plan.table;
       column.sealing = true;
       step_.sealing.push_back(column);
@@ -302,7 +316,9 @@ void KvCache::PlanObserved(const sparkv_attend_args& args, int stream_index, con
   const bool prefill_end = config_.seal == SPARKV_SEAL_PREFILL_END;
   const auto sees = [&](int64_t t, int64_t cell) {
     const int64_t i = cell - base;
-    return (seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >> (i % 64) & 1) != 0;
+    return (seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >>
+                (i % 64) &
+            1) != 0;
   };
   for (int64_t t = 0; t < args.n_tokens; ++t) {
     const int64_t own = FlightOf(args, stream_index, t);
@@ -321,7 +337,8 @@ void KvCache::PlanObserved(const sparkv_attend_args& args, int stream_index, con
     if (column.flight >= 0 || observed_.count(column.cell) == 0) continue;
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       const TokenPlan& plan = tokens[size_t(t)];
-      if (plan.table != 0 || plan.rank - column.rank < config_.observe || !sees(t, column.cell)) continue;
+      if (plan.table != 0 || plan.rank - column.rank < config_.observe || !sees(t, column.cell))
+        continue;
       observed_.erase(column.cell);
       break;
     }
@@ -344,7 +361,8 @@ Status KvCache::CommitPlan() {
 }
 
 // Bits of what each query sees packed and what it sees dense.
-void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen, const std::vector<std::vector<TokenPlan>>& tokens) {
+void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
+                       const std::vector<std::vector<TokenPlan>>& tokens) {
   size_t most = 0;
   for (const auto& columns : view_.columns) most = std::max(most, columns.size());
   const size_t words = view_.packed_words;
@@ -355,7 +373,8 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen, const 
   view_.tile_table.assign(size_t(args.n_streams) * words, 0);
   for (int s = 0; s < args.n_streams; ++s) {
     const int64_t base = (args.first_stream + s) * layout_.cells_per_stream;
-    const uint64_t* sealed = &sealed_bits_[size_t((args.first_stream + s) * layout_.words_per_stream())];
+    const uint64_t* sealed =
+        &sealed_bits_[size_t((args.first_stream + s) * layout_.words_per_stream())];
     const std::vector<Column>& columns = view_.columns[size_t(s)];
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       const size_t row = size_t(s * args.n_tokens + t);
@@ -369,9 +388,11 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen, const 
         const int64_t i = column.cell - base;
         const uint64_t bit = uint64_t{1} << (i % 64);
         if ((see[i / 64] & bit) == 0) continue;
-        // A row packed in this step is still dense for the queries that have it in their window, and for those that come
-        // before their sequence has weights.
-        if (column.sealing && plan.rank - column.rank >= config_.window && (plan.table != 0 || column.table == 0)) continue;
+        // A row packed in this step is still dense for the queries that have it in their window,
+        // and for those that come before their sequence has weights.
+        if (column.sealing && plan.rank - column.rank >= config_.window &&
+            (plan.table != 0 || column.table == 0))
+          continue;
         packed[i / 64] &= ~bit;
         dense[c / 64] |= uint64_t{1} << (c % 64);
       }
@@ -379,7 +400,8 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen, const 
     if (!needs_weights_) continue;
     for (size_t w = 0; w < words; ++w) {
       uint64_t any = 0;
-      for (int64_t t = 0; t < args.n_tokens; ++t) any |= view_.packed_bits[size_t(s * args.n_tokens + t) * words + w];
+      for (int64_t t = 0; t < args.n_tokens; ++t)
+        any |= view_.packed_bits[size_t(s * args.n_tokens + t) * words + w];
       uint16_t& table = view_.tile_table[size_t(s) * words + w];
       ForEachBit(&any, 1, [&](int64_t i) {
         const uint16_t id = cells_.table(base + int64_t(w) * 64 + i);
@@ -390,13 +412,14 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen, const 
 }
 
 bool KvCache::ViewHolds(const sparkv_attend_args& args) const {
-  return step_.planned && step_.open && view_.in_arena && arena_layer_ == args.layer && layer_done_[size_t(args.layer)] == 0 && view_.mask == args.mask &&
-         view_.n_kv == args.n_kv && view_.n_tokens == args.n_tokens && view_.first_stream == args.first_stream &&
-         view_.n_streams == args.n_streams;
+  return step_.planned && step_.open && view_.in_arena && arena_layer_ == args.layer &&
+         layer_done_[size_t(args.layer)] == 0 && view_.mask == args.mask &&
+         view_.n_kv == args.n_kv && view_.n_tokens == args.n_tokens &&
+         view_.first_stream == args.first_stream && view_.n_streams == args.n_streams;
 }
 
-// Reads the mask. The first look of a step also plans it; later ones (another mask, a layer attended again, no write before)
-// see what is there and change nothing.
+// Reads the mask. The first look of a step also plans it; later ones (another mask, a layer
+// attended again, no write before) see what is there and change nothing.
 Status KvCache::Look(const sparkv_attend_args& args) {
   const bool plan = step_.open && !step_.planned;
   view_ = View{};
@@ -408,7 +431,8 @@ Status KvCache::Look(const sparkv_attend_args& args) {
       if (args.mask == nullptr) {
         SetBits(row, args.n_kv);
       } else {
-        const uint8_t* mask = reinterpret_cast<const uint8_t*>(args.mask) + size_t(s) * args.mask_stream_stride +
+        const uint8_t* mask = reinterpret_cast<const uint8_t*>(args.mask) +
+                              size_t(s) * args.mask_stream_stride +
                               size_t(t) * args.mask_token_stride;
         view_.mask_values |= VisibleBits(reinterpret_cast<const uint16_t*>(mask), args.n_kv, row);
       }
@@ -419,7 +443,8 @@ Status KvCache::Look(const sparkv_attend_args& args) {
 
   std::vector<std::vector<TokenPlan>> tokens(static_cast<size_t>(args.n_streams));
   view_.columns.assign(size_t(args.n_streams), {});
-  const bool in_arena = step_.open && layer_done_[size_t(args.layer)] == 0 && arena_layer_ == args.layer;
+  const bool in_arena =
+      step_.open && layer_done_[size_t(args.layer)] == 0 && arena_layer_ == args.layer;
   view_.in_arena = plan || in_arena;
   for (int s = 0; s < args.n_streams; ++s) {
     if (Status status = PlanTokens(args, s, seen, &tokens[size_t(s)]); !status.ok()) return status;
@@ -427,15 +452,18 @@ Status KvCache::Look(const sparkv_attend_args& args) {
     const int64_t stream = args.first_stream + s;
     Words any(view_.packed_words, 0);
     for (int64_t t = 0; t < args.n_tokens; ++t) {
-      for (size_t w = 0; w < any.size(); ++w) any[w] |= seen[size_t(s * args.n_tokens + t) * any.size() + w];
+      for (size_t w = 0; w < any.size(); ++w)
+        any[w] |= seen[size_t(s * args.n_tokens + t) * any.size() + w];
     }
-    // What nobody sees must not be there: it would move the others, and with them the order of sums.
+    // What nobody sees must not be there: it would move the others, and with them the order of
+    // sums.
     const auto wanted = [&](int64_t cell) {
       const int64_t i = layout_.index_of(cell);
       return i < args.n_kv && (any[size_t(i / 64)] >> (i % 64) & 1) != 0;
     };
     for (const int64_t cell : dense_cells_[size_t(stream)]) {
-      if (wanted(cell)) columns.push_back({cell, cells_.rank(cell), -1, cells_.slot(cell), 0, false});
+      if (wanted(cell))
+        columns.push_back({cell, cells_.rank(cell), -1, cells_.slot(cell), 0, false});
     }
     for (size_t i = 0; step_.open && i < flight_cells_.size(); ++i) {
       const int64_t cell = flight_cells_[i];
@@ -446,7 +474,8 @@ Status KvCache::Look(const sparkv_attend_args& args) {
         columns.push_back({cell, cells_.rank(cell), -1, cells_.slot(cell), 0, false});
       }
     }
-    std::stable_sort(columns.begin(), columns.end(), [](const Column& x, const Column& y) { return x.rank < y.rank; });
+    std::stable_sort(columns.begin(), columns.end(),
+                     [](const Column& x, const Column& y) { return x.rank < y.rank; });
     if (plan) {
       PlanSeals(args, s, seen, tokens[size_t(s)]);
       if (needs_weights_) PlanObserved(args, s, seen, tokens[size_t(s)]);

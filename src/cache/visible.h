@@ -15,7 +15,8 @@ namespace sparkv {
 template <typename Body>
 void ForEachBit(const uint64_t* words, size_t n_words, Body&& body) {
   for (size_t w = 0; w < n_words; ++w) {
-    for (uint64_t bits = words[w]; bits != 0; bits &= bits - 1) body(int64_t(w * 64) + std::countr_zero(bits));
+    for (uint64_t bits = words[w]; bits != 0; bits &= bits - 1)
+      body(int64_t(w * 64) + std::countr_zero(bits));
   }
 }
 
@@ -24,7 +25,8 @@ inline void SetBits(uint64_t* words, int64_t n) {
   if (n % 64 != 0) words[n / 64] = (uint64_t{1} << (n % 64)) - 1;
 }
 
-// Bit i of words = mask[i] is not -inf (f16). words is zero before. True when some visible entry is not zero.
+// Bit i of words = mask[i] is not -inf (f16). words is zero before. True when some visible entry is
+// not zero.
 inline bool VisibleBits(const uint16_t* mask, int64_t n, uint64_t* words) {
   constexpr uint16_t kHidden = 0xfc00u;
   bool values = false;
@@ -36,7 +38,9 @@ inline bool VisibleBits(const uint16_t* mask, int64_t n, uint64_t* words) {
     const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask + i));
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask + i + 8));
     const __m128i hide_a = _mm_cmpeq_epi16(a, hidden), hide_b = _mm_cmpeq_epi16(b, hidden);
-    any = _mm_or_si128(any, _mm_and_si128(_mm_or_si128(_mm_andnot_si128(hide_a, a), _mm_andnot_si128(hide_b, b)), magnitude));
+    any = _mm_or_si128(
+        any, _mm_and_si128(_mm_or_si128(_mm_andnot_si128(hide_a, a), _mm_andnot_si128(hide_b, b)),
+                           magnitude));
     const unsigned bits = unsigned(_mm_movemask_epi8(_mm_packs_epi16(hide_a, hide_b))) ^ 0xffffu;
     words[i / 64] |= uint64_t(bits) << (i % 64);
   }

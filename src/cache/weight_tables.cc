@@ -64,10 +64,14 @@ uint16_t Weight(double x) { return FloatToHalf(float(std::fmin(std::fmax(x, 0x1p
 
 void MakeTable(sparkv_recover recover, const float* u, int head_dim, uint16_t* restore) {
   float largest = 0.0f;
-  for (int j = 0; j < head_dim; ++j) largest = std::fmax(largest, std::isfinite(u[j]) ? u[j] : 0.0f);
-  // weight: the reference ranks by k^2 u, so |k| sqrt(u); the paper by |k| u. Scaled to a root mean square of 1.
+  for (int j = 0; j < head_dim; ++j)
+    largest = std::fmax(largest, std::isfinite(u[j]) ? u[j] : 0.0f);
+  // weight: the reference ranks by k^2 u, so |k| sqrt(u); the paper by |k| u. Scaled to a root mean
+  // square of 1.
   const auto alive = [&](int j) { return u[j] > 1e-12f * largest && std::isfinite(u[j]); };
-  const auto weight = [&](int j) { return recover == SPARKV_RECOVER_PAPER ? double(u[j]) : std::sqrt(double(u[j])); };
+  const auto weight = [&](int j) {
+    return recover == SPARKV_RECOVER_PAPER ? double(u[j]) : std::sqrt(double(u[j]));
+  };
   double energy = 0.0;
   int n_alive = 0;
   for (int j = 0; j < head_dim; ++j) {
@@ -77,7 +81,8 @@ void MakeTable(sparkv_recover recover, const float* u, int head_dim, uint16_t* r
   }
   const double rms = n_alive > 0 ? std::sqrt(energy / n_alive) : 1.0;
   // No query energy at all: |k| alone decides.
-  for (int j = 0; j < head_dim; ++j) restore[j] = n_alive == 0 ? 0x3c00u : alive(j) ? Weight(rms / weight(j)) : uint16_t{0};
+  for (int j = 0; j < head_dim; ++j)
+    restore[j] = n_alive == 0 ? 0x3c00u : alive(j) ? Weight(rms / weight(j)) : uint16_t{0};
 }
 
 void ExpandTable(const uint16_t* restore, int head_dim, float* out) {

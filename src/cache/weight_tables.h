@@ -1,4 +1,5 @@
-// Channel weights: one table per sequence, made once from its first queries and never changed. Cells refer to tables by number.
+// Channel weights: one table per sequence, made once from its first queries and never changed.
+// Cells refer to tables by number.
 #pragma once
 
 #include <cstdint>

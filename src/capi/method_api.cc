@@ -73,8 +73,7 @@ using sparkv::Guard;
 using sparkv::Status;
 
 sparkv_status sparkv_channel_weight(const float* q, int32_t group, int32_t n_queries,
-                                    int32_t head_dim, int32_t how, float* u,
-                                    sparkv_error* error) {
+                                    int32_t head_dim, int32_t how, float* u, sparkv_error* error) {
   return Guard(error, [&]() -> Status {
     return Arguments()
         .Pointer("q", q)
@@ -101,8 +100,7 @@ sparkv_status sparkv_select(const float* k, const float* u, int32_t head_dim, in
 }
 
 sparkv_status sparkv_recover_key(const float* k, const float* u, const uint8_t* mask,
-                                 int32_t head_dim, int32_t how, float* out,
-                                 sparkv_error* error) {
+                                 int32_t head_dim, int32_t how, float* out, sparkv_error* error) {
   return Guard(error, [&]() -> Status {
     return Arguments()
         .Pointer("k", k)
@@ -115,9 +113,8 @@ sparkv_status sparkv_recover_key(const float* k, const float* u, const uint8_t* 
   });
 }
 
-sparkv_status sparkv_group_mode(const float* k, const float* u, int32_t head_dim,
-                                int32_t how, int32_t* group_id, uint8_t* mask, float* out,
-                                sparkv_error* error) {
+sparkv_status sparkv_group_mode(const float* k, const float* u, int32_t head_dim, int32_t how,
+                                int32_t* group_id, uint8_t* mask, float* out, sparkv_error* error) {
   return Guard(error, [&]() -> Status {
     return Arguments()
         .Pointer("k", k)
@@ -135,8 +132,7 @@ sparkv_status sparkv_group_mode(const float* k, const float* u, int32_t head_dim
 }
 
 sparkv_status sparkv_prune_values(const float* v, int32_t n_tokens, int32_t head_dim, double ratio,
-                                  int32_t how, uint8_t* mask, float* out,
-                                  sparkv_error* error) {
+                                  int32_t how, uint8_t* mask, float* out, sparkv_error* error) {
   return Guard(error, [&]() -> Status {
     return Arguments()
         .Pointer("v", v)
@@ -146,7 +142,9 @@ sparkv_status sparkv_prune_values(const float* v, int32_t n_tokens, int32_t head
         .Range("n_tokens", n_tokens, 0, sparkv::kMaxTokens)
         .Ratio(ratio)
         .Range("how", how, 0, SPARKV_RECOVER_MEAN)
-        .Then([&] { sparkv::PruneValues(v, n_tokens, head_dim, ratio, sparkv_recover(how), mask, out); });
+        .Then([&] {
+          sparkv::PruneValues(v, n_tokens, head_dim, ratio, sparkv_recover(how), mask, out);
+        });
   });
 }
 
@@ -162,7 +160,9 @@ sparkv_status sparkv_prune_values_top_p(const float* v, int32_t n_tokens, int32_
         .Range("n_tokens", n_tokens, 0, sparkv::kMaxTokens)
         .TopP(top_p)
         .Range("how", how, 0, SPARKV_RECOVER_MEAN)
-        .Then([&] { sparkv::PruneValuesTopP(v, n_tokens, head_dim, top_p, sparkv_recover(how), mask, out); });
+        .Then([&] {
+          sparkv::PruneValuesTopP(v, n_tokens, head_dim, top_p, sparkv_recover(how), mask, out);
+        });
   });
 }
 

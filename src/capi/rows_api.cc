@@ -1,4 +1,5 @@
-// Single packed rows behind the C ABI. Bytes that come in here are hostile: every field is checked before it is used.
+// Single packed rows behind the C ABI. Bytes that come in here are hostile: every field is checked
+// before it is used.
 #include <bit>
 #include <cstring>
 #include <string>
@@ -23,39 +24,46 @@ Status MakeRow(const sparkv_config* config, int32_t head_dim, Row* row) {
   if (config == nullptr) return Status::Invalid("config: NULL");
   if (Status s = CheckConfig(*config); !s.ok()) return s;
   if (!HeadDimAllowed(head_dim)) {
-    return Status::Invalid("head_dim: " + std::to_string(head_dim) + " is outside 32..512 in steps of 8");
+    return Status::Invalid("head_dim: " + std::to_string(head_dim) +
+                           " is outside 32..512 in steps of 8");
   }
-  row->key = KeyLayout::Make(head_dim, KeptChannels(config->ratio, head_dim), sparkv_number(config->kept),
-                             sparkv_recover(config->recover));
+  row->key = KeyLayout::Make(head_dim, KeptChannels(config->ratio, head_dim),
+                             sparkv_number(config->kept), sparkv_recover(config->recover));
   row->value = ValueLayout::Make(head_dim, sparkv_number(config->values));
   row->ops = CpuOps(sparkv_simd(config->simd));
-  if (row->ops == nullptr) return Status::Unsupported("simd: this CPU lacks the instruction set asked for");
+  if (row->ops == nullptr)
+    return Status::Unsupported("simd: this CPU lacks the instruction set asked for");
   return Status::Ok();
 }
 
 Status CheckSize(size_t size, uint32_t bytes) {
   if (size == bytes) return Status::Ok();
-  return Status::Invalid("row_size: " + std::to_string(size) + " is not the row's " + std::to_string(bytes) + " bytes");
+  return Status::Invalid("row_size: " + std::to_string(size) + " is not the row's " +
+                         std::to_string(bytes) + " bytes");
 }
 
 Status CheckTable(const KeyLayout& layout, const uint16_t* table) {
   if (!layout.needs_table()) return Status::Ok();
-  if (table == nullptr) return Status::Invalid("table: NULL, but this configuration packs with weights");
+  if (table == nullptr)
+    return Status::Invalid("table: NULL, but this configuration packs with weights");
   for (int j = 0; j < layout.head_dim; ++j) {
-    if (table[j] >= 0x7c00u) return Status::Corrupt("table[" + std::to_string(j) + "]: negative or not finite");
+    if (table[j] >= 0x7c00u)
+      return Status::Corrupt("table[" + std::to_string(j) + "]: negative or not finite");
   }
   return Status::Ok();
 }
 
 Status CheckKeyRow(const KeyLayout& layout, const uint8_t* row) {
-  if (layout.number != SPARKV_F16 && !layout.restores() && layout.kept > 0 && RatioOf(uint32_t(row[0] | row[1] << 8)) != 0) {
+  if (layout.number != SPARKV_F16 && !layout.restores() && layout.kept > 0 &&
+      RatioOf(uint32_t(row[0] | row[1] << 8)) != 0) {
     return Status::Corrupt("scale: a pruned magnitude, but this row restores nothing");
   }
   if (layout.mask_bytes != 0) {
     int kept = 0;
     for (uint32_t i = 0; i < layout.mask_bytes; ++i) kept += std::popcount(row[layout.mask_at + i]);
     if (kept != layout.kept) {
-      return Status::Corrupt("mask: " + std::to_string(kept) + " channels are kept instead of " + std::to_string(layout.kept));
+      return Status::Corrupt("mask: " + std::to_string(kept) + " channels are kept instead of " +
+                             std::to_string(layout.kept));
     }
   }
   // Bits behind the last sign or code are zero.
@@ -64,14 +72,18 @@ Status CheckKeyRow(const KeyLayout& layout, const uint8_t* row) {
     return Status::Corrupt(std::string(field) + ": bits behind the last one are not zero");
   };
   const uint32_t kept = uint32_t(layout.kept);
-  if (Status s = spare("signs", layout.sign_at, layout.sign_bytes, uint32_t(layout.pruned)); !s.ok()) return s;
+  if (Status s = spare("signs", layout.sign_at, layout.sign_bytes, uint32_t(layout.pruned));
+      !s.ok())
+    return s;
   if (layout.number == SPARKV_F16 || layout.number == SPARKV_INT8) return Status::Ok();
   if (Status s = spare("low codes", layout.low_at, layout.low_bytes, kept * 4); !s.ok()) return s;
-  return spare("high codes", layout.high_at, layout.high_bytes, kept * (layout.number == SPARKV_INT6 ? 2 : 1));
+  return spare("high codes", layout.high_at, layout.high_bytes,
+               kept * (layout.number == SPARKV_INT6 ? 2 : 1));
 }
 
 Status CheckValueRow(const ValueLayout& layout, const uint8_t* row) {
-  if (layout.rotated() && row[1] >> 4 != 0) return Status::Corrupt("scale: bits 12..15 are not zero");
+  if (layout.rotated() && row[1] >> 4 != 0)
+    return Status::Corrupt("scale: bits 12..15 are not zero");
   return Status::Ok();
 }
 
@@ -86,34 +98,39 @@ extern "C" {
 
 size_t sparkv_key_row_bytes(const sparkv_config* config, int32_t head_dim) {
   Row row;
-  const sparkv_status status = Guard(nullptr, [&] { return sparkv::MakeRow(config, head_dim, &row); });
+  const sparkv_status status =
+      Guard(nullptr, [&] { return sparkv::MakeRow(config, head_dim, &row); });
   return status == SPARKV_OK || status == SPARKV_UNSUPPORTED ? row.key.bytes : 0;
 }
 
 size_t sparkv_value_row_bytes(const sparkv_config* config, int32_t head_dim) {
   Row row;
-  const sparkv_status status = Guard(nullptr, [&] { return sparkv::MakeRow(config, head_dim, &row); });
+  const sparkv_status status =
+      Guard(nullptr, [&] { return sparkv::MakeRow(config, head_dim, &row); });
   return status == SPARKV_OK || status == SPARKV_UNSUPPORTED ? row.value.bytes : 0;
 }
 
-sparkv_status sparkv_make_table(const sparkv_config* config, const float* u, int32_t head_dim, uint16_t* table,
-                                sparkv_error* error) {
+sparkv_status sparkv_make_table(const sparkv_config* config, const float* u, int32_t head_dim,
+                                uint16_t* table, sparkv_error* error) {
   return Guard(error, [&] {
     Row row;
     if (Status s = sparkv::MakeRow(config, head_dim, &row); !s.ok()) return s;
-    if (u == nullptr || table == nullptr) return Status::Invalid(u == nullptr ? "u: NULL" : "table: NULL");
+    if (u == nullptr || table == nullptr)
+      return Status::Invalid(u == nullptr ? "u: NULL" : "table: NULL");
     sparkv::MakeTable(row.key.recover, u, head_dim, table);
     return Status::Ok();
   });
 }
 
-sparkv_status sparkv_pack_key(const sparkv_config* config, const uint16_t* table, const uint16_t* k, int32_t head_dim,
-                              uint8_t* row, size_t row_size, sparkv_error* error) {
+sparkv_status sparkv_pack_key(const sparkv_config* config, const uint16_t* table, const uint16_t* k,
+                              int32_t head_dim, uint8_t* row, size_t row_size,
+                              sparkv_error* error) {
   return Guard(error, [&] {
     Row r;
     if (Status s = sparkv::MakeRow(config, head_dim, &r); !s.ok()) return s;
     if (Status s = sparkv::CheckSize(row_size, r.key.bytes); !s.ok()) return s;
-    if (k == nullptr || row == nullptr) return Status::Invalid(k == nullptr ? "k: NULL" : "row: NULL");
+    if (k == nullptr || row == nullptr)
+      return Status::Invalid(k == nullptr ? "k: NULL" : "row: NULL");
     float weights[sparkv::kWeightParts * sparkv::kMaxHeadDim];
     if (Status s = sparkv::CheckTable(r.key, table); !s.ok()) return s;
     if (r.key.needs_table()) sparkv::ExpandTable(table, head_dim, weights);
@@ -122,13 +139,15 @@ sparkv_status sparkv_pack_key(const sparkv_config* config, const uint16_t* table
   });
 }
 
-sparkv_status sparkv_unpack_key(const sparkv_config* config, const uint16_t* table, const uint8_t* row, size_t row_size,
-                                int32_t head_dim, uint16_t* k, sparkv_error* error) {
+sparkv_status sparkv_unpack_key(const sparkv_config* config, const uint16_t* table,
+                                const uint8_t* row, size_t row_size, int32_t head_dim, uint16_t* k,
+                                sparkv_error* error) {
   return Guard(error, [&] {
     Row r;
     if (Status s = sparkv::MakeRow(config, head_dim, &r); !s.ok()) return s;
     if (Status s = sparkv::CheckSize(row_size, r.key.bytes); !s.ok()) return s;
-    if (k == nullptr || row == nullptr) return Status::Invalid(k == nullptr ? "k: NULL" : "row: NULL");
+    if (k == nullptr || row == nullptr)
+      return Status::Invalid(k == nullptr ? "k: NULL" : "row: NULL");
     float weights[sparkv::kWeightParts * sparkv::kMaxHeadDim];
     if (Status s = sparkv::CheckTable(r.key, table); !s.ok()) return s;
     if (r.key.needs_table()) sparkv::ExpandTable(table, head_dim, weights);
@@ -138,25 +157,27 @@ sparkv_status sparkv_unpack_key(const sparkv_config* config, const uint16_t* tab
   });
 }
 
-sparkv_status sparkv_pack_value(const sparkv_config* config, const uint16_t* v, int32_t head_dim, uint8_t* row,
-                                size_t row_size, sparkv_error* error) {
+sparkv_status sparkv_pack_value(const sparkv_config* config, const uint16_t* v, int32_t head_dim,
+                                uint8_t* row, size_t row_size, sparkv_error* error) {
   return Guard(error, [&] {
     Row r;
     if (Status s = sparkv::MakeRow(config, head_dim, &r); !s.ok()) return s;
     if (Status s = sparkv::CheckSize(row_size, r.value.bytes); !s.ok()) return s;
-    if (v == nullptr || row == nullptr) return Status::Invalid(v == nullptr ? "v: NULL" : "row: NULL");
+    if (v == nullptr || row == nullptr)
+      return Status::Invalid(v == nullptr ? "v: NULL" : "row: NULL");
     r.ops->pack_value(r.value, v, row);
     return Status::Ok();
   });
 }
 
-sparkv_status sparkv_unpack_value(const sparkv_config* config, const uint8_t* row, size_t row_size, int32_t head_dim,
-                                  uint16_t* v, sparkv_error* error) {
+sparkv_status sparkv_unpack_value(const sparkv_config* config, const uint8_t* row, size_t row_size,
+                                  int32_t head_dim, uint16_t* v, sparkv_error* error) {
   return Guard(error, [&] {
     Row r;
     if (Status s = sparkv::MakeRow(config, head_dim, &r); !s.ok()) return s;
     if (Status s = sparkv::CheckSize(row_size, r.value.bytes); !s.ok()) return s;
-    if (v == nullptr || row == nullptr) return Status::Invalid(v == nullptr ? "v: NULL" : "row: NULL");
+    if (v == nullptr || row == nullptr)
+      return Status::Invalid(v == nullptr ? "v: NULL" : "row: NULL");
     if (Status s = sparkv::CheckValueRow(r.value, row); !s.ok()) return s;
     r.ops->unpack_value(r.value, row, v);
     return Status::Ok();

@@ -18,8 +18,8 @@ struct Start {
   int window;
 };
 constexpr Start kPaper = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED, 32};
-// The newest tokens are read most: 64 more dense ones take 0.18 bits at 4,096 tokens and a third of the
-// divergence away.
+// The newest tokens are read most: 64 more dense ones take 0.18 bits at 4,096 tokens and a third of
+// the divergence away.
 constexpr Start kPacked = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED, 96};
 constexpr int kSinks = 4, kObserve = 32;
 
@@ -226,8 +226,8 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
 
 Status CheckConfig(const sparkv_config& config) {
   if (config.struct_size < sizeof(config)) {
-    return Status::Invalid("config.struct_size: " + std::to_string(config.struct_size) + " is less than " +
-                           std::to_string(sizeof(config)));
+    return Status::Invalid("config.struct_size: " + std::to_string(config.struct_size) +
+                           " is less than " + std::to_string(sizeof(config)));
   }
   if (!RatioAllowed(config.ratio))
     return Status::Invalid(Outside("ratio", NumberText(config.ratio), "0", "1"));

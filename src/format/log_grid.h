@@ -1,7 +1,8 @@
 // Logarithmic grids for scales: value(e) = 2^((e - 1) / steps - bias), e >= 1; e = 0 is zero.
-// A scale on a grid survives unpacking, rounding to f16 and packing again, which a scale stored as f16 does not: this is what
-// makes packing idempotent. Everything here is exact table look-up and comparison, so bytes do not depend on libm.
-// Inlined everywhere for the reason that base/half.h gives.
+// A scale on a grid survives unpacking, rounding to f16 and packing again, which a scale stored as
+// f16 does not: this is what makes packing idempotent. Everything here is exact table look-up and
+// comparison, so bytes do not depend on libm. Inlined everywhere for the reason that base/half.h
+// gives.
 #pragma once
 
 #include <bit>
@@ -24,7 +25,8 @@ inline constexpr float kPow2Table[64] = {
     0x1.ea4afap+0f, 0x1.efa1bep+0f, 0x1.f50766p+0f, 0x1.fa7c18p+0f,
 };
 
-// Steps per octave divide 64. kMax is the largest exponent code; the code above it may mean "not finite".
+// Steps per octave divide 64. kMax is the largest exponent code; the code above it may mean "not
+// finite".
 template <int kSteps, int kBias, int kMax>
 struct LogGrid {
   static constexpr int kStride = 64 / kSteps;
@@ -32,10 +34,12 @@ struct LogGrid {
   [[gnu::always_inline]] static constexpr float Value(int e) {
     if (e == 0) return 0.0f;
     const int octave = (e - 1) / kSteps - kBias;
-    return kPow2Table[(e - 1) % kSteps * kStride] * std::bit_cast<float>(uint32_t(octave + 127) << 23);
+    return kPow2Table[(e - 1) % kSteps * kStride] *
+           std::bit_cast<float>(uint32_t(octave + 127) << 23);
   }
 
-  // Smallest e with Value(e) * (1 + tolerance) >= x; x is finite and not negative. Values below the grid give 0.
+  // Smallest e with Value(e) * (1 + tolerance) >= x; x is finite and not negative. Values below the
+  // grid give 0.
   [[gnu::always_inline]] static int Ceil(float x, float tolerance) {
     const float wanted = x / (1.0f + tolerance);
     if (!(wanted > Value(1) * 0.5f)) return 0;
@@ -66,24 +70,28 @@ struct LogGrid {
   }
 };
 
-using KeyScaleGrid = LogGrid<32, 16, 1022>;    // largest kept |k| of a key row; 10 bits
-using MeanGrid = LogGrid<8, 20, 255>;          // magnitude of pruned channels beside f16 kept ones; 8 bits
+using KeyScaleGrid = LogGrid<32, 16, 1022>;  // largest kept |k| of a key row; 10 bits
+using MeanGrid = LogGrid<8, 20, 255>;  // magnitude of pruned channels beside f16 kept ones; 8 bits
 using ValueScaleGrid = LogGrid<64, 32, 4094>;  // largest |x| of a rotated value row; 12 bits
 inline constexpr int kKeyScaleNotFinite = 1023;
 inline constexpr int kValueScaleNotFinite = 4095;
 
-// Magnitude of pruned channels beside integer kept ones: largest * 2^((9 - r) / 4), r = 1..63; r = 0 is zero. 6 bits.
+// Magnitude of pruned channels beside integer kept ones: largest * 2^((9 - r) / 4), r = 1..63; r =
+// 0 is zero. 6 bits.
 inline constexpr int kMaxRatio = 63;
 inline constexpr int kRatioOne = 9;
 static constexpr float RatioValue(int r) {
   if (r == 0) return 0.0f;
   const int quarter = kRatioOne - r + 64;  // quarters of an octave above 2^-16
-  return kPow2Table[quarter % 4 * 16] * std::bit_cast<float>(uint32_t(quarter / 4 - 16 + 127) << 23);
+  return kPow2Table[quarter % 4 * 16] *
+         std::bit_cast<float>(uint32_t(quarter / 4 - 16 + 127) << 23);
 }
 
 // The scale word of a key row with integer kept channels.
 static inline int KeyScaleOf(uint32_t word) { return int(word & 1023); }
 static inline int RatioOf(uint32_t word) { return int(word >> 10); }
-static inline uint32_t ScaleWord(int scale, int ratio) { return uint32_t(scale) | uint32_t(ratio) << 10; }
+static inline uint32_t ScaleWord(int scale, int ratio) {
+  return uint32_t(scale) | uint32_t(ratio) << 10;
+}
 
 }  // namespace sparkv

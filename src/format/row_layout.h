@@ -1,5 +1,6 @@
-// What the bytes of a packed row are (docs/format.md, same order, same names). The only file that knows where a bit lies.
-// Rows are stored one after the other without padding; the row of token i is at base + i * bytes.
+// What the bytes of a packed row are (docs/format.md, same order, same names). The only file that
+// knows where a bit lies. Rows are stored one after the other without padding; the row of token i
+// is at base + i * bytes.
 #pragma once
 
 #include <cstddef>
@@ -10,26 +11,36 @@
 namespace sparkv {
 
 inline constexpr int kMaxHeadDim = 512;
-static inline bool HeadDimAllowed(int head_dim) { return head_dim >= 32 && head_dim <= kMaxHeadDim && head_dim % 8 == 0; }
+static inline bool HeadDimAllowed(int head_dim) {
+  return head_dim >= 32 && head_dim <= kMaxHeadDim && head_dim % 8 == 0;
+}
 
 // Bits of a number type's code; 16 for f16.
 static inline int NumberBits(sparkv_number number) {
   switch (number) {
-    case SPARKV_INT8: return 8;
-    case SPARKV_INT6: return 6;
-    case SPARKV_INT5: return 5;
-    case SPARKV_INT4: return 4;
-    default: return 16;
+    case SPARKV_INT8:
+      return 8;
+    case SPARKV_INT6:
+      return 6;
+    case SPARKV_INT5:
+      return 5;
+    case SPARKV_INT4:
+      return 4;
+    default:
+      return 16;
   }
 }
 
 // A packed key row of one head: | scale | mask | signs | low codes | high codes |
-//   scale  u16: bits 0..9 KeyScaleGrid code of the largest kept |k|, bits 10..15 the pruned magnitude as a ratio to it
+//   scale  u16: bits 0..9 KeyScaleGrid code of the largest kept |k|, bits 10..15 the pruned
+//   magnitude as a ratio to it
 //          (integer kept);
-//          u8: MeanGrid code of the pruned magnitude (f16 kept, recovered); absent for f16 kept that restore nothing
+//          u8: MeanGrid code of the pruned magnitude (f16 kept, recovered); absent for f16 kept
+//          that restore nothing
 //   mask   head_dim bits, bit j = channel j is kept; absent when all or none are
-//   signs  one bit per pruned channel in channel order, 1 = positive; absent when pruned channels restore to zero
-//   codes  kept channels in channel order: f16 as they are; int8: a byte; int6, int5, int4: low 4 bits as nibbles (even rank
+//   signs  one bit per pruned channel in channel order, 1 = positive; absent when pruned channels
+//   restore to zero codes  kept channels in channel order: f16 as they are; int8: a byte; int6,
+//   int5, int4: low 4 bits as nibbles (even rank
 //          in the low half), then the other 2 or 1 bits, packed from bit 0
 struct KeyLayout {
   int head_dim = 0, kept = 0, pruned = 0;
@@ -40,7 +51,9 @@ struct KeyLayout {
   uint32_t bytes = 0;
 
   bool restores() const { return recover != SPARKV_RECOVER_ZERO && pruned > 0; }
-  bool needs_table() const { return pruned > 0; }  // weights decide which channels are pruned and restore them
+  bool needs_table() const {
+    return pruned > 0;
+  }  // weights decide which channels are pruned and restore them
 
   static KeyLayout Make(int head_dim, int kept, sparkv_number number, sparkv_recover recover) {
     KeyLayout l;
@@ -58,11 +71,23 @@ struct KeyLayout {
     l.mask_bytes = kept > 0 && l.pruned > 0 ? uint32_t(head_dim) / 8 : 0;
     l.sign_bytes = l.restores() ? (uint32_t(l.pruned) + 7) / 8 : 0;
     switch (number) {
-      case SPARKV_F16: l.low_bytes = 2 * t; break;
-      case SPARKV_INT8: l.low_bytes = t; break;
-      case SPARKV_INT6: l.low_bytes = (t + 1) / 2; l.high_bytes = (t + 3) / 4; break;
-      case SPARKV_INT5: l.low_bytes = (t + 1) / 2; l.high_bytes = (t + 7) / 8; break;
-      case SPARKV_INT4: l.low_bytes = (t + 1) / 2; break;
+      case SPARKV_F16:
+        l.low_bytes = 2 * t;
+        break;
+      case SPARKV_INT8:
+        l.low_bytes = t;
+        break;
+      case SPARKV_INT6:
+        l.low_bytes = (t + 1) / 2;
+        l.high_bytes = (t + 3) / 4;
+        break;
+      case SPARKV_INT5:
+        l.low_bytes = (t + 1) / 2;
+        l.high_bytes = (t + 7) / 8;
+        break;
+      case SPARKV_INT4:
+        l.low_bytes = (t + 1) / 2;
+        break;
     }
     l.mask_at = l.scale_bytes;
     l.sign_at = l.mask_at + l.mask_bytes;
@@ -73,8 +98,9 @@ struct KeyLayout {
   }
 };
 
-// A packed value row of one head: f16 as it is, or | scale u16 (bits 0..11 ValueScaleGrid code of the largest rotated |x|,
-// bits 12..15 zero) | codes: int8 a byte each, int4 nibbles (even channel in the low half) |, rotated by RotationBlock.
+// A packed value row of one head: f16 as it is, or | scale u16 (bits 0..11 ValueScaleGrid code of
+// the largest rotated |x|, bits 12..15 zero) | codes: int8 a byte each, int4 nibbles (even channel
+// in the low half) |, rotated by RotationBlock.
 struct ValueLayout {
   int head_dim = 0;
   sparkv_number number = SPARKV_F16;
@@ -93,8 +119,8 @@ struct ValueLayout {
   }
 };
 
-// Weights of one head as the kernels read them, [2][head_dim] f32 (docs/format.md, "weights"): channels are ranked by
-// |k| * weight; a pruned one is restored as sign * magnitude * restore.
+// Weights of one head as the kernels read them, [2][head_dim] f32 (docs/format.md, "weights"):
+// channels are ranked by |k| * weight; a pruned one is restored as sign * magnitude * restore.
 // weight = 1 / restore, 0 where restore is 0.
 struct KeyWeights {
   const float *restore, *weight;
@@ -102,7 +128,8 @@ struct KeyWeights {
 };
 inline constexpr int kWeightParts = 2;
 
-// Value rows are rotated in blocks of the largest power of two that divides the head size (64: one block; 96: three of 32).
+// Value rows are rotated in blocks of the largest power of two that divides the head size (64: one
+// block; 96: three of 32).
 static inline int RotationBlock(int head_dim) { return head_dim & -head_dim; }
 
 }  // namespace sparkv

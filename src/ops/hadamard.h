@@ -1,5 +1,5 @@
-// Orthonormal Walsh-Hadamard rotation of blocks; its own inverse. The order of additions is fixed, so every instruction set
-// gives the same bits.
+// Orthonormal Walsh-Hadamard rotation of blocks; its own inverse. The order of additions is fixed,
+// so every instruction set gives the same bits.
 #pragma once
 
 #include <cmath>

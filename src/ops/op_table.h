@@ -1,5 +1,6 @@
-// The functions of one device on one instruction set. The cache calls nothing else on rows, so that another device can bring
-// its own table. Raw pointers and layouts only: no models, layers or sequences.
+// The functions of one device on one instruction set. The cache calls nothing else on rows, so that
+// another device can bring its own table. Raw pointers and layouts only: no models, layers or
+// sequences.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +13,9 @@ namespace sparkv {
 // Columns of one attention tile: cells 64t .. 64t+63 of a stream, or 64 dense rows.
 inline constexpr int kTile = 64;
 
-// 64 rows of one head in runs of 16: row i is at [i / 16] + (i % 16) * bytes of its layout. Rows whose bit in `rows` is clear are
-// not used; a run without any is not touched. Memory may be read up to 128 bytes past a row.
+// 64 rows of one head in runs of 16: row i is at [i / 16] + (i % 16) * bytes of its layout. Rows
+// whose bit in `rows` is clear are not used; a run without any is not touched. Memory may be read
+// up to 128 bytes past a row.
 struct PackedTile {
   uint64_t rows = 0;
   const uint8_t* key[kTile / 16];
@@ -27,21 +29,24 @@ struct DenseTile {
   const uint16_t* value[kTile];  // f16 [v_dim]
 };
 
-// Attention of n query rows over some tiles, carried as (o, m, d): o = sum of e^(s-m) v, m = largest score, d = sum e^(s-m).
+// Attention of n query rows over some tiles, carried as (o, m, d): o = sum of e^(s-m) v, m =
+// largest score, d = sum e^(s-m).
 struct AttentionState {
   float* o;  // [n][o_stride], o_stride = v_dim padded to 16
   float* m;  // [n]
   float* d;  // [n]
 };
 
-// Queries of one KV head that see one set of tiles together. Rows are token-major: row = token * group + g.
+// Queries of one KV head that see one set of tiles together. Rows are token-major: row = token *
+// group + g.
 struct QueryBlock {
-  const float* q;        // [n_rows][q_stride], not scaled
-  size_t q_stride;       // floats
+  const float* q;   // [n_rows][q_stride], not scaled
+  size_t q_stride;  // floats
   int n_rows, group;
   int k_dim, v_dim, o_stride;
-  float scale, softcap;  // score = scale * qk, then softcap * tanh(score / softcap) when softcap > 0
-  const float* slope;    // [group] ALiBi slopes, or NULL when the mask only hides
+  float scale,
+      softcap;         // score = scale * qk, then softcap * tanh(score / softcap) when softcap > 0
+  const float* slope;  // [group] ALiBi slopes, or NULL when the mask only hides
 };
 
 struct Scratch {
@@ -53,11 +58,15 @@ struct Scratch {
 };
 inline constexpr int kScoreRows = 8;
 static inline size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }
-// Floats of prepared queries: two vectors of 16-bit numbers, in 64-channel pieces, and eight numbers per row.
-static inline size_t QueryFloats(int k_dim, size_t n_rows) { return n_rows * (size_t((k_dim + 63) / 64) * 64 + 16); }
+// Floats of prepared queries: two vectors of 16-bit numbers, in 64-channel pieces, and eight
+// numbers per row.
+static inline size_t QueryFloats(int k_dim, size_t n_rows) {
+  return n_rows * (size_t((k_dim + 63) / 64) * 64 + 16);
+}
 // Rows are padded to 16 floats; the padding must start as zeros. `floats` is aligned to 64 bytes.
 static inline size_t ScratchFloats(int k_dim, int v_dim, size_t n_rows) {
-  return size_t(kTile) * (2 * PadTo16(k_dim) + PadTo16(v_dim) + kScoreRows) + QueryFloats(k_dim, n_rows);
+  return size_t(kTile) * (2 * PadTo16(k_dim) + PadTo16(v_dim) + kScoreRows) +
+         QueryFloats(k_dim, n_rows);
 }
 static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim) {
   Scratch s;
@@ -79,20 +88,24 @@ struct OpTable {
   void (*unpack_key)(const KeyLayout& layout, const float* table, const uint8_t* row, uint16_t* k);
   void (*unpack_value)(const ValueLayout& layout, const uint8_t* row, uint16_t* v);
 
-  // Puts the queries of a block into the form that attend_packed reads beside keys of this layout and table; called before it
-  // whenever one of them has changed.
-  void (*prepare_queries)(const KeyLayout& layout, const float* table, const QueryBlock& block, const Scratch& scratch);
-  // state (+)= attention of the block over one tile. visible: [n_tokens] bits of the tile's columns each token sees, a subset
-  // of tile.rows; mask: per token f16 mask values of the 64 columns (only read when block.slope is set).
-  // Packed values add to o in the rotated basis.
-  void (*attend_packed)(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
-                        const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch,
+  // Puts the queries of a block into the form that attend_packed reads beside keys of this layout
+  // and table; called before it whenever one of them has changed.
+  void (*prepare_queries)(const KeyLayout& layout, const float* table, const QueryBlock& block,
+                          const Scratch& scratch);
+  // state (+)= attention of the block over one tile. visible: [n_tokens] bits of the tile's columns
+  // each token sees, a subset of tile.rows; mask: per token f16 mask values of the 64 columns (only
+  // read when block.slope is set). Packed values add to o in the rotated basis.
+  void (*attend_packed)(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+                        const PackedTile& tile, const uint64_t* visible,
+                        const uint16_t* const* mask, const Scratch& scratch,
                         const AttentionState& state);
   void (*attend_dense)(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
-                       const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state);
+                       const uint16_t* const* mask, const Scratch& scratch,
+                       const AttentionState& state);
 };
 
-// The table for a wish; AUTO gives the best this CPU has, another wish that the CPU lacks gives NULL.
+// The table for a wish; AUTO gives the best this CPU has, another wish that the CPU lacks gives
+// NULL.
 const OpTable* CpuOps(sparkv_simd wish);
 
 }  // namespace sparkv

@@ -350,7 +350,8 @@ TEST_P(AttendOps, EveryPlaceInATileAloneGivesItsValue) {
       std::vector<float> want = v;
       want.insert(want.end(), v.begin(), v.end());
       want.resize(4 * 64, 0.0f);  // the second query sees nothing
-      ASSERT_TRUE(Near(Output(c, GetParam()), want, Sums(shape, GetParam()))) << "dense " << dense << " place " << t;
+      ASSERT_TRUE(Near(Output(c, GetParam()), want, Sums(shape, GetParam())))
+          << "dense " << dense << " place " << t;
     }
   }
 }
@@ -428,7 +429,8 @@ TEST_P(AttendOps, HugeAndEqualScoresDoNotOverflow) {
       for (const float x : got) ASSERT_TRUE(std::isfinite(x));
     } else {
       // A score of 1e4 has an error of 1e-3 in f32.
-      ASSERT_TRUE(Near(got, Want(c, GetParam()), scale == 0.0f ? Sums(shape, GetParam()) : 2e-2)) << scale;
+      ASSERT_TRUE(Near(got, Want(c, GetParam()), scale == 0.0f ? Sums(shape, GetParam()) : 2e-2))
+          << scale;
     }
   }
   // A later tile that is far above or below what the state holds.
@@ -454,7 +456,8 @@ TEST_P(AttendOps, DoesNotReadRowsThatAreNotInTheTile) {
       // Pointers of other rows are NULL; what scratch holds there must not count.
       c.tiles = {Tile(shape, GetParam(), rows, dense, rng)};
       c.visible = {{rows, rows, 0}};
-      ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), Sums(shape, GetParam()))) << rows;
+      ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), Sums(shape, GetParam())))
+          << rows;
     }
   }
 }

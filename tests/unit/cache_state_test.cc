@@ -130,7 +130,8 @@ TEST_P(State, LayersMayBeRestoredInAnyOrderAndRangesOneAfterTheOther) {
 TEST_P(State, ValuesRestoredBeforeTheirKeysAreRefusedByName) {
   Host host(Small());
   const std::vector<uint16_t> row(host.layer(0).v_row(), 0x3c00u);
-  EXPECT_EQ(sparkv_cache_restore_values(host.cache, 0, 7, 1, row.data(), &host.error), SPARKV_INVALID);
+  EXPECT_EQ(sparkv_cache_restore_values(host.cache, 0, 7, 1, row.data(), &host.error),
+            SPARKV_INVALID);
   EXPECT_NE(std::strstr(host.error.text, "values: cell 7"), nullptr) << host.error.text;
 }
 

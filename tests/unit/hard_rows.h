@@ -22,8 +22,9 @@ inline std::vector<const OpTable*> AllOps() {
 
 inline const int kHeadDims[] = {32, 40, 64, 72, 80, 96, 112, 128, 136, 192, 256, 320, 512};
 
-// Kind 0: heavy tails and outlier channels. 1: exact ties. 2: mostly zeros. 3: one channel carries all. 4: near the ends of
-// f16. 5: tiny. 6: all zero. 7: one value only. 8: NaN and infinity among numbers.
+// Kind 0: heavy tails and outlier channels. 1: exact ties. 2: mostly zeros. 3: one channel carries
+// all. 4: near the ends of f16. 5: tiny. 6: all zero. 7: one value only. 8: NaN and infinity among
+// numbers.
 constexpr int kKinds = 9;
 inline std::vector<uint16_t> HardRow(int head_dim, int kind, std::mt19937& rng) {
   std::normal_distribution<float> normal;
@@ -54,8 +55,8 @@ inline std::vector<float> HardWeights(int head_dim, int kind, std::mt19937& rng)
   std::vector<float> u(static_cast<size_t>(head_dim));
   for (int j = 0; j < head_dim; ++j) {
     u[size_t(j)] = std::exp(1.2f * normal(rng));
-    if (kind == 1 && j % 7 == 0) u[size_t(j)] = 0.0f;    // dead channels
-    if (kind == 2) u[size_t(j)] = 0.0f;                  // nothing observed
+    if (kind == 1 && j % 7 == 0) u[size_t(j)] = 0.0f;  // dead channels
+    if (kind == 2) u[size_t(j)] = 0.0f;                // nothing observed
     if (kind == 3) u[size_t(j)] = j % 2 == 0 ? 1e-9f : 1e3f;
   }
   return u;
@@ -78,7 +79,9 @@ inline std::vector<sparkv_config> AllConfigs() {
         config.ratio = ratio;
         config.kept = kept;
         config.recover = recover;
-        config.values = kept == SPARKV_F16 ? SPARKV_F16 : kept == SPARKV_INT8 ? SPARKV_INT8 : SPARKV_INT4;
+        config.values = kept == SPARKV_F16    ? SPARKV_F16
+                        : kept == SPARKV_INT8 ? SPARKV_INT8
+                                              : SPARKV_INT4;
         all.push_back(config);
       }
     }

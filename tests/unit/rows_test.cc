@@ -52,8 +52,10 @@ TEST(Rows, ExactPresetIsBitExactForEveryHalf) {
   std::vector<uint8_t> row(1024);
   for (int first = 0; first < 65536; first += 512) {
     for (int j = 0; j < 512; ++j) k[size_t(j)] = uint16_t(first + j);
-    ASSERT_EQ(sparkv_pack_key(&config, nullptr, k.data(), 512, row.data(), 1024, nullptr), SPARKV_OK);
-    ASSERT_EQ(sparkv_unpack_key(&config, nullptr, row.data(), 1024, 512, back.data(), nullptr), SPARKV_OK);
+    ASSERT_EQ(sparkv_pack_key(&config, nullptr, k.data(), 512, row.data(), 1024, nullptr),
+              SPARKV_OK);
+    ASSERT_EQ(sparkv_unpack_key(&config, nullptr, row.data(), 1024, 512, back.data(), nullptr),
+              SPARKV_OK);
     ASSERT_EQ(k, back);
   }
 }
@@ -75,13 +77,14 @@ TEST(Rows, EveryInstructionSetWritesTheSameBytesAndPackingIsIdempotent) {
           for (const OpTable* op : ops) {
             std::fill(row.begin(), row.end(), 0xaa);
             op->pack_key(layout, table.table.data(), k.data(), row.data());
-            ASSERT_EQ(row, first) << op->name << " " << Name(config) << " D " << dim << " kind " << kind << " weights " << weights;
+            ASSERT_EQ(row, first) << op->name << " " << Name(config) << " D " << dim << " kind "
+                                  << kind << " weights " << weights;
             op->unpack_key(layout, table.table.data(), row.data(), other.data());
             ASSERT_EQ(other, back) << op->name << " " << Name(config);
           }
           ops[0]->pack_key(layout, table.table.data(), back.data(), row.data());
-          ASSERT_EQ(row, first) << "not idempotent: " << Name(config) << " D " << dim << " kind " << kind << " weights "
-                                << weights;
+          ASSERT_EQ(row, first) << "not idempotent: " << Name(config) << " D " << dim << " kind "
+                                << kind << " weights " << weights;
         }
       }
     }
@@ -109,22 +112,25 @@ TEST(Rows, ValuesAreTheSameBytesEverywhereAndIdempotent) {
             ASSERT_EQ(other, back) << op->name;
           }
           ops[0]->pack_value(layout, back.data(), row.data());
-          ASSERT_EQ(row, first) << "not idempotent: D " << dim << " number " << number << " kind " << kind;
+          ASSERT_EQ(row, first) << "not idempotent: D " << dim << " number " << number << " kind "
+                                << kind;
         }
       }
     }
   }
 }
 
-// Brackets on both sides: an "improvement" is noticed too. Relative error of the weighted key, mean over 400 rows.
+// Brackets on both sides: an "improvement" is noticed too. Relative error of the weighted key, mean
+// over 400 rows.
 TEST(Rows, ErrorsLieWhereTheFormatPutsThem) {
   std::mt19937 rng(3);
   struct Case {
     const char* preset;
     double low, high;
   };
-  for (const Case c : {Case{"spark-0.5", 2e-4, 1e-3}, Case{"spark-0.5-i8", 4e-4, 2e-3}, Case{"spark-0.5-i5", .005, .03},
-                       Case{"spark-0.5-i4", .02, .12}, Case{"spark-0.8", 2e-3, 1e-2}, Case{"spark-0-i8", 5e-5, 7e-4}}) {
+  for (const Case c : {Case{"spark-0.5", 2e-4, 1e-3}, Case{"spark-0.5-i8", 4e-4, 2e-3},
+                       Case{"spark-0.5-i5", .005, .03}, Case{"spark-0.5-i4", .02, .12},
+                       Case{"spark-0.8", 2e-3, 1e-2}, Case{"spark-0-i8", 5e-5, 7e-4}}) {
     sparkv_config config = Blank();
     ASSERT_EQ(sparkv_config_preset(&config, c.preset, nullptr), SPARKV_OK) << c.preset;
     const KeyLayout layout = LayoutOf(config, 64);
@@ -137,7 +143,8 @@ TEST(Rows, ErrorsLieWhereTheFormatPutsThem) {
       CpuOps(SPARKV_SIMD_AUTO)->pack_key(layout, table.table.data(), k.data(), row.data());
       CpuOps(SPARKV_SIMD_AUTO)->unpack_key(layout, table.table.data(), row.data(), back.data());
       for (size_t j = 0; j < 64; ++j) {
-        const double w = KeyWeights(table.table.data(), 64).weight[j], x = HalfToFloat(k[j]) * w, y = HalfToFloat(back[j]) * w;
+        const double w = KeyWeights(table.table.data(), 64).weight[j], x = HalfToFloat(k[j]) * w,
+                     y = HalfToFloat(back[j]) * w;
         error += (x - y) * (x - y);
         energy += x * x;
       }
@@ -174,19 +181,30 @@ TEST(Rows, UnpackRefusesHostileBytes) {
   std::vector<uint8_t> row(sparkv_key_row_bytes(&config, 80));
   std::vector<uint16_t> back(80);
   sparkv_error error{};
-  ASSERT_EQ(sparkv_pack_key(&config, table.a.data(), k.data(), 80, row.data(), row.size(), &error), SPARKV_OK) << error.text;
-  ASSERT_EQ(sparkv_unpack_key(&config, table.a.data(), row.data(), row.size(), 80, back.data(), &error), SPARKV_OK);
+  ASSERT_EQ(sparkv_pack_key(&config, table.a.data(), k.data(), 80, row.data(), row.size(), &error),
+            SPARKV_OK)
+      << error.text;
+  ASSERT_EQ(
+      sparkv_unpack_key(&config, table.a.data(), row.data(), row.size(), 80, back.data(), &error),
+      SPARKV_OK);
 
-  EXPECT_EQ(sparkv_unpack_key(&config, table.a.data(), row.data(), row.size() - 1, 80, back.data(), &error), SPARKV_INVALID);
+  EXPECT_EQ(sparkv_unpack_key(&config, table.a.data(), row.data(), row.size() - 1, 80, back.data(),
+                              &error),
+            SPARKV_INVALID);
   EXPECT_NE(std::strstr(error.text, "row_size"), nullptr) << error.text;
-  EXPECT_EQ(sparkv_unpack_key(&config, nullptr, row.data(), row.size(), 80, back.data(), &error), SPARKV_INVALID);
+  EXPECT_EQ(sparkv_unpack_key(&config, nullptr, row.data(), row.size(), 80, back.data(), &error),
+            SPARKV_INVALID);
   std::vector<uint8_t> bad = row;
   bad[2] ^= 1;  // one channel more or less
-  EXPECT_EQ(sparkv_unpack_key(&config, table.a.data(), bad.data(), bad.size(), 80, back.data(), &error), SPARKV_CORRUPT);
+  EXPECT_EQ(
+      sparkv_unpack_key(&config, table.a.data(), bad.data(), bad.size(), 80, back.data(), &error),
+      SPARKV_CORRUPT);
   EXPECT_NE(std::strstr(error.text, "mask"), nullptr) << error.text;
   std::vector<uint16_t> poison = table.a;
   poison[4] = 0x7c00u;
-  EXPECT_EQ(sparkv_unpack_key(&config, poison.data(), row.data(), row.size(), 80, back.data(), &error), SPARKV_CORRUPT);
+  EXPECT_EQ(
+      sparkv_unpack_key(&config, poison.data(), row.data(), row.size(), 80, back.data(), &error),
+      SPARKV_CORRUPT);
 }
 
 TEST(LogGrid, CeilAndNearestAreWhatTheySay) {
@@ -204,7 +222,8 @@ TEST(LogGrid, CeilAndNearestAreWhatTheySay) {
   }
   for (int e = 1; e < 256; ++e) ASSERT_EQ(MeanGrid::Nearest(MeanGrid::Value(e)), e);
   for (int e = 1; e < 1023; ++e) ASSERT_EQ(KeyScaleGrid::Ceil(KeyScaleGrid::Value(e), 0x1p-8f), e);
-  for (int r = 1; r <= kMaxRatio; ++r) ASSERT_NEAR(RatioValue(r), std::exp2((kRatioOne - r) / 4.0), 1e-6 * RatioValue(r));
+  for (int r = 1; r <= kMaxRatio; ++r)
+    ASSERT_NEAR(RatioValue(r), std::exp2((kRatioOne - r) / 4.0), 1e-6 * RatioValue(r));
   EXPECT_EQ(RatioValue(0), 0.0f);
   EXPECT_EQ(KeyScaleGrid::Ceil(0.0f, 0x1p-8f), 0);
 }

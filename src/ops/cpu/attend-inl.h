@@ -1,13 +1,14 @@
-// Attention over one tile of 64 rows, for one token or a micro-batch alike. Included inside a namespace per instruction set,
-// after it has defined
-//   kVec           floats per vector; kColVecs vectors per column block (kVec * kColVecs divides 64)
-//   KeyRow(layout, table, row, out)     packed key row -> f32 [head_dim]
-//   ValueRow(layout, row, out)          packed value row -> f32 [head_dim] in the rotated basis; false when not finite
+// Attention over one tile of 64 rows, for one token or a micro-batch alike. Included inside a
+// namespace per instruction set, after it has defined
+//   kVec           floats per vector; kColVecs vectors per column block (kVec * kColVecs divides
+//   64) KeyRow(layout, table, row, out)     packed key row -> f32 [head_dim] ValueRow(layout, row,
+//   out)          packed value row -> f32 [head_dim] in the rotated basis; false when not finite
 //   HalfRow(half, n, out)               f16 -> f32; false when a value is not finite
 //
-// Stages per tile: (1) rows are unpacked once, to f32 in L1, for all query rows of the block; keys are transposed so that
-// tokens lie in lanes; (2) scores = Q K^T, six query rows at a time; (3) online softmax; (4) o = o * e^(m_old - m) + P V.
-// What unpacking costs is shared by all heads of the group and all tokens of the block; the rest is a plain matrix product.
+// Stages per tile: (1) rows are unpacked once, to f32 in L1, for all query rows of the block; keys
+// are transposed so that tokens lie in lanes; (2) scores = Q K^T, six query rows at a time; (3)
+// online softmax; (4) o = o * e^(m_old - m) + P V. What unpacking costs is shared by all heads of
+// the group and all tokens of the block; the rest is a plain matrix product.
 
 typedef float Vec __attribute__((vector_size(4 * kVec)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kVec)));
@@ -17,7 +18,8 @@ inline Vec Load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 inline void Store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 inline Vec Set(float x) { return Vec{} + x; }
 
-constexpr int kRows = 6;  // query rows per matrix kernel: kRows * kColVecs accumulators stay in registers
+constexpr int kRows =
+    6;  // query rows per matrix kernel: kRows * kColVecs accumulators stay in registers
 static_assert(kRows <= kScoreRows);
 
 // e^x for x <= 0, about 1 ulp; below -87 it gives e^-87. NaN stays NaN.
@@ -47,9 +49,12 @@ inline Vec Exp(Vec x) {
 
 template <int kStep, int... kLane>
 inline void SwapBlocks(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
-  // Lane l of the first result: a[l] where bit kStep of l is clear, else b[l - kStep]; of the second: a[l + kStep], else b[l].
-  const Vec low = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane : kLane - kStep + kVec)...);
-  const Vec high = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane + kStep : kLane + kVec)...);
+  // Lane l of the first result: a[l] where bit kStep of l is clear, else b[l - kStep]; of the
+  // second: a[l + kStep], else b[l].
+  const Vec low =
+      __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane : kLane - kStep + kVec)...);
+  const Vec high =
+      __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane + kStep : kLane + kVec)...);
   a = low;
   b = high;
 }
@@ -57,7 +62,8 @@ inline void SwapBlocks(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
 template <int kStep>
 inline void TransposeStage(Vec (&rows)[kVec]) {
   for (int i = 0; i < kVec; ++i) {
-    if ((i & kStep) == 0) SwapBlocks<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kVec>());
+    if ((i & kStep) == 0)
+      SwapBlocks<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kVec>());
   }
   if constexpr (kStep * 2 < kVec) TransposeStage<kStep * 2>(rows);
 }
@@ -76,7 +82,8 @@ inline void Transpose(const float* rows, int n, float* cols) {
 
 // score[r][t] = sum_j q[r][j] * cols[j][t]
 template <int R>
-inline void ScoreKernel(const float* q, size_t q_stride, int k_dim, const float* cols, float* score) {
+inline void ScoreKernel(const float* q, size_t q_stride, int k_dim, const float* cols,
+                        float* score) {
   for (int c = 0; c < kTile; c += kVec * kColVecs) {
     Vec acc[R][kColVecs] = {};
     for (int j = 0; j < k_dim; ++j) {
@@ -94,11 +101,12 @@ inline void ScoreKernel(const float* q, size_t q_stride, int k_dim, const float*
 }
 
 template <int R, int kBlock>
-inline void ValueBlock(const float* weight, const float* correction, const float* value, int stride, int first_row,
-                       int end_row, int c, float* o, int o_stride) {
+inline void ValueBlock(const float* weight, const float* correction, const float* value, int stride,
+                       int first_row, int end_row, int c, float* o, int o_stride) {
   Vec acc[R][kBlock];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kBlock; ++v) acc[r][v] = Load(o + size_t(r) * size_t(o_stride) + c + v * kVec) * correction[r];
+    for (int v = 0; v < kBlock; ++v)
+      acc[r][v] = Load(o + size_t(r) * size_t(o_stride) + c + v * kVec) * correction[r];
   }
   for (int t = first_row; t < end_row; ++t) {
     Vec x[kBlock];
@@ -108,25 +116,30 @@ inline void ValueBlock(const float* weight, const float* correction, const float
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kBlock; ++v) Store(o + size_t(r) * size_t(o_stride) + c + v * kVec, acc[r][v]);
+    for (int v = 0; v < kBlock; ++v)
+      Store(o + size_t(r) * size_t(o_stride) + c + v * kVec, acc[r][v]);
   }
 }
 
-// o[r] = o[r] * correction[r] + sum_t weight[r][t] * value[t], t over the rows that some query sees.
+// o[r] = o[r] * correction[r] + sum_t weight[r][t] * value[t], t over the rows that some query
+// sees.
 template <int R>
-inline void ValueKernel(const float* weight, const float* correction, const float* value, int stride, int first_row,
-                        int end_row, float* o, int o_stride) {
+inline void ValueKernel(const float* weight, const float* correction, const float* value,
+                        int stride, int first_row, int end_row, float* o, int o_stride) {
   int c = 0;
   for (; c + kVec * kColVecs <= stride; c += kVec * kColVecs) {
     ValueBlock<R, kColVecs>(weight, correction, value, stride, first_row, end_row, c, o, o_stride);
   }
-  for (; c < stride; c += kVec) ValueBlock<R, 1>(weight, correction, value, stride, first_row, end_row, c, o, o_stride);
+  for (; c < stride; c += kVec)
+    ValueBlock<R, 1>(weight, correction, value, stride, first_row, end_row, c, o, o_stride);
 }
 
 // score [64] of one row -> weights e^(s - m); returns the correction of what the state held before.
-inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uint16_t* mask, float* score, float* m, float* d) {
+inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uint16_t* mask,
+                     float* score, float* m, float* d) {
   if (block.softcap > 0.0f) {
-    for (int t = 0; t < kTile; ++t) score[t] = block.softcap * std::tanh(score[t] * block.scale / block.softcap);
+    for (int t = 0; t < kTile; ++t)
+      score[t] = block.softcap * std::tanh(score[t] * block.scale / block.softcap);
   }
   if (block.slope != nullptr) {
     const float scale = block.softcap > 0.0f ? 1.0f : block.scale;
@@ -165,13 +178,15 @@ inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uin
 }
 
 template <int R>
-inline void AttendRows(const QueryBlock& block, int row, const uint64_t* visible, const uint16_t* const* mask,
-                       const Scratch& scratch, int first_row, int end_row, const AttentionState& state) {
+inline void AttendRows(const QueryBlock& block, int row, const uint64_t* visible,
+                       const uint16_t* const* mask, const Scratch& scratch, int first_row,
+                       int end_row, const AttentionState& state) {
   uint64_t any = 0;
   for (int r = 0; r < R; ++r) any |= visible[(row + r) / block.group];
   if (any == 0) return;
   float correction[R];
-  ScoreKernel<R>(block.q + size_t(row) * block.q_stride, block.q_stride, block.k_dim, scratch.key_cols, scratch.score);
+  ScoreKernel<R>(block.q + size_t(row) * block.q_stride, block.q_stride, block.k_dim,
+                 scratch.key_cols, scratch.score);
   for (int r = 0; r < R; ++r) {
     const int token = (row + r) / block.group;
     float* score = scratch.score + r * kTile;
@@ -180,15 +195,17 @@ inline void AttendRows(const QueryBlock& block, int row, const uint64_t* visible
       correction[r] = 1.0f;
       continue;
     }
-    correction[r] = Softmax(block, (row + r) % block.group, visible[token], mask != nullptr ? mask[token] : nullptr, score,
-                            &state.m[row + r], &state.d[row + r]);
+    correction[r] = Softmax(block, (row + r) % block.group, visible[token],
+                            mask != nullptr ? mask[token] : nullptr, score, &state.m[row + r],
+                            &state.d[row + r]);
   }
-  ValueKernel<R>(scratch.score, correction, scratch.value, int(PadTo16(block.v_dim)), first_row, end_row,
-                 state.o + size_t(row) * size_t(block.o_stride), block.o_stride);
+  ValueKernel<R>(scratch.score, correction, scratch.value, int(PadTo16(block.v_dim)), first_row,
+                 end_row, state.o + size_t(row) * size_t(block.o_stride), block.o_stride);
 }
 
-inline void AttendTile(const QueryBlock& block, uint64_t rows, const uint64_t* visible, const uint16_t* const* mask,
-                       const Scratch& scratch, const AttentionState& state) {
+inline void AttendTile(const QueryBlock& block, uint64_t rows, const uint64_t* visible,
+                       const uint16_t* const* mask, const Scratch& scratch,
+                       const AttentionState& state) {
   Transpose(scratch.key_rows, int(PadTo16(block.k_dim)), scratch.key_cols);
   const int first_row = std::countr_zero(rows), end_row = 64 - std::countl_zero(rows);
   int row = 0;
@@ -196,46 +213,62 @@ inline void AttendTile(const QueryBlock& block, uint64_t rows, const uint64_t* v
     AttendRows<kRows>(block, row, visible, mask, scratch, first_row, end_row, state);
   }
   switch (block.n_rows - row) {
-    case 5: AttendRows<5>(block, row, visible, mask, scratch, first_row, end_row, state); break;
-    case 4: AttendRows<4>(block, row, visible, mask, scratch, first_row, end_row, state); break;
-    case 3: AttendRows<3>(block, row, visible, mask, scratch, first_row, end_row, state); break;
-    case 2: AttendRows<2>(block, row, visible, mask, scratch, first_row, end_row, state); break;
-    case 1: AttendRows<1>(block, row, visible, mask, scratch, first_row, end_row, state); break;
-    default: break;
+    case 5:
+      AttendRows<5>(block, row, visible, mask, scratch, first_row, end_row, state);
+      break;
+    case 4:
+      AttendRows<4>(block, row, visible, mask, scratch, first_row, end_row, state);
+      break;
+    case 3:
+      AttendRows<3>(block, row, visible, mask, scratch, first_row, end_row, state);
+      break;
+    case 2:
+      AttendRows<2>(block, row, visible, mask, scratch, first_row, end_row, state);
+      break;
+    case 1:
+      AttendRows<1>(block, row, visible, mask, scratch, first_row, end_row, state);
+      break;
+    default:
+      break;
   }
 }
 
-// A value that is not finite must not reach queries that do not see its token, and 0 * NaN is NaN: the value becomes zero and
-// the key NaN, so that just the queries that see the token get NaN.
+// A value that is not finite must not reach queries that do not see its token, and 0 * NaN is NaN:
+// the value becomes zero and the key NaN, so that just the queries that see the token get NaN.
 inline void Poison(float* key, int k_dim, float* value, int v_dim) {
   for (int j = 0; j < k_dim; ++j) key[j] = std::numeric_limits<float>::quiet_NaN();
   for (int j = 0; j < v_dim; ++j) value[j] = 0.0f;
 }
 
-// Rows between the first and the last that nobody sees take part with weight 0: their values must be numbers.
+// Rows between the first and the last that nobody sees take part with weight 0: their values must
+// be numbers.
 inline void ClearHoles(uint64_t rows, float* value, size_t v_stride) {
-  const uint64_t span = (~uint64_t{0} << std::countr_zero(rows)) & (~uint64_t{0} >> std::countl_zero(rows));
+  const uint64_t span =
+      (~uint64_t{0} << std::countr_zero(rows)) & (~uint64_t{0} >> std::countl_zero(rows));
   for (uint64_t holes = span & ~rows; holes != 0; holes &= holes - 1) {
     std::memset(value + size_t(std::countr_zero(holes)) * v_stride, 0, v_stride * sizeof(float));
   }
 }
 
-void AttendPacked(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
-                  const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
+void AttendPacked(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+                  const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
+                  const Scratch& scratch, const AttentionState& state) {
   const size_t k_stride = PadTo16(block.k_dim), v_stride = PadTo16(block.v_dim);
   for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
     const size_t t = size_t(std::countr_zero(rows));
     float* k = scratch.key_rows + t * k_stride;
     float* v = scratch.value + t * v_stride;
     KeyRow(key, tile.table, tile.key[t / 16] + t % 16 * key.bytes, k);
-    if (!ValueRow(value, tile.value[t / 16] + t % 16 * value.bytes, v)) Poison(k, block.k_dim, v, block.v_dim);
+    if (!ValueRow(value, tile.value[t / 16] + t % 16 * value.bytes, v))
+      Poison(k, block.k_dim, v, block.v_dim);
   }
   ClearHoles(tile.rows, scratch.value, v_stride);
   AttendTile(block, tile.rows, visible, mask, scratch, state);
 }
 
-void AttendDenseRows(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible, const uint16_t* const* mask,
-                     const Scratch& scratch, const AttentionState& state) {
+void AttendDenseRows(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
+                     const uint16_t* const* mask, const Scratch& scratch,
+                     const AttentionState& state) {
   const size_t k_stride = PadTo16(block.k_dim), v_stride = PadTo16(block.v_dim);
   for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
     const size_t t = size_t(std::countr_zero(rows));

@@ -1,4 +1,5 @@
-// AVX2 with F16C, FMA and BMI2. Eight channels at a time: a byte of the mask picks the shuffle that spreads the kept codes.
+// AVX2 with F16C, FMA and BMI2. Eight channels at a time: a byte of the mask picks the shuffle that
+// spreads the kept codes.
 #include <immintrin.h>
 
 #include <array>
@@ -48,7 +49,8 @@ bool HalfRow(const uint16_t* half, int n, float* out) {
 // Bytes of ones where a bit of `bits` is kSet, zeros elsewhere.
 template <bool kSet>
 inline __m256i ByteMask(uint32_t bits) {
-  const __m256i place = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i place =
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201u));
   const __m256i b = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(int(bits)), place), bit);
   return _mm256_cmpeq_epi8(b, kSet ? bit : _mm256_setzero_si256());
@@ -64,7 +66,8 @@ inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* cod
       const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + first));
       const __m256i centred = _mm256_xor_si256(code, _mm256_set1_epi8(char(0x80)));
       const __m256i above = _mm256_cmpgt_epi8(centred, _mm256_set1_epi8(-1));
-      const __m256i level = _mm256_max_epi8(_mm256_subs_epi8(centred, above), _mm256_set1_epi8(-127));
+      const __m256i level =
+          _mm256_max_epi8(_mm256_subs_epi8(centred, above), _mm256_set1_epi8(-127));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + first), level);
     }
     return;
@@ -72,12 +75,16 @@ inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* cod
   // Sixteen levels per register; the high bits of a code choose the register.
   const int8_t* table = LevelsOf(layout.number).level;
   const auto levels = [&](int first) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table + first)));
+    return _mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + first)));
   };
-  const __m256i levels0 = levels(0), levels1 = levels(16), levels2 = levels(32), levels3 = levels(48);
+  const __m256i levels0 = levels(0), levels1 = levels(16), levels2 = levels(32),
+                levels3 = levels(48);
   for (int first = 0; first < layout.kept; first += 32) {
-    const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low + first / 2)));
-    const __m256i low_codes = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    const __m256i pairs =
+        _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low + first / 2)));
+    const __m256i low_codes =
+        _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
     __m256i x = _mm256_shuffle_epi8(levels0, low_codes);
     if (layout.number == SPARKV_INT5) {
       uint32_t bits;
@@ -95,7 +102,8 @@ inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* cod
       const __m256i bit4 = _mm256_add_epi8(bit5, bit5);
       x = _mm256_blendv_epi8(_mm256_blendv_epi8(x, _mm256_shuffle_epi8(levels1, low_codes), bit4),
                              _mm256_blendv_epi8(_mm256_shuffle_epi8(levels2, low_codes),
-                                                _mm256_shuffle_epi8(levels3, low_codes), bit4), bit5);
+                                                _mm256_shuffle_epi8(levels3, low_codes), bit4),
+                             bit5);
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + first), x);
   }
@@ -106,7 +114,9 @@ inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* r
   const uint8_t* halves = row + layout.low_at;
   if (layout.pruned == 0 && layout.number == SPARKV_F16) {
     for (int j = 0; j < n; j += 8) {
-      _mm256_storeu_ps(out + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + 2 * j))));
+      _mm256_storeu_ps(
+          out + j,
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + 2 * j))));
     }
     return;
   }
@@ -119,17 +129,22 @@ inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* r
   const __m256 plus = _mm256_set1_ps(magnitude), minus = _mm256_set1_ps(-magnitude);
   unsigned rank = 0, pruned_rank = 0;
   for (int j = 0; j < n; j += 8) {
-    const unsigned mask = layout.mask_bytes != 0 ? row[layout.mask_at + unsigned(j) / 8] : layout.kept > 0 ? 255u : 0u;
+    const unsigned mask = layout.mask_bytes != 0 ? row[layout.mask_at + unsigned(j) / 8]
+                          : layout.kept > 0      ? 255u
+                                                 : 0u;
     const unsigned positive =
-        layout.sign_bytes != 0 ? _pdep_u32(Bits8At(row + layout.sign_at, pruned_rank), ~mask & 255u) : 0u;
+        layout.sign_bytes != 0 ? _pdep_u32(Bits8At(row + layout.sign_at, pruned_rank), ~mask & 255u)
+                               : 0u;
     __m256 pruned = _mm256_setzero_ps();
     if (layout.pruned > 0) {
-      pruned = _mm256_mul_ps(_mm256_blendv_ps(minus, plus, Lanes(positive)), _mm256_loadu_ps(w.restore + j));
+      pruned = _mm256_mul_ps(_mm256_blendv_ps(minus, plus, Lanes(positive)),
+                             _mm256_loadu_ps(w.restore + j));
     }
     __m256 kept;
     if (integers) {
-      const __m128i bytes = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + rank)),
-                                             _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[mask].data())));
+      const __m128i bytes =
+          _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + rank)),
+                           _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[mask].data())));
       kept = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), unit);
     } else {
       // Byte pairs of the half at rank r are 2r and 2r + 1.
@@ -154,7 +169,8 @@ inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) 
   if (e == kValueScaleNotFinite) return false;
   const float top = ValueScaleGrid::Value(e);
   const bool bytes = layout.number == SPARKV_INT8;
-  const __m256 step = _mm256_set1_ps(top * (bytes ? 1.0f / 127.5f : 1.0f / 7.5f)), offset = _mm256_set1_ps(-top);
+  const __m256 step = _mm256_set1_ps(top * (bytes ? 1.0f / 127.5f : 1.0f / 7.5f)),
+               offset = _mm256_set1_ps(-top);
   for (int j = 0; j < n; j += 8) {
     __m256i x;
     if (bytes) {
@@ -173,10 +189,11 @@ inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) 
 
 // ---- integer keys and values for a handful of query rows ----
 //
-// Codes are spread to their channels as bytes, 16 rows at a time; from there keys meet the queries, and values the
-// softmax weights, in registers. The fixed cost of a packed row falls to half of the path above, that of one more query
-// row rises: for more rows it loses.
-//   key_j = unit level_j + magnitude restore_j s_j; level = 0 where pruned; s = 1 for +, -1 for -, 0 where kept
+// Codes are spread to their channels as bytes, 16 rows at a time; from there keys meet the queries,
+// and values the softmax weights, in registers. The fixed cost of a packed row falls to half of the
+// path above, that of one more query row rises: for more rows it loses.
+//   key_j = unit level_j + magnitude restore_j s_j; level = 0 where pruned; s = 1 for +, -1 for -,
+//   0 where kept
 constexpr int kFewRows = 8;
 static_assert(kFewRows <= kScoreRows);
 
@@ -207,7 +224,8 @@ constexpr ScaleTable kScales;
 using LevelRows = uint8_t[16][kMaxHeadDim + 64];
 
 template <sparkv_number kNumber>
-[[gnu::noinline]] void LevelRun(KeyLayout layout, const uint8_t* rows16, unsigned rows, LevelRows& levels, KeyRun* out) {
+[[gnu::noinline]] void LevelRun(KeyLayout layout, const uint8_t* rows16, unsigned rows,
+                                LevelRows& levels, KeyRun* out) {
   layout.number = kNumber;
   for (; rows != 0; rows &= rows - 1) {
     const int i = std::countr_zero(rows);
@@ -220,7 +238,8 @@ template <sparkv_number kNumber>
   }
 }
 
-[[gnu::noinline]] void SpreadRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, const LevelRows& levels, KeyRun* out) {
+[[gnu::noinline]] void SpreadRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows,
+                                 const LevelRows& levels, KeyRun* out) {
   const int n = layout.head_dim;
   const size_t bytes = layout.bytes, mask_at = layout.mask_at, sign_at = layout.sign_at;
   const bool masked = layout.mask_bytes != 0, signs = layout.sign_bytes != 0;
@@ -236,7 +255,8 @@ template <sparkv_number kNumber>
       const auto spread = [&](int b) {
         const unsigned m = mask >> b & 255u;
         const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[m].data()));
-        const __m128i codes = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), ranks);
+        const __m128i codes =
+            _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), ranks);
         _mm_storel_epi64(reinterpret_cast<__m128i*>(level + j + b), codes);
         from += std::popcount(m);
       };
@@ -267,10 +287,18 @@ inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned r
   }
   // Levels of all rows first: what was just stored is slow to read back in other pieces.
   switch (layout.number) {
-    case SPARKV_INT8: LevelRun<SPARKV_INT8>(layout, rows16, rows, levels, out); break;
-    case SPARKV_INT6: LevelRun<SPARKV_INT6>(layout, rows16, rows, levels, out); break;
-    case SPARKV_INT5: LevelRun<SPARKV_INT5>(layout, rows16, rows, levels, out); break;
-    default: LevelRun<SPARKV_INT4>(layout, rows16, rows, levels, out); break;
+    case SPARKV_INT8:
+      LevelRun<SPARKV_INT8>(layout, rows16, rows, levels, out);
+      break;
+    case SPARKV_INT6:
+      LevelRun<SPARKV_INT6>(layout, rows16, rows, levels, out);
+      break;
+    case SPARKV_INT5:
+      LevelRun<SPARKV_INT5>(layout, rows16, rows, levels, out);
+      break;
+    default:
+      LevelRun<SPARKV_INT4>(layout, rows16, rows, levels, out);
+      break;
   }
   SpreadRun(layout, rows16, rows, levels, out);
 }
@@ -282,14 +310,17 @@ inline __m256 SumLanes(const __m256 (&v)[8]) {
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-// score [R][64] of query rows row .. row + R - 1 with the keys of a run. restore: NULL when pruned channels are zero.
+// score [R][64] of query rows row .. row + R - 1 with the keys of a run. restore: NULL when pruned
+// channels are zero.
 template <int R>
-[[gnu::noinline]] void RunScores(const QueryBlock& block, int row, const float* restore, const KeyRun& keys, int run, float* score) {
+[[gnu::noinline]] void RunScores(const QueryBlock& block, int row, const float* restore,
+                                 const KeyRun& keys, int run, float* score) {
   const size_t n = size_t(block.k_dim), q_stride = block.q_stride;
   const float* q = block.q + size_t(row) * q_stride;
   score += row * kTile + 16 * run;
   const auto wide = [](const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   };
   for (int t0 = 0; t0 < 16; t0 += 8) {
     __m256 sum[R][8];
@@ -297,8 +328,10 @@ template <int R>
     for (int i = 0; i < 8; i += 2) {
       const int8_t* level = keys.level[t0 + i];
       const int8_t* sign = keys.sign[t0 + i];
-      const __m256 unit0 = _mm256_broadcast_ss(&keys.unit[t0 + i]), unit1 = _mm256_broadcast_ss(&keys.unit[t0 + i + 1]);
-      const __m256 size0 = _mm256_broadcast_ss(&keys.magnitude[t0 + i]), size1 = _mm256_broadcast_ss(&keys.magnitude[t0 + i + 1]);
+      const __m256 unit0 = _mm256_broadcast_ss(&keys.unit[t0 + i]),
+                   unit1 = _mm256_broadcast_ss(&keys.unit[t0 + i + 1]);
+      const __m256 size0 = _mm256_broadcast_ss(&keys.magnitude[t0 + i]),
+                   size1 = _mm256_broadcast_ss(&keys.magnitude[t0 + i + 1]);
       __m256 acc0[R], acc1[R];
       for (int r = 0; r < R; ++r) acc0[r] = acc1[r] = _mm256_setzero_ps();
       const auto meet = [&](size_t j, __m256 k0, __m256 k1) {
@@ -312,12 +345,15 @@ template <int R>
         for (size_t j = 0; j < n; j += 8) {
           const __m256 a = _mm256_loadu_ps(restore + j);
           const __m256 pruned0 = _mm256_mul_ps(_mm256_mul_ps(size0, a), wide(sign + j));
-          const __m256 pruned1 = _mm256_mul_ps(_mm256_mul_ps(size1, a), wide(sign + kMaxHeadDim + j));
-          meet(j, _mm256_fmadd_ps(wide(level + j), unit0, pruned0), _mm256_fmadd_ps(wide(level + kMaxHeadDim + j), unit1, pruned1));
+          const __m256 pruned1 =
+              _mm256_mul_ps(_mm256_mul_ps(size1, a), wide(sign + kMaxHeadDim + j));
+          meet(j, _mm256_fmadd_ps(wide(level + j), unit0, pruned0),
+               _mm256_fmadd_ps(wide(level + kMaxHeadDim + j), unit1, pruned1));
         }
       } else {
         for (size_t j = 0; j < n; j += 8) {
-          meet(j, _mm256_mul_ps(wide(level + j), unit0), _mm256_mul_ps(wide(level + kMaxHeadDim + j), unit1));
+          meet(j, _mm256_mul_ps(wide(level + j), unit0),
+               _mm256_mul_ps(wide(level + kMaxHeadDim + j), unit1));
         }
       }
       for (int r = 0; r < R; ++r) {
@@ -329,13 +365,16 @@ template <int R>
   }
 }
 
-// A vector whose lanes hold 4 (8-bit) or 8 (4-bit) codes each becomes one vector of floats per code: masked in place, so code k
-// comes out 2^(bits k) too large, which the sums' scales undo. kFrom: the first code of four.
+// A vector whose lanes hold 4 (8-bit) or 8 (4-bit) codes each becomes one vector of floats per
+// code: masked in place, so code k comes out 2^(bits k) too large, which the sums' scales undo.
+// kFrom: the first code of four.
 template <bool kBytes, int kFrom>
 inline void FourCodes(__m256i word, __m256 (&x)[4]) {
   constexpr int kBits = kBytes ? 8 : 4;
   if constexpr (kFrom > 0) word = _mm256_srli_epi32(word, kFrom * kBits);
-  const auto masked = [&](int mask) { return _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32(mask))); };
+  const auto masked = [&](int mask) {
+    return _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32(mask)));
+  };
   x[0] = masked((1 << kBits) - 1);
   x[1] = masked(((1 << kBits) - 1) << kBits);
   x[2] = masked(((1 << kBits) - 1) << 2 * kBits);
@@ -343,16 +382,19 @@ inline void FourCodes(__m256i word, __m256 (&x)[4]) {
   x[3] = kBytes ? _mm256_cvtepi32_ps(_mm256_srli_epi32(word, 24)) : masked(15 << 12);
 }
 
-// sum[r][k] = sum over the rows of the tile of weight[r] * codes k of the lanes of the 32 bytes at `at` of a row.
+// sum[r][k] = sum over the rows of the tile of weight[r] * codes k of the lanes of the 32 bytes at
+// `at` of a row.
 template <int R, bool kBytes, int kFrom>
-[[gnu::noinline]] void SumCodes(const PackedTile& tile, size_t bytes, size_t at, const float* weight, __m256 (&sum)[R][4]) {
+[[gnu::noinline]] void SumCodes(const PackedTile& tile, size_t bytes, size_t at,
+                                const float* weight, __m256 (&sum)[R][4]) {
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm256_setzero_ps();
   for (int run = 0; run < kTile / 16; ++run) {
     for (unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu; rows != 0; rows &= rows - 1) {
       const int i = std::countr_zero(rows);
       __m256 x[4];
-      FourCodes<kBytes, kFrom>(
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile.value[run] + size_t(i) * bytes + at)), x);
+      FourCodes<kBytes, kFrom>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(
+                                   tile.value[run] + size_t(i) * bytes + at)),
+                               x);
       for (int r = 0; r < R; ++r) {
         const __m256 w = _mm256_broadcast_ss(weight + r * kTile + 16 * run + i);
         for (int k = 0; k < 4; ++k) sum[r][k] = _mm256_fmadd_ps(w, x[k], sum[r][k]);
@@ -361,11 +403,12 @@ template <int R, bool kBytes, int kFrom>
   }
 }
 
-// o[r] = o[r] * correction[r] + sum_t weight_rt value_t for R rows; weight [R][64] with the scales of the value rows in it.
+// o[r] = o[r] * correction[r] + sum_t weight_rt value_t for R rows; weight [R][64] with the scales
+// of the value rows in it.
 //   value = scale (c - middle) / middle
 template <int R, bool kBytes>
-inline void RunValues(const ValueLayout& layout, const PackedTile& tile, const float* weight, const float* total,
-                      const float* correction, float* o, size_t o_stride) {
+inline void RunValues(const ValueLayout& layout, const PackedTile& tile, const float* weight,
+                      const float* total, const float* correction, float* o, size_t o_stride) {
   constexpr int kCodes = kBytes ? 4 : 8;
   constexpr float kMiddle = kBytes ? 127.5f : 7.5f;
   for (int c = 0; c < layout.head_dim; c += 8 * kCodes) {
@@ -377,7 +420,8 @@ inline void RunValues(const ValueLayout& layout, const PackedTile& tile, const f
       // Code k of lane i is channel c + kCodes i + k: turned, lanes are channels in order.
       Vec block[8];
       for (int k = 0; k < kCodes; ++k) {
-        const float unit = kBytes && k == 3 ? 1.0f : 1.0f / float(1 << (kBytes ? 8 * k : 4 * (k % 4)));
+        const float unit =
+            kBytes && k == 3 ? 1.0f : 1.0f / float(1 << (kBytes ? 8 * k : 4 * (k % 4)));
         block[k] = (k < 4 ? sum[r][k] : sum4[r][k - 4]) * (unit / kMiddle) - total[r];
       }
       float* to = o + size_t(r) * o_stride + c;
@@ -385,8 +429,10 @@ inline void RunValues(const ValueLayout& layout, const PackedTile& tile, const f
         if (size_t(c + j) < o_stride) Store(to + j, Load(to + j) * correction[r] + x);
       };
       if constexpr (kBytes) {
-        const __m256 a = _mm256_unpacklo_ps(block[0], block[1]), b = _mm256_unpackhi_ps(block[0], block[1]);
-        const __m256 d = _mm256_unpacklo_ps(block[2], block[3]), e = _mm256_unpackhi_ps(block[2], block[3]);
+        const __m256 a = _mm256_unpacklo_ps(block[0], block[1]),
+                     b = _mm256_unpackhi_ps(block[0], block[1]);
+        const __m256 d = _mm256_unpacklo_ps(block[2], block[3]),
+                     e = _mm256_unpackhi_ps(block[2], block[3]);
         const auto joined = [](__m256 low, __m256 high) {
           return std::pair(_mm256_shuffle_ps(low, high, 0x44), _mm256_shuffle_ps(low, high, 0xee));
         };
@@ -410,16 +456,25 @@ inline void InParts(int n_rows, Body&& body) {
   int row = 0;
   for (; row + kMost <= n_rows; row += kMost) body(row, std::integral_constant<int, kMost>());
   switch (n_rows - row) {
-    case 3: body(row, std::integral_constant<int, 3>()); break;
-    case 2: body(row, std::integral_constant<int, 2>()); break;
-    case 1: body(row, std::integral_constant<int, 1>()); break;
-    default: break;
+    case 3:
+      body(row, std::integral_constant<int, 3>());
+      break;
+    case 2:
+      body(row, std::integral_constant<int, 2>());
+      break;
+    case 1:
+      body(row, std::integral_constant<int, 1>());
+      break;
+    default:
+      break;
   }
 }
 
-void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
-               const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
-  const float* restore = key.sign_bytes != 0 ? KeyWeights(tile.table, key.head_dim).restore : nullptr;
+void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+               const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
+               const Scratch& scratch, const AttentionState& state) {
+  const float* restore =
+      key.sign_bytes != 0 ? KeyWeights(tile.table, key.head_dim).restore : nullptr;
   KeyRun keys;
   alignas(32) float top[kTile] = {};
   for (int run = 0; run < kTile / 16; ++run) {
@@ -450,8 +505,9 @@ void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock&
       std::memset(score, 0, kTile * sizeof(float));
       continue;
     }
-    correction[r] = Softmax(block, r % block.group, visible[token], mask != nullptr ? mask[token] : nullptr, score,
-                            &state.m[r], &state.d[r]);
+    correction[r] =
+        Softmax(block, r % block.group, visible[token], mask != nullptr ? mask[token] : nullptr,
+                score, &state.m[r], &state.d[r]);
     Vec sum = {};
     for (int t = 0; t < kTile; t += kVec) {
       const Vec weight = Load(score + t) * Load(top + t);
@@ -464,9 +520,11 @@ void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock&
     float* o = state.o + size_t(row) * size_t(block.o_stride);
     const float* weight = scratch.score + row * kTile;
     if (value.number == SPARKV_INT8) {
-      RunValues<n(), true>(value, tile, weight, total + row, correction + row, o, size_t(block.o_stride));
+      RunValues<n(), true>(value, tile, weight, total + row, correction + row, o,
+                           size_t(block.o_stride));
     } else {
-      RunValues<n(), false>(value, tile, weight, total + row, correction + row, o, size_t(block.o_stride));
+      RunValues<n(), false>(value, tile, weight, total + row, correction + row, o,
+                            size_t(block.o_stride));
     }
   });
 }
@@ -494,7 +552,8 @@ inline bool Finite(const uint8_t* row, int n) {
 }
 
 template <int R>
-[[gnu::noinline]] void HalfScores(const QueryBlock& block, int row, const HalfRows& in, float* score) {
+[[gnu::noinline]] void HalfScores(const QueryBlock& block, int row, const HalfRows& in,
+                                  float* score) {
   const size_t n = size_t(block.k_dim);
   const float* q = block.q + size_t(row) * block.q_stride;
   score += row * kTile;
@@ -509,7 +568,9 @@ template <int R>
         const uint8_t* key = in.key[t0 + i];
         for (size_t j = 0; j < n; j += 8) {
           const __m256 k = Half8(key, j);
-          for (int r = 0; r < R; ++r) acc[r] = _mm256_fmadd_ps(k, _mm256_loadu_ps(q + size_t(r) * block.q_stride + j), acc[r]);
+          for (int r = 0; r < R; ++r)
+            acc[r] =
+                _mm256_fmadd_ps(k, _mm256_loadu_ps(q + size_t(r) * block.q_stride + j), acc[r]);
         }
       }
       for (int r = 0; r < R; ++r) sum[r][i] = acc[r];
@@ -519,11 +580,12 @@ template <int R>
 }
 
 template <int R, int kBlock>
-inline void HalfValueBlock(const HalfRows& in, uint64_t rows, const float* weight, const float* correction, int c, float* o,
-                           size_t o_stride) {
+inline void HalfValueBlock(const HalfRows& in, uint64_t rows, const float* weight,
+                           const float* correction, int c, float* o, size_t o_stride) {
   __m256 sum[R][kBlock];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kBlock; ++v) sum[r][v] = Load(o + size_t(r) * o_stride + c + 8 * v) * correction[r];
+    for (int v = 0; v < kBlock; ++v)
+      sum[r][v] = Load(o + size_t(r) * o_stride + c + 8 * v) * correction[r];
   }
   for (; rows != 0; rows &= rows - 1) {
     const int t = std::countr_zero(rows);
@@ -539,9 +601,11 @@ inline void HalfValueBlock(const HalfRows& in, uint64_t rows, const float* weigh
   }
 }
 
-void AttendFewHalf(const QueryBlock& block, const HalfRows& in, const uint64_t* visible, const uint16_t* const* mask,
-                   const Scratch& scratch, const AttentionState& state) {
-  InParts<4>(block.n_rows, [&](int row, auto n) { HalfScores<n()>(block, row, in, scratch.score); });
+void AttendFewHalf(const QueryBlock& block, const HalfRows& in, const uint64_t* visible,
+                   const uint16_t* const* mask, const Scratch& scratch,
+                   const AttentionState& state) {
+  InParts<4>(block.n_rows,
+             [&](int row, auto n) { HalfScores<n()>(block, row, in, scratch.score); });
   // A value that is not finite gives no number: its score does, to those who see it.
   uint64_t finite = 0;
   for (uint64_t rows = in.rows; rows != 0; rows &= rows - 1) {
@@ -549,7 +613,8 @@ void AttendFewHalf(const QueryBlock& block, const HalfRows& in, const uint64_t* 
     if (Finite(in.value[t], block.v_dim)) {
       finite |= uint64_t{1} << t;
     } else {
-      for (int r = 0; r < block.n_rows; ++r) scratch.score[r * kTile + t] = std::numeric_limits<float>::quiet_NaN();
+      for (int r = 0; r < block.n_rows; ++r)
+        scratch.score[r * kTile + t] = std::numeric_limits<float>::quiet_NaN();
     }
   }
   float correction[kFewRows];
@@ -561,13 +626,15 @@ void AttendFewHalf(const QueryBlock& block, const HalfRows& in, const uint64_t* 
       std::memset(score, 0, kTile * sizeof(float));
       continue;
     }
-    correction[r] = Softmax(block, r % block.group, visible[token], mask != nullptr ? mask[token] : nullptr, score,
-                            &state.m[r], &state.d[r]);
+    correction[r] =
+        Softmax(block, r % block.group, visible[token], mask != nullptr ? mask[token] : nullptr,
+                score, &state.m[r], &state.d[r]);
   }
   InParts<3>(block.n_rows, [&](int row, auto n) {
     float* o = state.o + size_t(row) * size_t(block.o_stride);
     const auto values = [&](auto vectors, int c) {
-      HalfValueBlock<n(), vectors()>(in, finite, scratch.score + row * kTile, correction + row, c, o, size_t(block.o_stride));
+      HalfValueBlock<n(), vectors()>(in, finite, scratch.score + row * kTile, correction + row, c,
+                                     o, size_t(block.o_stride));
     };
     int c = 0;
     for (; c + 32 <= block.v_dim; c += 32) values(std::integral_constant<int, 4>(), c);
@@ -575,11 +642,12 @@ void AttendFewHalf(const QueryBlock& block, const HalfRows& in, const uint64_t* 
   });
 }
 
-void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
-                      const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch,
-                      const AttentionState& state) {
+void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+                      const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
+                      const Scratch& scratch, const AttentionState& state) {
   if (block.n_rows <= kFewRows) {
-    if (key.number != SPARKV_F16 && value.rotated()) return AttendFew(key, value, block, tile, visible, mask, scratch, state);
+    if (key.number != SPARKV_F16 && value.rotated())
+      return AttendFew(key, value, block, tile, visible, mask, scratch, state);
     if (key.number == SPARKV_F16 && key.pruned == 0 && !value.rotated()) {
       HalfRows in;
       in.rows = tile.rows;
@@ -594,8 +662,8 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
   AttendPacked(key, value, block, tile, visible, mask, scratch, state);
 }
 
-void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible, const uint16_t* const* mask,
-                 const Scratch& scratch, const AttentionState& state) {
+void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
+                 const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
   if (block.n_rows > kFewRows) return AttendDenseRows(block, tile, visible, mask, scratch, state);
   HalfRows in;
   in.rows = tile.rows;

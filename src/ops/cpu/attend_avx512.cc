@@ -1,5 +1,5 @@
-// AVX-512 with VBMI2. A 64-channel piece of a key is one mask register: kept codes are expanded under the mask, signs are
-// deposited under its complement, and both meet in a blend.
+// AVX-512 with VBMI2. A 64-channel piece of a key is one mask register: kept codes are expanded
+// under the mask, signs are deposited under its complement, and both meet in a blend.
 #include <immintrin.h>
 
 #include "ops/cpu/inl.h"
@@ -10,7 +10,8 @@ namespace sparkv::avx512 {
 constexpr int kVec = 16;
 constexpr int kColVecs = 4;
 
-// 64 bits at bit `at` of bytes; may read 8 bytes beyond the last one needed (rows end before the region does).
+// 64 bits at bit `at` of bytes; may read 8 bytes beyond the last one needed (rows end before the
+// region does).
 inline uint64_t BitsAt(const uint8_t* bytes, unsigned at) {
   uint64_t word;
   std::memcpy(&word, bytes + at / 8, 8);
@@ -42,12 +43,16 @@ inline __m512i Levels64(const KeyLayout& layout, const uint8_t* row, unsigned fi
   const uint8_t* low = row + layout.low_at;
   if constexpr (kNumber == SPARKV_INT8) {
     // -127 .. -1 below zero, 1 .. 127 above.
-    const __m512i centred = _mm512_xor_si512(_mm512_loadu_si512(low + first), _mm512_set1_epi8(char(0x80)));
-    const __m512i one = _mm512_maskz_set1_epi8(_mm512_cmpgt_epi8_mask(centred, _mm512_set1_epi8(-1)), 1);
+    const __m512i centred =
+        _mm512_xor_si512(_mm512_loadu_si512(low + first), _mm512_set1_epi8(char(0x80)));
+    const __m512i one =
+        _mm512_maskz_set1_epi8(_mm512_cmpgt_epi8_mask(centred, _mm512_set1_epi8(-1)), 1);
     return _mm512_max_epi8(_mm512_adds_epi8(centred, one), _mm512_set1_epi8(-127));
   }
-  const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + first / 2)));
-  const __m512i nibbles = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
+  const __m512i pairs =
+      _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + first / 2)));
+  const __m512i nibbles =
+      _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
   const uint8_t* high = row + layout.high_at;
   __m512i codes = nibbles;
   if constexpr (kNumber == SPARKV_INT5) {
@@ -63,10 +68,11 @@ inline __m512i Levels64(const KeyLayout& layout, const uint8_t* row, unsigned fi
   return _mm512_permutexvar_epi8(codes, _mm512_loadu_si512(LevelsOf(kNumber).level));
 }
 
-// A key with integer kept channels, 64 channels at a time: calls emit(first channel, mask of kept ones, their levels in place and
-// `other` elsewhere, bits of positive pruned ones).
+// A key with integer kept channels, 64 channels at a time: calls emit(first channel, mask of kept
+// ones, their levels in place and `other` elsewhere, bits of positive pruned ones).
 template <sparkv_number kNumber, typename Emit>
-[[gnu::always_inline]] inline void KeyPieces(const KeyLayout& layout, const uint8_t* row, __m512i other, Emit&& emit) {
+[[gnu::always_inline]] inline void KeyPieces(const KeyLayout& layout, const uint8_t* row,
+                                             __m512i other, Emit&& emit) {
   const int n = layout.head_dim;
   // All levels first when they do not fit one register: a piece starts at any rank.
   alignas(64) uint8_t levels[kMaxHeadDim + 64];
@@ -80,9 +86,12 @@ template <sparkv_number kNumber, typename Emit>
     const uint64_t mask = layout.mask_bytes != 0 ? Word(row + layout.mask_at + j / 8) & channels
                           : layout.kept > 0      ? channels
                                                  : 0;
-    const __m512i packed = one ? Levels64<kNumber>(layout, row, 0) : _mm512_loadu_si512(levels + rank);
+    const __m512i packed =
+        one ? Levels64<kNumber>(layout, row, 0) : _mm512_loadu_si512(levels + rank);
     const uint64_t positive =
-        layout.sign_bytes != 0 ? _pdep_u64(BitsAt(row + layout.sign_at, pruned_rank), ~mask & channels) : 0;
+        layout.sign_bytes != 0
+            ? _pdep_u64(BitsAt(row + layout.sign_at, pruned_rank), ~mask & channels)
+            : 0;
     emit(j, mask, _mm512_mask_expand_epi8(other, mask, packed), positive);
     const unsigned kept = unsigned(std::popcount(mask));
     rank += kept;
@@ -91,25 +100,31 @@ template <sparkv_number kNumber, typename Emit>
 }
 
 template <sparkv_number kNumber>
-inline void IntegerKey(const KeyLayout& layout, const float* restore, const uint8_t* row, float* out) {
+inline void IntegerKey(const KeyLayout& layout, const float* restore, const uint8_t* row,
+                       float* out) {
   const __m512 unit = _mm512_set1_ps(LargestKept(row) * kLevelUnit);
   const float magnitude = PrunedMagnitude(layout, row);
   const __m512 plus = _mm512_set1_ps(magnitude), minus = _mm512_set1_ps(-magnitude);
-  KeyPieces<kNumber>(layout, row, _mm512_setzero_si512(), [&](int j0, uint64_t mask, __m512i levels, uint64_t positive) {
-    const auto quarter = [&](int i, __m128i bytes) {
-      const __mmask16 kept = __mmask16(mask >> (16 * i)), sign = __mmask16(positive >> (16 * i));
-      const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), unit);
-      // Masked loads keep off the weights when nothing is pruned and there are none.
-      const __m512 pruned = _mm512_mul_ps(_mm512_mask_blend_ps(sign, minus, plus),
-                                          _mm512_maskz_loadu_ps(__mmask16(~kept), restore + j0 + 16 * i));
-      _mm512_storeu_ps(out + j0 + 16 * i, _mm512_mask_mov_ps(pruned, kept, x));
-    };
-    const int n = layout.head_dim - j0;
-    quarter(0, _mm512_castsi512_si128(levels));
-    if (n > 16) quarter(1, _mm512_extracti32x4_epi32(levels, 1));
-    if (n > 32) quarter(2, _mm512_extracti32x4_epi32(levels, 2));
-    if (n > 48) quarter(3, _mm512_extracti32x4_epi32(levels, 3));
-  });
+  KeyPieces<kNumber>(layout, row, _mm512_setzero_si512(),
+                     [&](int j0, uint64_t mask, __m512i levels, uint64_t positive) {
+                       const auto quarter = [&](int i, __m128i bytes) {
+                         const __mmask16 kept = __mmask16(mask >> (16 * i)),
+                                         sign = __mmask16(positive >> (16 * i));
+                         const __m512 x =
+                             _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), unit);
+                         // Masked loads keep off the weights when nothing is pruned and there are
+                         // none.
+                         const __m512 pruned = _mm512_mul_ps(
+                             _mm512_mask_blend_ps(sign, minus, plus),
+                             _mm512_maskz_loadu_ps(__mmask16(~kept), restore + j0 + 16 * i));
+                         _mm512_storeu_ps(out + j0 + 16 * i, _mm512_mask_mov_ps(pruned, kept, x));
+                       };
+                       const int n = layout.head_dim - j0;
+                       quarter(0, _mm512_castsi512_si128(levels));
+                       if (n > 16) quarter(1, _mm512_extracti32x4_epi32(levels, 1));
+                       if (n > 32) quarter(2, _mm512_extracti32x4_epi32(levels, 2));
+                       if (n > 48) quarter(3, _mm512_extracti32x4_epi32(levels, 3));
+                     });
 }
 
 inline void HalfKey(const KeyLayout& layout, const float* restore, const uint8_t* row, float* out) {
@@ -132,12 +147,16 @@ inline void HalfKey(const KeyLayout& layout, const float* restore, const uint8_t
     mask &= channels;
     const __m512i expanded = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(codes + 2 * rank));
     const uint32_t positive =
-        layout.sign_bytes != 0 ? uint32_t(_pdep_u32(uint32_t(BitsAt(row + layout.sign_at, pruned_rank)), ~mask & channels))
-                               : 0;
+        layout.sign_bytes != 0
+            ? uint32_t(
+                  _pdep_u32(uint32_t(BitsAt(row + layout.sign_at, pruned_rank)), ~mask & channels))
+            : 0;
     const auto half = [&](int i, __m256i bits) {
-      const __m512 pruned = _mm512_mul_ps(_mm512_mask_blend_ps(__mmask16(positive >> (16 * i)), minus, plus),
-                                          _mm512_loadu_ps(restore + j0 + 16 * i));
-      _mm512_storeu_ps(out + j0 + 16 * i, _mm512_mask_mov_ps(pruned, __mmask16(mask >> (16 * i)), _mm512_cvtph_ps(bits)));
+      const __m512 pruned =
+          _mm512_mul_ps(_mm512_mask_blend_ps(__mmask16(positive >> (16 * i)), minus, plus),
+                        _mm512_loadu_ps(restore + j0 + 16 * i));
+      _mm512_storeu_ps(out + j0 + 16 * i, _mm512_mask_mov_ps(pruned, __mmask16(mask >> (16 * i)),
+                                                             _mm512_cvtph_ps(bits)));
     };
     half(0, _mm512_castsi512_si256(expanded));
     if (n - j0 > 16) half(1, _mm512_extracti64x4_epi64(expanded, 1));
@@ -151,10 +170,14 @@ inline void HalfKey(const KeyLayout& layout, const float* restore, const uint8_t
 template <typename Body>
 inline void WithInteger(sparkv_number number, Body&& body) {
   switch (number) {
-    case SPARKV_INT8: return body(std::integral_constant<sparkv_number, SPARKV_INT8>());
-    case SPARKV_INT6: return body(std::integral_constant<sparkv_number, SPARKV_INT6>());
-    case SPARKV_INT5: return body(std::integral_constant<sparkv_number, SPARKV_INT5>());
-    default: return body(std::integral_constant<sparkv_number, SPARKV_INT4>());
+    case SPARKV_INT8:
+      return body(std::integral_constant<sparkv_number, SPARKV_INT8>());
+    case SPARKV_INT6:
+      return body(std::integral_constant<sparkv_number, SPARKV_INT6>());
+    case SPARKV_INT5:
+      return body(std::integral_constant<sparkv_number, SPARKV_INT5>());
+    default:
+      return body(std::integral_constant<sparkv_number, SPARKV_INT4>());
   }
 }
 
@@ -173,16 +196,18 @@ inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) 
   if (layout.number == SPARKV_INT8) {
     const __m512 step = _mm512_set1_ps(top * (1.0f / 127.5f)), offset = _mm512_set1_ps(-top);
     for (int j = 0; j < n; j += 16) {
-      const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(code + j)));
+      const __m512i x =
+          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(code + j)));
       _mm512_storeu_ps(out + j, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), step, offset));
     }
     return true;
   }
   // Nibbles look their level up in one register.
-  const __m512 levels = _mm512_mul_ps(_mm512_setr_ps(-1.0f, -13 / 15.0f, -11 / 15.0f, -9 / 15.0f, -7 / 15.0f, -5 / 15.0f,
-                                                     -3 / 15.0f, -1 / 15.0f, 1 / 15.0f, 3 / 15.0f, 5 / 15.0f, 7 / 15.0f,
-                                                     9 / 15.0f, 11 / 15.0f, 13 / 15.0f, 1.0f),
-                                      _mm512_set1_ps(top));
+  const __m512 levels =
+      _mm512_mul_ps(_mm512_setr_ps(-1.0f, -13 / 15.0f, -11 / 15.0f, -9 / 15.0f, -7 / 15.0f,
+                                   -5 / 15.0f, -3 / 15.0f, -1 / 15.0f, 1 / 15.0f, 3 / 15.0f,
+                                   5 / 15.0f, 7 / 15.0f, 9 / 15.0f, 11 / 15.0f, 13 / 15.0f, 1.0f),
+                    _mm512_set1_ps(top));
   for (int j = 0; j < n; j += 16) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + j / 2));
     const __m128i pairs = _mm_cvtepu8_epi16(bytes);
@@ -196,12 +221,14 @@ inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) 
 
 // ---- integer keys and values: products of bytes ----
 //
-// Queries and softmax weights are split into 16-bit numbers, high and low byte, so that packed codes are multiplied as they are,
-// four at a time, and never become floats. Tokens lie in lanes: no sums across a register.
+// Queries and softmax weights are split into 16-bit numbers, high and low byte, so that packed
+// codes are multiplied as they are, four at a time, and never become floats. Tokens lie in lanes:
+// no sums across a register.
 //   score[t] = unit[t] sum_kept q_j level_tj + magnitude[t] sum_pruned +-w_j,  w_j = q_j restore_j
 //   sum_pruned +-w_j = sum_j w_j (s_tj - 1) with s = 2 for +, 1 for kept, 0 for -
 
-// sum + a . b in every lane, a unsigned and b signed bytes. Assembly, because gcc 12 copies the sum before and after the intrinsic.
+// sum + a . b in every lane, a unsigned and b signed bytes. Assembly, because gcc 12 copies the sum
+// before and after the intrinsic.
 inline __m512i AddProducts(__m512i sum, __m512i a, __m512i b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
@@ -212,10 +239,12 @@ inline __m512i AddProducts(__m512i sum, __m512i a, const int32_t& b) {
   return sum;
 }
 
-// A query row: two vectors of 16-bit numbers as bytes, [4][padded]: q high, q low, w high, w low, behind these numbers.
+// A query row: two vectors of 16-bit numbers as bytes, [4][padded]: q high, q low, w high, w low,
+// behind these numbers.
 struct PreparedRow {
   float q_scale, w_scale;
-  int32_t bias[4];  // what the offset of the other operand (128 for levels, 1 for signs) adds to the four sums, negative
+  int32_t bias[4];  // what the offset of the other operand (128 for levels, 1 for signs) adds to
+                    // the four sums, negative
   int32_t unused[10];
 };
 static_assert(sizeof(PreparedRow) == 64);
@@ -225,8 +254,10 @@ inline PreparedRow* PreparedAt(const Scratch& scratch, int k_dim, int row) {
 }
 inline int8_t* PreparedBytes(PreparedRow* row) { return reinterpret_cast<int8_t*>(row + 1); }
 
-// x [n] (times y, if given) = scale * (256 high + low); padding is zero. Not finite: the scale is NaN.
-inline void Split(const float* x, const float* y, int n, float* scale, int32_t* sums, int8_t* high, int8_t* low, size_t padded) {
+// x [n] (times y, if given) = scale * (256 high + low); padding is zero. Not finite: the scale is
+// NaN.
+inline void Split(const float* x, const float* y, int n, float* scale, int32_t* sums, int8_t* high,
+                  int8_t* low, size_t padded) {
   const auto at = [&](int j) {
     const __mmask16 lanes = n - j >= 16 ? 0xffff : __mmask16((1u << (n - j)) - 1);
     const __m512 a = _mm512_maskz_loadu_ps(lanes, x + j);
@@ -243,7 +274,8 @@ inline void Split(const float* x, const float* y, int n, float* scale, int32_t* 
   const __m512 inverse = _mm512_set1_ps(any ? 32512.0f / top : 0.0f);
   __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
   for (int j = 0; size_t(j) < padded; j += 16) {
-    const __m512i q = j < n ? _mm512_cvtps_epi32(_mm512_mul_ps(at(j), inverse)) : _mm512_setzero_si512();
+    const __m512i q =
+        j < n ? _mm512_cvtps_epi32(_mm512_mul_ps(at(j), inverse)) : _mm512_setzero_si512();
     const __m128i low8 = _mm512_cvtepi32_epi8(q);
     const __m512i l = _mm512_cvtepi8_epi32(low8), h = _mm512_srai_epi32(_mm512_sub_epi32(q, l), 8);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low + j), low8);
@@ -255,7 +287,8 @@ inline void Split(const float* x, const float* y, int n, float* scale, int32_t* 
   sums[1] = _mm512_reduce_add_epi32(sum_low);
 }
 
-void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBlock& block, const Scratch& scratch) {
+void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBlock& block,
+                    const Scratch& scratch) {
   if (layout.number == SPARKV_F16) return;
   const size_t padded = Padded64(block.k_dim);
   for (int r = 0; r < block.n_rows; ++r) {
@@ -267,22 +300,29 @@ void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBloc
     row->bias[1] *= -128;
     if (layout.sign_bytes == 0) continue;
     const float* restore = KeyWeights(table, block.k_dim).restore;
-    Split(q, restore, block.k_dim, &row->w_scale, row->bias + 2, bytes + 2 * padded, bytes + 3 * padded, padded);
+    Split(q, restore, block.k_dim, &row->w_scale, row->bias + 2, bytes + 2 * padded,
+          bytes + 3 * padded, padded);
     row->bias[2] = -row->bias[2];
     row->bias[3] = -row->bias[3];
   }
 }
 
-// 2^(((e - 1) mod steps) / steps + octave) of a grid whose table of one octave is given; lanes with e = 0 are zero.
+// 2^(((e - 1) mod steps) / steps + octave) of a grid whose table of one octave is given; lanes with
+// e = 0 are zero.
 template <int kSteps, int kBias>
 inline __m512 GridValues(__m512i e) {
   const __m512i place = _mm512_sub_epi32(e, _mm512_set1_epi32(1));
-  const __m512i index = _mm512_slli_epi32(_mm512_and_si512(place, _mm512_set1_epi32(kSteps - 1)), std::countr_zero(unsigned(64 / kSteps)));
-  const __m512 a = _mm512_permutex2var_ps(_mm512_loadu_ps(kPow2Table), index, _mm512_loadu_ps(kPow2Table + 16));
-  const __m512 b = _mm512_permutex2var_ps(_mm512_loadu_ps(kPow2Table + 32), index, _mm512_loadu_ps(kPow2Table + 48));
+  const __m512i index = _mm512_slli_epi32(_mm512_and_si512(place, _mm512_set1_epi32(kSteps - 1)),
+                                          std::countr_zero(unsigned(64 / kSteps)));
+  const __m512 a =
+      _mm512_permutex2var_ps(_mm512_loadu_ps(kPow2Table), index, _mm512_loadu_ps(kPow2Table + 16));
+  const __m512 b = _mm512_permutex2var_ps(_mm512_loadu_ps(kPow2Table + 32), index,
+                                          _mm512_loadu_ps(kPow2Table + 48));
   const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
-  const __m512i octave = _mm512_sub_epi32(_mm512_srai_epi32(place, std::countr_zero(unsigned(kSteps))), _mm512_set1_epi32(kBias));
-  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(_mm512_mask_mov_ps(a, upper, b)), _mm512_slli_epi32(octave, 23));
+  const __m512i octave = _mm512_sub_epi32(
+      _mm512_srai_epi32(place, std::countr_zero(unsigned(kSteps))), _mm512_set1_epi32(kBias));
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(_mm512_mask_mov_ps(a, upper, b)),
+                                        _mm512_slli_epi32(octave, 23));
   return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(e, e), _mm512_castsi512_ps(bits));
 }
 
@@ -303,19 +343,22 @@ struct KeyBytes {
 };
 
 template <sparkv_number kNumber>
-inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, int run, KeyBytes* out) {
+inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, int run,
+                      KeyBytes* out) {
   const int n = layout.head_dim, n_pieces = (n + 63) / 64;
   alignas(64) uint8_t level[kMaxHeadDim / 64][16][64];
   alignas(64) uint64_t kept[kMaxHeadDim / 64][16], plus[kMaxHeadDim / 64][16];
   const __m512i none = _mm512_set1_epi8(char(0x80));
   for (int i = 0; i < 16; ++i) {
     if ((rows >> i & 1) != 0) {
-      KeyPieces<kNumber>(layout, rows16 + size_t(i) * layout.bytes, _mm512_setzero_si512(),
-                         [&](int j, uint64_t mask, __m512i levels, uint64_t positive) __attribute__((always_inline)) {
-                           _mm512_store_si512(level[j / 64][i], _mm512_xor_si512(levels, none));
-                           kept[j / 64][i] = mask;
-                           plus[j / 64][i] = positive;
-                         });
+      KeyPieces<kNumber>(
+          layout, rows16 + size_t(i) * layout.bytes, _mm512_setzero_si512(),
+          [&](int j, uint64_t mask, __m512i levels, uint64_t positive)
+              __attribute__((always_inline)) {
+                _mm512_store_si512(level[j / 64][i], _mm512_xor_si512(levels, none));
+                kept[j / 64][i] = mask;
+                plus[j / 64][i] = positive;
+              });
     } else {
       for (int p = 0; p < n_pieces; ++p) {
         _mm512_store_si512(level[p][i], none);
@@ -326,13 +369,15 @@ inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned r
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   // Four bits -> four bytes.
-  const __m512i ones = _mm512_setr_epi32(0x00000000, 0x00000001, 0x00000100, 0x00000101, 0x00010000, 0x00010001, 0x00010100,
-                                         0x00010101, 0x01000000, 0x01000001, 0x01000100, 0x01000101, 0x01010000, 0x01010001,
-                                         0x01010100, 0x01010101);
+  const __m512i ones =
+      _mm512_setr_epi32(0x00000000, 0x00000001, 0x00000100, 0x00000101, 0x00010000, 0x00010001,
+                        0x00010100, 0x00010101, 0x01000000, 0x01000001, 0x01000100, 0x01000101,
+                        0x01010000, 0x01010001, 0x01010100, 0x01010101);
   const __m512i twos = _mm512_add_epi32(ones, ones);
   for (int p = 0; p < n_pieces; ++p) {
     Vec block[16];
-    for (int i = 0; i < 16; ++i) block[i] = _mm512_load_ps(reinterpret_cast<const float*>(level[p][i]));
+    for (int i = 0; i < 16; ++i)
+      block[i] = _mm512_load_ps(reinterpret_cast<const float*>(level[p][i]));
     TransposeStage<1>(block);
     uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
     for (int i = 0; i < 16; ++i) _mm512_store_ps(reinterpret_cast<float*>(to + 64 * i), block[i]);
@@ -342,8 +387,9 @@ inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned r
     const __m512i p0 = _mm512_load_si512(plus[p]), p1 = _mm512_load_si512(plus[p] + 8);
     const auto half = [&](__m512i kept32, __m512i plus32, uint8_t* at) {
       for (int c = 0; c < 8; ++c) {
-        const __m512i s = _mm512_add_epi32(_mm512_permutexvar_epi32(_mm512_srli_epi32(kept32, unsigned(4 * c)), ones),
-                                           _mm512_permutexvar_epi32(_mm512_srli_epi32(plus32, unsigned(4 * c)), twos));
+        const __m512i s = _mm512_add_epi32(
+            _mm512_permutexvar_epi32(_mm512_srli_epi32(kept32, unsigned(4 * c)), ones),
+            _mm512_permutexvar_epi32(_mm512_srli_epi32(plus32, unsigned(4 * c)), twos));
         _mm512_store_si512(at + 64 * c, s);
       }
     };
@@ -355,25 +401,30 @@ inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned r
   const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kKeyScaleNotFinite));
   const __m512 largest = GridValues<32, 16>(e);
   const __m512 unit = _mm512_mul_ps(largest, _mm512_set1_ps(kLevelUnit));
-  _mm512_store_ps(out->unit + 16 * run, _mm512_mask_mov_ps(unit, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN())));
+  _mm512_store_ps(
+      out->unit + 16 * run,
+      _mm512_mask_mov_ps(unit, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN())));
   // ratio = 2^((9 - r) / 4): a grid of four steps, read backwards.
   const __m512i r = _mm512_srli_epi32(words, 10);
   const __m512i quarter = _mm512_sub_epi32(_mm512_set1_epi32(kRatioOne + 64 + 1), r);
-  const __m512 ratio = _mm512_maskz_mov_ps(_mm512_test_epi32_mask(r, r), GridValues<4, 16>(quarter));
+  const __m512 ratio =
+      _mm512_maskz_mov_ps(_mm512_test_epi32_mask(r, r), GridValues<4, 16>(quarter));
   _mm512_store_ps(out->magnitude + 16 * run, _mm512_maskz_mul_ps(__mmask16(~nan), largest, ratio));
 }
 
-// Products of R query rows with 16 tokens: sum[r] = 256 high . bytes + low . bytes + bias. `part`: 0 for q and levels, 1 for w and
-// signs.
+// Products of R query rows with 16 tokens: sum[r] = 256 high . bytes + low . bytes + bias. `part`:
+// 0 for q and levels, 1 for w and signs.
 template <int R>
-inline void ByteProducts(const QueryBlock& block, int row, int part, const uint8_t* bytes, const Scratch& scratch, Vec (&out)[R]) {
+inline void ByteProducts(const QueryBlock& block, int row, int part, const uint8_t* bytes,
+                         const Scratch& scratch, Vec (&out)[R]) {
   const size_t padded = Padded64(block.k_dim);
   const int n_quads = block.k_dim / 4;
   const int32_t* query[R];
   __m512i high[R], low[R];
   for (int r = 0; r < R; ++r) {
     PreparedRow* prepared = PreparedAt(scratch, block.k_dim, row + r);
-    query[r] = reinterpret_cast<const int32_t*>(PreparedBytes(prepared) + size_t(2 * part) * padded);
+    query[r] =
+        reinterpret_cast<const int32_t*>(PreparedBytes(prepared) + size_t(2 * part) * padded);
     high[r] = _mm512_set1_epi32(prepared->bias[2 * part]);
     low[r] = _mm512_set1_epi32(prepared->bias[2 * part + 1]);
   }
@@ -385,31 +436,36 @@ inline void ByteProducts(const QueryBlock& block, int row, int part, const uint8
     }
   }
   for (int r = 0; r < R; ++r) {
-    out[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r]), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low[r]));
+    out[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r]), _mm512_set1_ps(256.0f),
+                             _mm512_cvtepi32_ps(low[r]));
   }
 }
 
 // score [R][64] of query rows row .. row + R - 1.
 template <int R>
-inline void ByteScores(const QueryBlock& block, bool signs, int row, const KeyBytes& keys, uint64_t any, const Scratch& scratch) {
+inline void ByteScores(const QueryBlock& block, bool signs, int row, const KeyBytes& keys,
+                       uint64_t any, const Scratch& scratch) {
   const size_t run_bytes = Padded64(block.k_dim) * 16;
   for (int run = 0; run < 4; ++run) {
     if ((any >> (16 * run) & 0xffff) == 0) continue;
     Vec score[R];
     ByteProducts<R>(block, row, 0, keys.level + size_t(run) * run_bytes, scratch, score);
     const Vec unit = Load(keys.unit + 16 * run);
-    for (int r = 0; r < R; ++r) score[r] *= unit * PreparedAt(scratch, block.k_dim, row + r)->q_scale;
+    for (int r = 0; r < R; ++r)
+      score[r] *= unit * PreparedAt(scratch, block.k_dim, row + r)->q_scale;
     if (signs) {
       Vec pruned[R];
       ByteProducts<R>(block, row, 1, keys.sign + size_t(run) * run_bytes, scratch, pruned);
       const Vec magnitude = Load(keys.magnitude + 16 * run);
-      for (int r = 0; r < R; ++r) score[r] += pruned[r] * (magnitude * PreparedAt(scratch, block.k_dim, row + r)->w_scale);
+      for (int r = 0; r < R; ++r)
+        score[r] += pruned[r] * (magnitude * PreparedAt(scratch, block.k_dim, row + r)->w_scale);
     }
     for (int r = 0; r < R; ++r) Store(scratch.score + r * kTile + 16 * run, score[r]);
   }
 }
 
-// Softmax weights of a row times the scales of the value rows, as 16-bit numbers: weight = factor * (256 high + low).
+// Softmax weights of a row times the scales of the value rows, as 16-bit numbers: weight = factor *
+// (256 high + low).
 struct WeightBytes {
   alignas(64) uint8_t high[kTile], low[kTile];
   float factor = 0.0f, sum = 0.0f;  // sum of the 16-bit numbers
@@ -431,20 +487,24 @@ inline void SplitWeights(const float* p, const float* top, float poison, WeightB
     const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse));
     sum = _mm512_add_epi32(sum, n);
     _mm_store_si128(reinterpret_cast<__m128i*>(w->low + 16 * i), _mm512_cvtepi32_epi8(n));
-    _mm_store_si128(reinterpret_cast<__m128i*>(w->high + 16 * i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(w->high + 16 * i),
+                    _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
   }
   w->sum = float(_mm512_reduce_add_epi32(sum));
 }
 
-// o[r] = o[r] * correction[r] + sum_t weight_rt value_t for R rows, 32 channels at a time. Four tokens of a channel lie in a lane.
+// o[r] = o[r] * correction[r] + sum_t weight_rt value_t for R rows, 32 channels at a time. Four
+// tokens of a channel lie in a lane.
 //   q4: level = (2 c - 15) / 15, q8: level = (2 (c - 128) + 1) / 255
 template <int R, bool kBytes>
-inline void ByteValues(const ValueLayout& layout, const PackedTile& tile, const WeightBytes* weights, const float* correction,
-                       float* o, size_t o_stride) {
+inline void ByteValues(const ValueLayout& layout, const PackedTile& tile,
+                       const WeightBytes* weights, const float* correction, float* o,
+                       size_t o_stride) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i each = _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101));
   // Byte i of tokens 0..3, which lie 16 (q4) or 32 (q8) bytes apart.
-  const __m512i spread = _mm512_add_epi32(each, _mm512_set1_epi32(kBytes ? 0x60402000 : 0x30201000));
+  const __m512i spread =
+      _mm512_add_epi32(each, _mm512_set1_epi32(kBytes ? 0x60402000 : 0x30201000));
   const __m512i beyond = _mm512_add_epi32(spread, _mm512_set1_epi32(0x10101010));
   const __m512i nibble = _mm512_set1_epi8(15), centre = _mm512_set1_epi8(char(0x80));
   const size_t bytes = layout.bytes;
@@ -457,13 +517,19 @@ inline void ByteValues(const ValueLayout& layout, const PackedTile& tile, const 
       const uint8_t* row = tile.value[g / 4] + size_t(g % 4 * 4) * bytes + at;
       __m512i even, odd;
       if constexpr (kBytes) {
-        const auto half = [](const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
-        const __m512i a = _mm512_inserti64x4(_mm512_castsi256_si512(half(row)), half(row + bytes), 1);
-        const __m512i b = _mm512_inserti64x4(_mm512_castsi256_si512(half(row + 2 * bytes)), half(row + 3 * bytes), 1);
+        const auto half = [](const uint8_t* p) {
+          return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        };
+        const __m512i a =
+            _mm512_inserti64x4(_mm512_castsi256_si512(half(row)), half(row + bytes), 1);
+        const __m512i b = _mm512_inserti64x4(_mm512_castsi256_si512(half(row + 2 * bytes)),
+                                             half(row + 3 * bytes), 1);
         even = _mm512_xor_si512(_mm512_permutex2var_epi8(a, spread, b), centre);
         odd = _mm512_xor_si512(_mm512_permutex2var_epi8(a, beyond, b), centre);
       } else {
-        const auto quarter = [](const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+        const auto quarter = [](const uint8_t* p) {
+          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        };
         __m512i four = _mm512_castsi128_si512(quarter(row));
         four = _mm512_mask_broadcast_i32x4(four, 0x00f0, quarter(row + bytes));
         four = _mm512_mask_broadcast_i32x4(four, 0x0f00, quarter(row + 2 * bytes));
@@ -483,30 +549,36 @@ inline void ByteValues(const ValueLayout& layout, const PackedTile& tile, const 
     }
     for (int r = 0; r < R; ++r) {
       const float step = weights[r].factor / (kBytes ? 255.0f : 15.0f);
-      const __m512 scale = _mm512_set1_ps(2.0f * step), offset = _mm512_set1_ps(weights[r].sum * step * (kBytes ? 1.0f : -15.0f));
+      const __m512 scale = _mm512_set1_ps(2.0f * step),
+                   offset = _mm512_set1_ps(weights[r].sum * step * (kBytes ? 1.0f : -15.0f));
       const auto number = [&](__m512i h, __m512i l) {
-        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l)), scale, offset);
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l)),
+                               scale, offset);
       };
       __m512 x = number(high0[r], low0[r]), y = number(high1[r], low1[r]);
       if constexpr (!kBytes) {
         // Even and odd channels take turns.
-        const __m512i turns = _mm512_add_epi32(_mm512_srli_epi32(lane, 1), _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(1)), 4));
+        const __m512i turns =
+            _mm512_add_epi32(_mm512_srli_epi32(lane, 1),
+                             _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(1)), 4));
         const __m512 evens = x;
         x = _mm512_permutex2var_ps(evens, turns, y);
         y = _mm512_permutex2var_ps(evens, _mm512_add_epi32(turns, _mm512_set1_epi32(8)), y);
       }
       float* to = o + size_t(r) * o_stride + c;
       Store(to, _mm512_fmadd_ps(Load(to), _mm512_set1_ps(correction[r]), x));
-      if (size_t(c) + 16 < o_stride) Store(to + 16, _mm512_fmadd_ps(Load(to + 16), _mm512_set1_ps(correction[r]), y));
+      if (size_t(c) + 16 < o_stride)
+        Store(to + 16, _mm512_fmadd_ps(Load(to + 16), _mm512_set1_ps(correction[r]), y));
     }
   }
 }
 
 // Rows row .. row + R - 1 of the block, keys unpacked.
 template <int R>
-inline void ByteRows(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, int row, const PackedTile& tile,
-                     const KeyBytes& keys, const float* top, const uint64_t* visible, const uint16_t* const* mask,
-                     const Scratch& scratch, const AttentionState& state) {
+inline void ByteRows(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+                     int row, const PackedTile& tile, const KeyBytes& keys, const float* top,
+                     const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch,
+                     const AttentionState& state) {
   uint64_t any = 0;
   for (int r = 0; r < R; ++r) any |= visible[(row + r) / block.group];
   if (any == 0) return;
@@ -522,8 +594,9 @@ inline void ByteRows(const KeyLayout& key, const ValueLayout& value, const Query
       std::memset(weights[r].low, 0, kTile);
       continue;
     }
-    correction[r] = Softmax(block, (row + r) % block.group, visible[token], mask != nullptr ? mask[token] : nullptr, score,
-                            &state.m[row + r], &state.d[row + r]);
+    correction[r] = Softmax(block, (row + r) % block.group, visible[token],
+                            mask != nullptr ? mask[token] : nullptr, score, &state.m[row + r],
+                            &state.d[row + r]);
     SplitWeights(score, top, state.d[row + r] * 0.0f, &weights[r]);
   }
   float* o = state.o + size_t(row) * size_t(block.o_stride);
@@ -534,9 +607,9 @@ inline void ByteRows(const KeyLayout& key, const ValueLayout& value, const Query
   }
 }
 
-void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
-                      const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch,
-                      const AttentionState& state) {
+void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+                      const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
+                      const Scratch& scratch, const AttentionState& state) {
   if (key.number == SPARKV_F16 || !value.rotated()) {
     return AttendPacked(key, value, block, tile, visible, mask, scratch, state);
   }
@@ -551,25 +624,36 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
       }
       UnpackRun<number()>(key, tile.key[run], rows, run, &keys);
       // A value that is not finite gives no number: its key does, to those who see it.
-      const __m512i e = _mm512_and_si512(ScaleWords(tile.value[run], value.bytes, rows), _mm512_set1_epi32(4095));
+      const __m512i e =
+          _mm512_and_si512(ScaleWords(tile.value[run], value.bytes, rows), _mm512_set1_epi32(4095));
       const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kValueScaleNotFinite));
       _mm512_store_ps(top + 16 * run, _mm512_maskz_mov_ps(__mmask16(~nan), GridValues<64, 32>(e)));
-      _mm512_mask_store_ps(keys.unit + 16 * run, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
+      _mm512_mask_store_ps(keys.unit + 16 * run, nan,
+                           _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
     }
   });
-  const auto rows = [&](auto n, int row) { ByteRows<n()>(key, value, block, row, tile, keys, top, visible, mask, scratch, state); };
+  const auto rows = [&](auto n, int row) {
+    ByteRows<n()>(key, value, block, row, tile, keys, top, visible, mask, scratch, state);
+  };
   int row = 0;
   for (; row + 4 <= block.n_rows; row += 4) rows(std::integral_constant<int, 4>(), row);
   switch (block.n_rows - row) {
-    case 3: rows(std::integral_constant<int, 3>(), row); break;
-    case 2: rows(std::integral_constant<int, 2>(), row); break;
-    case 1: rows(std::integral_constant<int, 1>(), row); break;
-    default: break;
+    case 3:
+      rows(std::integral_constant<int, 3>(), row);
+      break;
+    case 2:
+      rows(std::integral_constant<int, 2>(), row);
+      break;
+    case 1:
+      rows(std::integral_constant<int, 1>(), row);
+      break;
+    default:
+      break;
   }
 }
 
-void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible, const uint16_t* const* mask,
-                 const Scratch& scratch, const AttentionState& state) {
+void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
+                 const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
   AttendDenseRows(block, tile, visible, mask, scratch, state);
 }
 }  // namespace sparkv::avx512

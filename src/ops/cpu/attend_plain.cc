@@ -45,7 +45,8 @@ void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, flo
       ++rank;
     } else {
       const int at = pruned_rank++;
-      const bool positive = layout.sign_bytes != 0 && (row[layout.sign_at + unsigned(at) / 8] >> (at % 8) & 1);
+      const bool positive =
+          layout.sign_bytes != 0 && (row[layout.sign_at + unsigned(at) / 8] >> (at % 8) & 1);
       out[j] = (positive ? magnitude : -magnitude) * w.restore[j];
     }
   }
@@ -75,15 +76,15 @@ bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
 
 #include "ops/cpu/attend-inl.h"
 
-void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block, const PackedTile& tile,
-                      const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch,
-                      const AttentionState& state) {
+void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+                      const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
+                      const Scratch& scratch, const AttentionState& state) {
   AttendPacked(key, value, block, tile, visible, mask, scratch, state);
 }
 void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&) {}
 
-void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible, const uint16_t* const* mask,
-                 const Scratch& scratch, const AttentionState& state) {
+void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
+                 const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
   AttendDenseRows(block, tile, visible, mask, scratch, state);
 }
 }  // namespace sparkv::plain

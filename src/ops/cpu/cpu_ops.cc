@@ -6,18 +6,20 @@
 
 namespace sparkv {
 
-#define SPARKV_DECLARE_OPS(isa)                                                                                          \
-  namespace isa {                                                                                                        \
-  void PackKey(const KeyLayout&, const float*, const uint16_t*, uint8_t*);                                               \
-  void PackValue(const ValueLayout&, const uint16_t*, uint8_t*);                                                         \
-  void UnpackKey(const KeyLayout&, const float*, const uint8_t*, uint16_t*);                                             \
-  void UnpackValue(const ValueLayout&, const uint8_t*, uint16_t*);                                                       \
-  void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&);                                \
-  void AttendPackedTile(const KeyLayout&, const ValueLayout&, const QueryBlock&, const PackedTile&, const uint64_t*,     \
-                        const uint16_t* const*, const Scratch&, const AttentionState&);                                  \
-  void AttendDense(const QueryBlock&, const DenseTile&, const uint64_t*, const uint16_t* const*, const Scratch&,         \
-                   const AttentionState&);                                                                               \
-  constexpr OpTable kOps{#isa, PackKey, PackValue, UnpackKey, UnpackValue, PrepareQueries, AttendPackedTile, AttendDense}; \
+#define SPARKV_DECLARE_OPS(isa)                                                                  \
+  namespace isa {                                                                                \
+  void PackKey(const KeyLayout&, const float*, const uint16_t*, uint8_t*);                       \
+  void PackValue(const ValueLayout&, const uint16_t*, uint8_t*);                                 \
+  void UnpackKey(const KeyLayout&, const float*, const uint8_t*, uint16_t*);                     \
+  void UnpackValue(const ValueLayout&, const uint8_t*, uint16_t*);                               \
+  void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&);        \
+  void AttendPackedTile(const KeyLayout&, const ValueLayout&, const QueryBlock&,                 \
+                        const PackedTile&, const uint64_t*, const uint16_t* const*,              \
+                        const Scratch&, const AttentionState&);                                  \
+  void AttendDense(const QueryBlock&, const DenseTile&, const uint64_t*, const uint16_t* const*, \
+                   const Scratch&, const AttentionState&);                                       \
+  constexpr OpTable kOps{#isa,        PackKey,        PackValue,        UnpackKey,               \
+                         UnpackValue, PrepareQueries, AttendPackedTile, AttendDense};            \
   }
 
 SPARKV_DECLARE_OPS(plain)
@@ -33,7 +35,8 @@ bool HasF16c() {
 }
 bool HasAvx2() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && HasF16c();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2") && HasF16c();
 }
 bool HasAvx512() {
   return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -49,7 +52,8 @@ const OpTable* CpuOps(sparkv_simd wish) {
 #if defined(__x86_64__)
   if (wish == SPARKV_SIMD_AVX2) return HasAvx2() ? &avx2::kOps : nullptr;
   if (wish == SPARKV_SIMD_AVX512) return HasAvx512() ? &avx512::kOps : nullptr;
-  if (wish == SPARKV_SIMD_AUTO) return HasAvx512() ? &avx512::kOps : HasAvx2() ? &avx2::kOps : &plain::kOps;
+  if (wish == SPARKV_SIMD_AUTO)
+    return HasAvx512() ? &avx512::kOps : HasAvx2() ? &avx2::kOps : &plain::kOps;
 #else
   if (wish == SPARKV_SIMD_AUTO) return &plain::kOps;
 #endif

@@ -1,27 +1,36 @@
-// Packing and exact unpacking of rows. Compiled once per instruction set without contraction of floating-point expressions:
-// every sum has a fixed order, so all of them write the same bytes. Included inside a namespace per instruction set.
+// Packing and exact unpacking of rows. Compiled once per instruction set without contraction of
+// floating-point expressions: every sum has a fixed order, so all of them write the same bytes.
+// Included inside a namespace per instruction set.
 //
-// Idempotence: Pack(RoundToHalf(Unpack(row))) == row under the same table. It rests on (1) scales on logarithmic grids with a
-// tolerance wider than the rounding of f16, (2) the largest magnitude always taking the top code, (3) every kept magnitude
-// staying above the pruned one, so that the same channels are selected again.
+// Idempotence: Pack(RoundToHalf(Unpack(row))) == row under the same table. It rests on (1) scales
+// on logarithmic grids with a tolerance wider than the rounding of f16, (2) the largest magnitude
+// always taking the top code, (3) every kept magnitude staying above the pruned one, so that the
+// same channels are selected again.
 
 constexpr int kLanes16 = 16;
 constexpr float kKeyTolerance = 0x1p-8f;
 constexpr float kValueTolerance = 0x1p-9f;
-constexpr int kSettle = 24;                 // rounds of pack and unpack for rows near the ends of f16's range
+constexpr int kSettle = 24;  // rounds of pack and unpack for rows near the ends of f16's range
 
 inline void PutCode(const KeyLayout& layout, uint8_t* row, int rank, int code) {
   uint8_t* low = row + layout.low_at;
   uint8_t* high = row + layout.high_at;
   switch (layout.number) {
-    case SPARKV_INT8: low[rank] = uint8_t(code); break;
-    case SPARKV_INT6: high[rank / 4] = uint8_t(high[rank / 4] | (code >> 4) << (rank % 4 * 2)); [[fallthrough]];
-    case SPARKV_INT4: low[rank / 2] = uint8_t(low[rank / 2] | (code & 15) << (rank % 2 * 4)); break;
+    case SPARKV_INT8:
+      low[rank] = uint8_t(code);
+      break;
+    case SPARKV_INT6:
+      high[rank / 4] = uint8_t(high[rank / 4] | (code >> 4) << (rank % 4 * 2));
+      [[fallthrough]];
+    case SPARKV_INT4:
+      low[rank / 2] = uint8_t(low[rank / 2] | (code & 15) << (rank % 2 * 4));
+      break;
     case SPARKV_INT5:
       high[rank / 8] = uint8_t(high[rank / 8] | (code >> 4) << (rank % 8));
       low[rank / 2] = uint8_t(low[rank / 2] | (code & 15) << (rank % 2 * 4));
       break;
-    case SPARKV_F16: break;
+    case SPARKV_F16:
+      break;
   }
 }
 
@@ -70,8 +79,10 @@ void UnpackKey(const KeyLayout& layout, const float* table, const uint8_t* row, 
   }
 }
 
-// One pass; *fragile is set when f16 rounding of the unpacked row may exceed what the grids tolerate.
-inline void PackKeyOnce(const KeyLayout& layout, const float* table, const uint16_t* k, uint8_t* row, bool* fragile) {
+// One pass; *fragile is set when f16 rounding of the unpacked row may exceed what the grids
+// tolerate.
+inline void PackKeyOnce(const KeyLayout& layout, const float* table, const uint16_t* k,
+                        uint8_t* row, bool* fragile) {
   const int n = layout.head_dim;
   std::memset(row, 0, layout.bytes);
   if (layout.pruned == 0 && layout.number == SPARKV_F16) {
@@ -100,8 +111,8 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const uint1
   float threshold = std::numeric_limits<float>::infinity();
   for (int j = 0; j < n; ++j) threshold = kept(j) && score[j] < threshold ? score[j] : threshold;
 
-  // c = mean of the pruned z^2 (reference) or |z| (paper), z = |k| * weight, strictly below the threshold; channels without
-  // weight do not count.
+  // c = mean of the pruned z^2 (reference) or |z| (paper), z = |k| * weight, strictly below the
+  // threshold; channels without weight do not count.
   float magnitude = 0.0f;
   if (layout.restores()) {
     const bool square = layout.recover == SPARKV_RECOVER_MEAN;
@@ -159,7 +170,9 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const uint1
     int ratio = 0;
     if (magnitude > 0.0f && scale > 0) {
       ratio = 1;
-      while (ratio < kMaxRatio && top * RatioValue(ratio) * (top * RatioValue(ratio + 1)) > magnitude * magnitude) ++ratio;
+      while (ratio < kMaxRatio &&
+             top * RatioValue(ratio) * (top * RatioValue(ratio + 1)) > magnitude * magnitude)
+        ++ratio;
       while (ratio <= kMaxRatio && top * RatioValue(ratio) >= threshold) ++ratio;
       if (ratio > kMaxRatio || magnitude < 0.5f * top * RatioValue(kMaxRatio)) ratio = 0;
     }
@@ -169,7 +182,8 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const uint1
     const float step = top * kLevelUnit;
     unit = float(levels[1] - levels[0]) * step;
     // Again with a smaller pruned magnitude when a kept channel cannot be put above it.
-    for (bool above = scale == 0; !above; ratio = above || ratio == 0 ? ratio : (ratio + 1) % (kMaxRatio + 1)) {
+    for (bool above = scale == 0; !above;
+         ratio = above || ratio == 0 ? ratio : (ratio + 1) % (kMaxRatio + 1)) {
       above = true;
       std::memset(row + layout.low_at, 0, layout.low_bytes + layout.high_bytes);
       const float at_least = top * RatioValue(ratio) * (1.0f + kKeyTolerance);
@@ -204,7 +218,8 @@ inline void PackKeyOnce(const KeyLayout& layout, const float* table, const uint1
     const float x = restored * w.restore[j];
     if (x < 0x1p-12f || x > 65000.0f) *fragile = true;
     // A channel that unpacks to zero has no sign: its bit is 0.
-    if (Saturate(x) != 0 && value[j] > 0.0f) row[layout.sign_at + unsigned(at) / 8] |= uint8_t(1u << (at % 8));
+    if (Saturate(x) != 0 && value[j] > 0.0f)
+      row[layout.sign_at + unsigned(at) / 8] |= uint8_t(1u << (at % 8));
   }
 }
 
@@ -252,7 +267,8 @@ void UnpackValue(const ValueLayout& layout, const uint8_t* row, uint16_t* v) {
   const float centre = bytes ? 127.5f : 7.5f;
   const float step = ValueScaleGrid::Value(e) / centre;
   const uint8_t* code = row + layout.scale_bytes;
-  for (int j = 0; j < n; ++j) x[j] = (float(bytes ? code[j] : code[j / 2] >> (j % 2 * 4) & 15) - centre) * step;
+  for (int j = 0; j < n; ++j)
+    x[j] = (float(bytes ? code[j] : code[j / 2] >> (j % 2 * 4) & 15) - centre) * step;
   Rotate(x, n, RotationBlock(n));
   for (int j = 0; j < n; ++j) {
     v[j] = Saturate(x[j]);
@@ -260,7 +276,8 @@ void UnpackValue(const ValueLayout& layout, const uint8_t* row, uint16_t* v) {
   }
 }
 
-inline void PackValueOnce(const ValueLayout& layout, const uint16_t* v, uint8_t* row, bool* fragile) {
+inline void PackValueOnce(const ValueLayout& layout, const uint16_t* v, uint8_t* row,
+                          bool* fragile) {
   const int n = layout.head_dim;
   std::memset(row, 0, layout.bytes);
   if (layout.number == SPARKV_F16) {

@@ -5,10 +5,14 @@ inline int GetCode(const KeyLayout& layout, const uint8_t* row, int rank) {
   const uint8_t* high = row + layout.high_at;
   const int nibble = layout.number == SPARKV_INT8 ? 0 : low[rank / 2] >> (rank % 2 * 4) & 15;
   switch (layout.number) {
-    case SPARKV_INT8: return low[rank];
-    case SPARKV_INT6: return nibble | (high[rank / 4] >> (rank % 4 * 2) & 3) << 4;
-    case SPARKV_INT5: return nibble | (high[rank / 8] >> (rank % 8) & 1) << 4;
-    default: return nibble;
+    case SPARKV_INT8:
+      return low[rank];
+    case SPARKV_INT6:
+      return nibble | (high[rank / 4] >> (rank % 4 * 2) & 3) << 4;
+    case SPARKV_INT5:
+      return nibble | (high[rank / 8] >> (rank % 8) & 1) << 4;
+    default:
+      return nibble;
   }
 }
 
@@ -29,15 +33,22 @@ inline float PrunedMagnitude(const KeyLayout& layout, const uint8_t* row) {
   if (!layout.restores()) return 0.0f;
   if (layout.number == SPARKV_F16) return MeanGrid::Value(row[0]);
   const uint32_t scale = GetScale(row);
-  return KeyScaleOf(scale) == kKeyScaleNotFinite ? 0.0f : KeyScaleGrid::Value(KeyScaleOf(scale)) * RatioValue(RatioOf(scale));
+  return KeyScaleOf(scale) == kKeyScaleNotFinite
+             ? 0.0f
+             : KeyScaleGrid::Value(KeyScaleOf(scale)) * RatioValue(RatioOf(scale));
 }
 
-constexpr Levels kLevels8{SPARKV_INT8}, kLevels6{SPARKV_INT6}, kLevels5{SPARKV_INT5}, kLevels4{SPARKV_INT4};
+constexpr Levels kLevels8{SPARKV_INT8}, kLevels6{SPARKV_INT6}, kLevels5{SPARKV_INT5},
+    kLevels4{SPARKV_INT4};
 inline const Levels& LevelsOf(sparkv_number number) {
   switch (number) {
-    case SPARKV_INT8: return kLevels8;
-    case SPARKV_INT6: return kLevels6;
-    case SPARKV_INT5: return kLevels5;
-    default: return kLevels4;
+    case SPARKV_INT8:
+      return kLevels8;
+    case SPARKV_INT6:
+      return kLevels6;
+    case SPARKV_INT5:
+      return kLevels5;
+    default:
+      return kLevels4;
   }
 }

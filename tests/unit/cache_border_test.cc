@@ -12,8 +12,6 @@
 namespace sparkv::test {
 namespace {
 
-constexpr double kSums = 2e-5;
-
 TEST(CacheBorder, EveryBadArgumentIsNamedAndLeavesTheCacheUsable) {
   Model model;
   model.streams = 2;

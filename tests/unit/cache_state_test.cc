@@ -9,8 +9,6 @@
 namespace sparkv::test {
 namespace {
 
-constexpr double kSums = 2e-5;
-
 // What a host saves of cells first .. first+n-1.
 struct Saved {
   std::vector<std::vector<uint16_t>> keys, values;  // per layer

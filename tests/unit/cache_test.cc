@@ -8,8 +8,6 @@
 namespace sparkv::test {
 namespace {
 
-constexpr double kSums = 2e-5;  // f32 sums in another order
-
 // ---- exact ----
 
 TEST(Cache, ExactPresetEqualsTheReferenceWhenSequencesShareAStream) {

@@ -11,8 +11,6 @@
 namespace sparkv::test {
 namespace {
 
-constexpr double kSums = 2e-5;
-
 // The same operations on every run; RC_PARAMS="seed=... max_success=..." tries others.
 const int kSeeded = setenv("RC_PARAMS", "seed=20261122 max_success=80", 0);
 

@@ -22,6 +22,8 @@ struct Registry {
   std::mutex mutex;
   std::vector<Buffer*> live;
   std::vector<bool> weights_slots;
+  std::vector<std::string>
+      weights;  // of caches that have ended, as sparkv_cache_save_weights gives them; oldest first
   std::map<int, CacheReport> finished;  // by cache id
   int next_id = 0;
   bool has_picture = false;  // some cache is the one of SPARKV_SALIENCY
@@ -30,6 +32,31 @@ struct Registry {
 Registry& TheRegistry() {
   static Registry* registry = new Registry;  // outlives exit handlers
   return *registry;
+}
+
+// A host may take the state of one context and give it to the next (llama-bench does): the weights
+// of its rows outlive the cache that made them.
+constexpr size_t kKeptWeights = size_t{16} << 20;
+
+void KeepWeights(const sparkv_cache* cache, std::vector<std::string>* kept) {
+  std::string bytes(sparkv_cache_save_weights(cache, nullptr, 0), '\0');
+  if (bytes.size() > kKeptWeights) return;
+  sparkv_cache_save_weights(cache, bytes.data(), bytes.size());
+  kept->push_back(std::move(bytes));
+  size_t total = 0;
+  for (const std::string& each : *kept) total += each.size();
+  while (total > kKeptWeights) {
+    total -= kept->front().size();
+    kept->erase(kept->begin());
+  }
+}
+
+// What fits the cache moves into it, from where it is kept again when the cache ends.
+void TakeWeights(sparkv_cache* cache, std::vector<std::string>* kept) {
+  sparkv_error error = {};
+  std::erase_if(*kept, [&](const std::string& bytes) {
+    return sparkv_cache_load_weights(cache, bytes.data(), bytes.size(), &error) == SPARKV_OK;
+  });
 }
 
 // cache_k_l<il> or cache_v_l<il>, exactly.
@@ -90,6 +117,7 @@ Buffer::~Buffer() {
   if (cache_) {
     const CacheReport report = MakeReport(cache_, Shapes());
     SaveFiles();
+    KeepWeights(cache_, &registry.weights);
     sparkv_cache_free(cache_);
     registry.weights_slots[static_cast<size_t>(weights_slot_)] = false;
     registry.finished[id_] = report;
@@ -237,6 +265,7 @@ sparkv_cache* Buffer::Cache() {
     weights_slot_ = static_cast<int>(std::find(slots.begin(), slots.end(), false) - slots.begin());
     if (static_cast<size_t>(weights_slot_) == slots.size()) slots.push_back(false);
     slots[static_cast<size_t>(weights_slot_)] = true;
+    TakeWeights(cache_, &registry.weights);
     // The picture is of the first cache that has the layer.
     const Options& options = ThePlugin().options;
     pictured_ = !options.saliency.empty() && !registry.has_picture &&

@@ -144,7 +144,11 @@ std::string FindIsa(const Options& options, std::string* isa) {
   shape.n_streams = 1;
   sparkv_cache* cache = nullptr;
   sparkv_error error = {};
-  if (sparkv_cache_create(&options.config, &shape, &cache, &error) != SPARKV_OK) return error.text;
+  if (sparkv_cache_create(&options.config, &shape, &cache, &error) != SPARKV_OK) {
+    // Only the wish for an instruction set can fail on one machine and not on another.
+    const char* simd = std::getenv("SPARKV_SIMD");
+    return simd ? std::string("SPARKV_SIMD=") + simd + ": " + error.text : error.text;
+  }
   *isa = sparkv_cache_isa(cache);
   sparkv_cache_free(cache);
   return "";

@@ -1,6 +1,7 @@
 #include "report.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -8,9 +9,8 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 
 namespace sparkv {
 namespace {
@@ -182,12 +182,29 @@ std::string SaliencyJson(sparkv_cache* cache, int layer, int head, int head_dim)
 }
 
 bool WriteFile(const std::string& path, const std::string& bytes) {
-  const std::string temporary = path + Format(".%d.tmp", static_cast<int>(getpid()));
+  struct stat found = {};
+  const bool exists = stat(path.c_str(), &found) == 0;
+  if (exists && !S_ISREG(found.st_mode)) {
+    // A device or a pipe is written to; a new file must never take its place.
+    const int file = open(path.c_str(), O_WRONLY | O_CLOEXEC);
+    const bool ok = file >= 0 && WriteAll(file, bytes);
+    const int error = errno;
+    if (file >= 0) close(file);
+    if (!ok) Log(LogLevel::kError, "cannot write %s: %s", path.c_str(), std::strerror(error));
+    return ok;
+  }
+  // A link stays a link: what it names is replaced.
+  std::string target = path;
+  if (char* real = exists ? realpath(path.c_str(), nullptr) : nullptr) {
+    target = real;
+    std::free(real);
+  }
+  const std::string temporary = target + Format(".%d.tmp", static_cast<int>(getpid()));
   const int file = open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
   bool ok = file >= 0 && WriteAll(file, bytes) && fsync(file) == 0;
   const int write_error = errno;
   if (file >= 0 && close(file) != 0) ok = false;
-  if (ok && std::rename(temporary.c_str(), path.c_str()) == 0) return true;
+  if (ok && std::rename(temporary.c_str(), target.c_str()) == 0) return true;
   const int error = ok ? errno : write_error;
   if (file >= 0) unlink(temporary.c_str());
   Log(LogLevel::kError, "cannot write %s: %s", path.c_str(), std::strerror(error));
@@ -195,12 +212,26 @@ bool WriteFile(const std::string& path, const std::string& bytes) {
 }
 
 bool ReadFile(const std::string& path, std::string* bytes) {
-  if (access(path.c_str(), F_OK) != 0) return false;
-  std::ifstream file(path, std::ios::binary);
-  bytes->assign(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
-  if (file.is_open() && !file.bad()) return true;
-  Log(LogLevel::kError, "cannot read %s", path.c_str());
-  return false;
+  struct stat found = {};
+  if (stat(path.c_str(), &found) != 0) return false;
+  if (!S_ISREG(found.st_mode)) {
+    Log(LogLevel::kError, "cannot read %s: not a regular file", path.c_str());
+    return false;
+  }
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  bool ok = file >= 0;
+  bytes->clear();
+  for (char chunk[1 << 16]; ok;) {
+    const ssize_t n = read(file, chunk, sizeof(chunk));
+    if (n < 0 && errno == EINTR) continue;
+    ok = n >= 0;
+    if (n <= 0) break;
+    bytes->append(chunk, static_cast<size_t>(n));
+  }
+  const int error = errno;
+  if (file >= 0) close(file);
+  if (!ok) Log(LogLevel::kError, "cannot read %s: %s", path.c_str(), std::strerror(error));
+  return ok;
 }
 
 }  // namespace sparkv

@@ -23,7 +23,8 @@ std::string StatsJson(const Options& options, const std::string& isa,
 // Picture data of one head of `layer`.
 std::string SaliencyJson(sparkv_cache* cache, int layer, int head, int head_dim);
 
-// The old file or the new one, whatever happens. False after logging why.
+// The old file or the new one, whatever happens; a device or a pipe is written in place. False
+// after logging why.
 bool WriteFile(const std::string& path, const std::string& bytes);
 // False when the file does not exist or cannot be read; a file that exists but cannot be read is
 // logged.

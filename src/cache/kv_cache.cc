@@ -47,7 +47,7 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   if (c->ops_ == nullptr) {
     return Status::Unsupported(
         std::string("simd: this CPU has no ") +
-        (config.simd == SPARKV_SIMD_AVX512 ? "avx512 (F, BW, VL, DQ, VBMI, VBMI2)" : "avx2"));
+        (config.simd == SPARKV_SIMD_AVX512 ? "avx512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI)" : "avx2"));
   }
   CacheLayout& l = c->layout_;
   l.cells_per_stream = shape.cells_per_stream;

@@ -64,6 +64,12 @@ std::vector<std::string> SplitList(const std::string& option, const std::string&
   return parts;
 }
 
+// The plugin's variable of the same name counts where the option is not given.
+std::string VariableOf(std::string key) {
+  std::transform(key.begin(), key.end(), key.begin(), [](unsigned char c) { return toupper(c); });
+  return "SPARKV_" + key;
+}
+
 }  // namespace
 
 void AddKvOptions(CLI::App* app, KvOptions* options) {
@@ -72,6 +78,7 @@ void AddKvOptions(CLI::App* app, KvOptions* options) {
                   "exact, spark-R or spark-R-iB, e.g. spark-0.5-i5 (the default); f16: llama.cpp "
                   "without sparkv")
       ->type_name("NAME")
+      ->envname(VariableOf("preset"))
       ->group(group);
   for (const Parameter& parameter : kParameters) {
     app->add_option_function<std::string>(
@@ -81,6 +88,7 @@ void AddKvOptions(CLI::App* app, KvOptions* options) {
            },
            parameter.help)
         ->type_name(parameter.metavar)
+        ->envname(VariableOf(parameter.name))
         ->group(group);
   }
 }
@@ -104,10 +112,7 @@ Cache MakeCache(const std::string& name, const KvOptions& options) {
   for (const auto& [key, value] : options.values) {
     if (sparkv_config_set(&cache.config, key.c_str(), value.c_str(), &error) != SPARKV_OK)
       Refuse(key, error.text);
-    std::string variable = "SPARKV_" + key;
-    std::transform(variable.begin(), variable.end(), variable.begin(),
-                   [](unsigned char c) { return toupper(c); });
-    cache.environment.push_back(variable + "=" + value);
+    cache.environment.push_back(VariableOf(key) + "=" + value);
   }
   return cache;
 }

@@ -19,6 +19,11 @@ class Programs(unittest.TestCase):
             self.assertGreater(row["avg_ts"], 0)
         self.assertIsNotNone(bench.stats, bench)
         self.assertEqual(max(cache["tokens"] for cache in bench.stats["caches"]), 256 + 64)
+        # llama-bench fills the depth once and gives its state to later contexts.
+        self.assertNotIn("restored rows", bench.err)
+        for cache in bench.stats["caches"]:
+            if cache["tokens"] > 256:
+                self.assertLess(cache["bits_per_element"], 10, cache)
 
     def test_llama_cli_answers_once(self):
         def ask(*args, **options):

@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """What cannot work says so in one line and ends the program cleanly; what can, works."""
+import json
+import os
 import pathlib
 import resource
+import subprocess
 import tempfile
 import unittest
 
@@ -51,6 +54,24 @@ class Refused(unittest.TestCase):
         result = complete("-fa", "on", SPARKV_STATS="/nonexistent/stats.json")
         self.assertEqual(result.code, 0, result)  # the answer is worth more than the report
         self.assertIn("sparkv: error: cannot write /nonexistent/stats.json", result.err)
+
+    def test_files_that_are_no_files(self):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = pathlib.Path(folder)
+            result = complete("-fa", "on", SPARKV_WEIGHTS=str(folder))
+            self.assertEqual(result.code, 0, result)
+            self.assertIn(f"sparkv: error: cannot read {folder}: not a regular file", result.err)
+            (folder / "real").write_text("old")
+            (folder / "link").symlink_to(folder / "real")
+            os.mkfifo(folder / "pipe")
+            reader = subprocess.Popen(["cat", folder / "pipe"], stdout=subprocess.PIPE)
+            for name in ("link", "pipe"):
+                result = complete("-fa", "on", SPARKV_STATS=str(folder / name))
+                self.assertEqual(result.code, 0, result)
+            self.assertTrue((folder / "link").is_symlink())
+            self.assertIn("bits_per_element", json.loads((folder / "real").read_text()))
+            self.assertTrue((folder / "pipe").is_fifo())
+            self.assertIn("bits_per_element", json.loads(reader.communicate(timeout=60)[0]))
 
     def check_model(self, model):
         """llama.cpp ends before its log thread has written the last lines, every other time."""

@@ -40,7 +40,7 @@ Shape MakeShape(int k_dim, int v_dim, int group, int n_tokens, double ratio = 0.
 // AVX-512 multiplies integer rows with queries and weights of 16 bits.
 double Sums(const Shape& shape, const OpTable* ops) {
   return shape.key.number == SPARKV_F16 || ops != CpuOps(SPARKV_SIMD_AVX512) ? kKernelSums
-                                                                             : 10 * kKernelSums;
+                                                                             : 20 * kKernelSums;
 }
 
 // Row t of a tile: 0 .. 63. Packed bytes end where a cache lets readers overrun; dense rows end

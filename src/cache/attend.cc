@@ -246,6 +246,13 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         const Column& column = columns[w * 64 + i];
         tile.key[i] = ColumnNumbers(layer, column, true) + size_t(head) * size_t(k_dim);
         tile.value[i] = ColumnNumbers(layer, column, false) + size_t(head) * size_t(v_dim);
+        if (few) {
+          // Dense rows of a layer lie far apart, too: a slot holds all layers of its token.
+          for (size_t line = 0; line < size_t(k_dim); line += 32)
+            __builtin_prefetch(tile.key[i] + line);
+          for (size_t line = 0; line < size_t(v_dim); line += 32)
+            __builtin_prefetch(tile.value[i] + line);
+        }
         if (block.slope != nullptr) {
           for (int64_t t = 0; t < n; ++t)
             gathered[t][i] = mask_row(stream, first + t)[column.cell - stream_cell];

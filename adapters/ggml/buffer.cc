@@ -38,10 +38,15 @@ Registry& TheRegistry() {
 // of its rows outlive the cache that made them.
 constexpr size_t kKeptWeights = size_t{16} << 20;
 
-void KeepWeights(const sparkv_cache* cache, std::vector<std::string>* kept) {
+std::string WeightsOf(const sparkv_cache* cache) {
   std::string bytes(sparkv_cache_save_weights(cache, nullptr, 0), '\0');
-  if (bytes.size() > kKeptWeights) return;
   sparkv_cache_save_weights(cache, bytes.data(), bytes.size());
+  return bytes;
+}
+
+void KeepWeights(const sparkv_cache* cache, std::vector<std::string>* kept) {
+  std::string bytes = WeightsOf(cache);
+  if (bytes.size() > kKeptWeights) return;
   kept->push_back(std::move(bytes));
   size_t total = 0;
   for (const std::string& each : *kept) total += each.size();
@@ -290,13 +295,8 @@ void Buffer::LoadWeights() {
 
 void Buffer::SaveFiles() {
   const Options& options = ThePlugin().options;
-  if (!options.weights.empty()) {
-    std::string bytes(sparkv_cache_save_weights(cache_, nullptr, 0), '\0');
-    if (!bytes.empty()) {
-      sparkv_cache_save_weights(cache_, bytes.data(), bytes.size());
-      WriteFile(FileOfSlot(options.weights, weights_slot_), bytes);
-    }
-  }
+  if (!options.weights.empty())
+    WriteFile(FileOfSlot(options.weights, weights_slot_), WeightsOf(cache_));
   if (!pictured_) return;
   const auto layer = std::find_if(layers_.begin(), layers_.end(),
                                   [&](const auto& l) { return l->il == options.saliency_layer; });

@@ -177,6 +177,32 @@ inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uin
   return correction;
 }
 
+// Query rows row .. row + n - 1: score [n][64] becomes softmax weights, zeros for a row that sees
+// nothing; correction [n] is what the sums so far have to be multiplied with.
+inline void SoftmaxRows(const QueryBlock& block, int row, int n, const uint64_t* visible,
+                        const uint16_t* const* mask, float* score, const AttentionState& state,
+                        float* correction) {
+  for (int r = 0; r < n; ++r, score += kTile) {
+    const int token = (row + r) / block.group;
+    if (visible[token] == 0) {
+      std::memset(score, 0, kTile * sizeof(float));
+      correction[r] = 1.0f;
+      continue;
+    }
+    correction[r] = Softmax(block, (row + r) % block.group, visible[token],
+                            mask != nullptr ? mask[token] : nullptr, score, &state.m[row + r],
+                            &state.d[row + r]);
+  }
+}
+
+// Calls body(row, count) for parts of n_rows rows, with counts of at most kMost as compile-time
+// constants.
+template <int kMost, typename Body>
+inline void InParts(int n_rows, Body&& body, int row = 0) {
+  for (; row + kMost <= n_rows; row += kMost) body(row, std::integral_constant<int, kMost>());
+  if constexpr (kMost > 1) InParts<kMost - 1>(n_rows, body, row);
+}
+
 template <int R>
 inline void AttendRows(const QueryBlock& block, int row, const uint64_t* visible,
                        const uint16_t* const* mask, const Scratch& scratch, int first_row,
@@ -187,18 +213,7 @@ inline void AttendRows(const QueryBlock& block, int row, const uint64_t* visible
   float correction[R];
   ScoreKernel<R>(block.q + size_t(row) * block.q_stride, block.q_stride, block.k_dim,
                  scratch.key_cols, scratch.score);
-  for (int r = 0; r < R; ++r) {
-    const int token = (row + r) / block.group;
-    float* score = scratch.score + r * kTile;
-    if (visible[token] == 0) {
-      std::memset(score, 0, kTile * sizeof(float));
-      correction[r] = 1.0f;
-      continue;
-    }
-    correction[r] = Softmax(block, (row + r) % block.group, visible[token],
-                            mask != nullptr ? mask[token] : nullptr, score, &state.m[row + r],
-                            &state.d[row + r]);
-  }
+  SoftmaxRows(block, row, R, visible, mask, scratch.score, state, correction);
   ValueKernel<R>(scratch.score, correction, scratch.value, int(PadTo16(block.v_dim)), first_row,
                  end_row, state.o + size_t(row) * size_t(block.o_stride), block.o_stride);
 }
@@ -208,29 +223,9 @@ inline void AttendTile(const QueryBlock& block, uint64_t rows, const uint64_t* v
                        const AttentionState& state) {
   Transpose(scratch.key_rows, int(PadTo16(block.k_dim)), scratch.key_cols);
   const int first_row = std::countr_zero(rows), end_row = 64 - std::countl_zero(rows);
-  int row = 0;
-  for (; row + kRows <= block.n_rows; row += kRows) {
-    AttendRows<kRows>(block, row, visible, mask, scratch, first_row, end_row, state);
-  }
-  switch (block.n_rows - row) {
-    case 5:
-      AttendRows<5>(block, row, visible, mask, scratch, first_row, end_row, state);
-      break;
-    case 4:
-      AttendRows<4>(block, row, visible, mask, scratch, first_row, end_row, state);
-      break;
-    case 3:
-      AttendRows<3>(block, row, visible, mask, scratch, first_row, end_row, state);
-      break;
-    case 2:
-      AttendRows<2>(block, row, visible, mask, scratch, first_row, end_row, state);
-      break;
-    case 1:
-      AttendRows<1>(block, row, visible, mask, scratch, first_row, end_row, state);
-      break;
-    default:
-      break;
-  }
+  InParts<kRows>(block.n_rows, [&](int row, auto n) {
+    AttendRows<n()>(block, row, visible, mask, scratch, first_row, end_row, state);
+  });
 }
 
 // A value that is not finite must not reach queries that do not see its token, and 0 * NaN is NaN:
@@ -250,33 +245,38 @@ inline void ClearHoles(uint64_t rows, float* value, size_t v_stride) {
   }
 }
 
+// unpack(t, k, v) puts row t into f32; false when its value is not finite.
+template <typename Unpack>
+inline void AttendUnpacked(const QueryBlock& block, uint64_t rows, const uint64_t* visible,
+                           const uint16_t* const* mask, const Scratch& scratch,
+                           const AttentionState& state, Unpack&& unpack) {
+  const size_t k_stride = PadTo16(block.k_dim), v_stride = PadTo16(block.v_dim);
+  for (uint64_t left = rows; left != 0; left &= left - 1) {
+    const size_t t = size_t(std::countr_zero(left));
+    float* k = scratch.key_rows + t * k_stride;
+    float* v = scratch.value + t * v_stride;
+    if (!unpack(t, k, v)) Poison(k, block.k_dim, v, block.v_dim);
+  }
+  ClearHoles(rows, scratch.value, v_stride);
+  AttendTile(block, rows, visible, mask, scratch, state);
+}
+
 void AttendPacked(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
                   const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                   const Scratch& scratch, const AttentionState& state) {
-  const size_t k_stride = PadTo16(block.k_dim), v_stride = PadTo16(block.v_dim);
-  for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
-    const size_t t = size_t(std::countr_zero(rows));
-    float* k = scratch.key_rows + t * k_stride;
-    float* v = scratch.value + t * v_stride;
+  const auto unpack = [&](size_t t, float* k, float* v) {
     KeyRow(key, tile.table, tile.key[t / 16] + t % 16 * key.bytes, k);
-    if (!ValueRow(value, tile.value[t / 16] + t % 16 * value.bytes, v))
-      Poison(k, block.k_dim, v, block.v_dim);
-  }
-  ClearHoles(tile.rows, scratch.value, v_stride);
-  AttendTile(block, tile.rows, visible, mask, scratch, state);
+    return ValueRow(value, tile.value[t / 16] + t % 16 * value.bytes, v);
+  };
+  AttendUnpacked(block, tile.rows, visible, mask, scratch, state, unpack);
 }
 
 void AttendDenseRows(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
                      const uint16_t* const* mask, const Scratch& scratch,
                      const AttentionState& state) {
-  const size_t k_stride = PadTo16(block.k_dim), v_stride = PadTo16(block.v_dim);
-  for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
-    const size_t t = size_t(std::countr_zero(rows));
-    float* k = scratch.key_rows + t * k_stride;
-    float* v = scratch.value + t * v_stride;
+  const auto unpack = [&](size_t t, float* k, float* v) {
     HalfRow(tile.key[t], block.k_dim, k);
-    if (!HalfRow(tile.value[t], block.v_dim, v)) Poison(k, block.k_dim, v, block.v_dim);
-  }
-  ClearHoles(tile.rows, scratch.value, v_stride);
-  AttendTile(block, tile.rows, visible, mask, scratch, state);
+    return HalfRow(tile.value[t], block.v_dim, v);
+  };
+  AttendUnpacked(block, tile.rows, visible, mask, scratch, state, unpack);
 }

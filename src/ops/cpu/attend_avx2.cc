@@ -234,7 +234,7 @@ template <sparkv_number kNumber>
     const uint32_t scale = GetScale(row);
     const float unit = kScales.unit[KeyScaleOf(scale)], ratio = kScales.ratio[RatioOf(scale)];
     out->unit[i] = unit;
-    out->magnitude[i] = ratio == 0.0f || unit != unit ? 0.0f : unit * ratio;
+    out->magnitude[i] = unit != unit ? 0.0f : unit * ratio;
   }
 }
 
@@ -286,20 +286,8 @@ inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned r
     std::memset(out->magnitude, 0, sizeof(out->magnitude));
   }
   // Levels of all rows first: what was just stored is slow to read back in other pieces.
-  switch (layout.number) {
-    case SPARKV_INT8:
-      LevelRun<SPARKV_INT8>(layout, rows16, rows, levels, out);
-      break;
-    case SPARKV_INT6:
-      LevelRun<SPARKV_INT6>(layout, rows16, rows, levels, out);
-      break;
-    case SPARKV_INT5:
-      LevelRun<SPARKV_INT5>(layout, rows16, rows, levels, out);
-      break;
-    default:
-      LevelRun<SPARKV_INT4>(layout, rows16, rows, levels, out);
-      break;
-  }
+  WithInteger(layout.number,
+              [&](auto number) { LevelRun<number()>(layout, rows16, rows, levels, out); });
   SpreadRun(layout, rows16, rows, levels, out);
 }
 
@@ -450,26 +438,6 @@ inline void RunValues(const ValueLayout& layout, const PackedTile& tile, const f
   }
 }
 
-// Calls body(row, count) with counts of at most kMost as compile-time constants.
-template <int kMost, typename Body>
-inline void InParts(int n_rows, Body&& body) {
-  int row = 0;
-  for (; row + kMost <= n_rows; row += kMost) body(row, std::integral_constant<int, kMost>());
-  switch (n_rows - row) {
-    case 3:
-      body(row, std::integral_constant<int, 3>());
-      break;
-    case 2:
-      body(row, std::integral_constant<int, 2>());
-      break;
-    case 1:
-      body(row, std::integral_constant<int, 1>());
-      break;
-    default:
-      break;
-  }
-}
-
 void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
                const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                const Scratch& scratch, const AttentionState& state) {
@@ -496,18 +464,10 @@ void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock&
     });
   }
   float correction[kFewRows], total[kFewRows];
+  SoftmaxRows(block, 0, block.n_rows, visible, mask, scratch.score, state, correction);
   for (int r = 0; r < block.n_rows; ++r) {
-    const int token = r / block.group;
     float* score = scratch.score + r * kTile;
-    correction[r] = 1.0f;
     total[r] = 0.0f;
-    if (visible[token] == 0) {
-      std::memset(score, 0, kTile * sizeof(float));
-      continue;
-    }
-    correction[r] =
-        Softmax(block, r % block.group, visible[token], mask != nullptr ? mask[token] : nullptr,
-                score, &state.m[r], &state.d[r]);
     Vec sum = {};
     for (int t = 0; t < kTile; t += kVec) {
       const Vec weight = Load(score + t) * Load(top + t);
@@ -618,18 +578,7 @@ void AttendFewHalf(const QueryBlock& block, const HalfRows& in, const uint64_t* 
     }
   }
   float correction[kFewRows];
-  for (int r = 0; r < block.n_rows; ++r) {
-    const int token = r / block.group;
-    float* score = scratch.score + r * kTile;
-    correction[r] = 1.0f;
-    if (visible[token] == 0) {
-      std::memset(score, 0, kTile * sizeof(float));
-      continue;
-    }
-    correction[r] =
-        Softmax(block, r % block.group, visible[token], mask != nullptr ? mask[token] : nullptr,
-                score, &state.m[r], &state.d[r]);
-  }
+  SoftmaxRows(block, 0, block.n_rows, visible, mask, scratch.score, state, correction);
   InParts<3>(block.n_rows, [&](int row, auto n) {
     float* o = state.o + size_t(row) * size_t(block.o_stride);
     const auto values = [&](auto vectors, int c) {

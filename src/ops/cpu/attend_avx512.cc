@@ -166,21 +166,6 @@ inline void HalfKey(const KeyLayout& layout, const float* restore, const uint8_t
   }
 }
 
-// Calls body(constant) with an integer type as a compile-time constant.
-template <typename Body>
-inline void WithInteger(sparkv_number number, Body&& body) {
-  switch (number) {
-    case SPARKV_INT8:
-      return body(std::integral_constant<sparkv_number, SPARKV_INT8>());
-    case SPARKV_INT6:
-      return body(std::integral_constant<sparkv_number, SPARKV_INT6>());
-    case SPARKV_INT5:
-      return body(std::integral_constant<sparkv_number, SPARKV_INT5>());
-    default:
-      return body(std::integral_constant<sparkv_number, SPARKV_INT4>());
-  }
-}
-
 inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
   if (layout.number == SPARKV_F16) return HalfKey(layout, table, row, out);
   WithInteger(layout.number, [&](auto number) { IntegerKey<number()>(layout, table, row, out); });
@@ -632,24 +617,9 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
                            _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
     }
   });
-  const auto rows = [&](auto n, int row) {
+  InParts<4>(block.n_rows, [&](int row, auto n) {
     ByteRows<n()>(key, value, block, row, tile, keys, top, visible, mask, scratch, state);
-  };
-  int row = 0;
-  for (; row + 4 <= block.n_rows; row += 4) rows(std::integral_constant<int, 4>(), row);
-  switch (block.n_rows - row) {
-    case 3:
-      rows(std::integral_constant<int, 3>(), row);
-      break;
-    case 2:
-      rows(std::integral_constant<int, 2>(), row);
-      break;
-    case 1:
-      rows(std::integral_constant<int, 1>(), row);
-      break;
-    default:
-      break;
-  }
+  });
 }
 
 void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,

@@ -52,3 +52,18 @@ inline const Levels& LevelsOf(sparkv_number number) {
       return kLevels4;
   }
 }
+
+// Calls body(constant) with an integer type as a compile-time constant.
+template <typename Body>
+inline void WithInteger(sparkv_number number, Body&& body) {
+  switch (number) {
+    case SPARKV_INT8:
+      return body(std::integral_constant<sparkv_number, SPARKV_INT8>());
+    case SPARKV_INT6:
+      return body(std::integral_constant<sparkv_number, SPARKV_INT6>());
+    case SPARKV_INT5:
+      return body(std::integral_constant<sparkv_number, SPARKV_INT5>());
+    default:
+      return body(std::integral_constant<sparkv_number, SPARKV_INT4>());
+  }
+}

@@ -1,20 +1,28 @@
-// Rows that are not packed: slots of f16 numbers, one slot holds a token in all layers.
+// Rows that are not packed, as f16 numbers. A slot holds a token in all layers; slots lie in groups
+// that keep the rows of a layer together, so that a reader finds them in a few runs of memory.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "base/reserve.h"
 
 namespace sparkv {
 
+// Slots of a group. More would be faster to read (0.04 bits per element of slack for 16 slots, at
+// 4,096 tokens of 30 layers), fewer leave less unused.
+inline constexpr int64_t kGroupSlots = 8;
+
 class DenseStore {
  public:
   Status Map(size_t slot_numbers, int64_t max_slots) {
-    slot_bytes_ = slot_numbers * 2;
+    group_numbers_ = slot_numbers * size_t(kGroupSlots);
     max_slots_ = max_slots;
-    return region_.Map(slot_bytes_ * size_t(max_slots), "dense window");
+    const int64_t n_groups = (max_slots + kGroupSlots - 1) / kGroupSlots;
+    in_use_.assign(size_t(n_groups), 0);
+    return region_.Map(group_bytes() * size_t(n_groups), "dense window");
   }
   // The lowest free slot, so that memory stays compact.
   int32_t Allocate() {
@@ -27,7 +35,8 @@ class DenseStore {
       slot = free_.back();
       free_.pop_back();
     }
-    region_.Touch(size_t(slot) * slot_bytes_, slot_bytes_);
+    const size_t group = size_t(slot / kGroupSlots);
+    if (in_use_[group]++ == 0) region_.Touch(group * group_bytes(), group_bytes());
     ++used_;
     high_ = std::max(high_, end_);
     return slot;
@@ -35,42 +44,52 @@ class DenseStore {
   void Free(int32_t slot) {
     free_.push_back(slot);
     std::push_heap(free_.begin(), free_.end(), std::greater<>());
+    --in_use_[size_t(slot / kGroupSlots)];
     --used_;
   }
-  // Gives back the pages of free slots, but for one that the next token is likely to take.
+  // Gives back the pages of empty groups, but for one that the next token is likely to take.
   void Trim() {
     std::sort(free_.begin(), free_.end());  // ascending order is a heap for std::greater
     while (!free_.empty() && free_.back() == end_ - 1) {
       free_.pop_back();
       --end_;
     }
-    for (size_t i = free_.empty() ? 0 : 1; i < free_.size();) {
-      size_t run = i + 1;
-      while (run < free_.size() && free_[run] == free_[run - 1] + 1) ++run;
-      region_.Release(size_t(free_[i]) * slot_bytes_, (run - i) * slot_bytes_);
-      i = run;
+    const int64_t next = free_.empty() ? -1 : free_.front() / kGroupSlots;
+    const size_t touched = size_t((high_ + kGroupSlots - 1) / kGroupSlots);
+    for (size_t first = 0; first < touched;) {
+      size_t last = first;
+      while (last < touched && in_use_[last] == 0 && int64_t(last) != next) ++last;
+      region_.Release(first * group_bytes(),
+                      (last - first) * group_bytes() + (last == touched ? 4095 : 0));
+      first = last + 1;
     }
-    if (end_ < high_)
-      region_.Release(size_t(end_) * slot_bytes_, size_t(high_ - end_) * slot_bytes_ + 4095);
     high_ = end_;
   }
   void Clear() {
+    in_use_.assign(in_use_.size(), 0);
     free_.clear();
     end_ = used_ = high_ = 0;
     region_.Release(0, region_.size() + 4096);
   }
-  uint16_t* numbers(int32_t slot) const {
-    return reinterpret_cast<uint16_t*>(region_.data() + size_t(slot) * slot_bytes_);
+  // The rows of `layer_numbers` numbers that the group keeps together from number `layer_at` of a
+  // slot on.
+  uint16_t* numbers(int32_t slot, size_t layer_at, size_t layer_numbers) const {
+    return reinterpret_cast<uint16_t*>(region_.data()) +
+           size_t(slot / kGroupSlots) * group_numbers_ + layer_at * size_t(kGroupSlots) +
+           size_t(slot % kGroupSlots) * layer_numbers;
   }
   int64_t used() const { return used_; }
   size_t committed() const { return region_.committed(); }
-  size_t bookkeeping() const { return region_.bookkeeping(); }
+  size_t bookkeeping() const { return in_use_.size() + region_.bookkeeping(); }
 
  private:
+  size_t group_bytes() const { return group_numbers_ * 2; }
+
   Reserve region_;
-  size_t slot_bytes_ = 0;
+  size_t group_numbers_ = 0;
   int64_t max_slots_ = 0, used_ = 0;
-  int64_t end_ = 0, high_ = 0;  // slots behind end_ are free; those behind high_ are not committed
+  int64_t end_ = 0, high_ = 0;  // slots behind end_ are free; groups behind high_ are not committed
+  std::vector<uint8_t> in_use_;  // slots per group
   std::vector<int32_t> free_;
 };
 

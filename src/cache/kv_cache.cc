@@ -73,7 +73,7 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   const size_t n_groups = size_t(l.groups_per_stream()) * size_t(l.n_streams);
   size_t bytes = 0;
   if (__builtin_mul_overflow(l.group_bytes, n_groups, &bytes) ||
-      __builtin_mul_overflow(l.dense_slot_numbers * 2, size_t(l.cells()), &bytes)) {
+      __builtin_mul_overflow(l.dense_slot_numbers * 2, size_t(l.cells()) + kGroupSlots, &bytes)) {
     return Status::NoMemory("cells_per_stream: " + std::to_string(shape.cells_per_stream) +
                             " cells exceed the address space");
   }
@@ -244,9 +244,7 @@ void KvCache::ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16
   const size_t row = keys ? layer.k_row() : layer.v_row();
   switch (cells_.state(cell)) {
     case CellState::kDense:
-      std::memcpy(out,
-                  dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()),
-                  row * 2);
+      std::memcpy(out, DenseRow(layer, cells_.slot(cell), keys), row * 2);
       break;
     case CellState::kSealed: {
       const uint16_t id = cells_.table(cell);

@@ -133,6 +133,11 @@ class KvCache {
   Status AddDense(int64_t cell);
   void RemoveDense(int64_t cell);
   Status TakeSlot(int64_t cell);
+  // Key or value row of all heads.
+  uint16_t* DenseRow(const LayerLayout& layer, int32_t slot, bool keys) const {
+    return dense_.numbers(slot, layer.dense_at, layer.k_row() + layer.v_row()) +
+           (keys ? 0 : layer.k_row());
+  }
   void ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16_t* out) const;
   void PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key,
                const uint16_t* value);

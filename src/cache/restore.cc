@@ -99,8 +99,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
         PackRow(layer, cell, cells_.table(cell), keys ? row : nullptr, keys ? nullptr : row);
         break;
       case CellState::kDense:
-        std::memcpy(dense_.numbers(cells_.slot(cell)) + layer.dense_at + (keys ? 0 : layer.k_row()),
-                    row, row_numbers * 2);
+        std::memcpy(DenseRow(layer, cells_.slot(cell), keys), row, row_numbers * 2);
         break;
       default:
         return Status::Invalid("values: cell " + std::to_string(cell) + " was given no keys");
@@ -127,7 +126,7 @@ void KvCache::EndRestore() {
       // Values that do not pack to themselves were never packed: a plain state file, free to be
       // packed.
       bool raw = false;
-      const uint16_t* values = dense_.numbers(cells_.slot(cell)) + layer.dense_at + layer.k_row();
+      const uint16_t* values = DenseRow(layer, cells_.slot(cell), false);
       for (int h = 0; h < layer.n_kv_heads && !raw && layer.value.rotated(); ++h) {
         const size_t at = size_t(h) * size_t(layer.v_dim());
         ops_->pack_value(layer.value, values + at, packed.data());
@@ -198,8 +197,7 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
         }
       }
     } else if (cells_.state(a) == CellState::kDense) {
-      const size_t at = layer.dense_at + (keys ? 0 : layer.k_row());
-      std::memcpy(dense_.numbers(cells_.slot(b)) + at, dense_.numbers(cells_.slot(a)) + at,
+      std::memcpy(DenseRow(layer, cells_.slot(b), keys), DenseRow(layer, cells_.slot(a), keys),
                   (keys ? layer.k_row() : layer.v_row()) * 2);
     }
   }
@@ -227,7 +225,7 @@ Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cell
     if (cells_.state(cell) == CellState::kSealed) {
       PackRow(layer, cell, cells_.table(cell), row.data(), nullptr);
     } else {
-      std::memcpy(dense_.numbers(cells_.slot(cell)) + layer.dense_at, row.data(), row.size() * 2);
+      std::memcpy(DenseRow(layer, cells_.slot(cell), true), row.data(), row.size() * 2);
     }
   }
   return Status::Ok();

@@ -15,7 +15,7 @@ const uint16_t* KvCache::ColumnNumbers(const LayerLayout& layer, const Column& c
     return keys ? flight_keys_.data() + size_t(column.flight) * layer.k_row()
                 : flight_values_.data() + size_t(column.flight) * layer.v_row();
   }
-  return dense_.numbers(column.slot) + layer.dense_at + (keys ? 0 : layer.k_row());
+  return DenseRow(layer, column.slot, keys);
 }
 
 // The energies of the queries of this layer go where a table, now or later, asks for them. Sums run
@@ -87,9 +87,11 @@ void KvCache::KeepDense(int layer_index) {
   for (size_t i = 0; i < flight_cells_.size(); ++i) {
     const int64_t cell = flight_cells_[i];
     if (cell < 0 || cells_.slot(cell) < 0) continue;
-    uint16_t* to = dense_.numbers(cells_.slot(cell)) + layer.dense_at;
-    std::memcpy(to, flight_keys_.data() + i * layer.k_row(), layer.k_row() * 2);
-    std::memcpy(to + layer.k_row(), flight_values_.data() + i * layer.v_row(), layer.v_row() * 2);
+    const int32_t slot = cells_.slot(cell);
+    std::memcpy(DenseRow(layer, slot, true), flight_keys_.data() + i * layer.k_row(),
+                layer.k_row() * 2);
+    std::memcpy(DenseRow(layer, slot, false), flight_values_.data() + i * layer.v_row(),
+                layer.v_row() * 2);
   }
 }
 

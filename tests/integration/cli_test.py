@@ -23,6 +23,10 @@ SPARKV = sys.argv.pop(1)
 STAND_IN = r"""#!%s
 import http.server, json, os, pathlib, re, signal, sys, time
 name, args = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
+if args[-1:] == ["--help"]:
+    if "--bogus" in args:
+        sys.stderr.write("warn: nothing\nerror: invalid argument: --bogus\n\nusage:\n")
+    sys.exit("--bogus" in args)
 env = {k: v for k, v in os.environ.items() if k.startswith(("SPARKV_", "GGML_", "OMP_"))}
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps({"name": name, "args": args, "env": env}) + "\n")
@@ -202,6 +206,8 @@ class Command(unittest.TestCase):
             (["-m"], ["run", "-p", "hello"]),
             (["--json"], ["run", "-m", self.model, "--json"]),
             (["--bogus"], ["bench", "--bogus"]),
+            (["llama-completion", "--bogus"], ["run", "-m", self.model, "-p", "x", "--bogus"]),
+            (["llama-server", "--bogus"], ["serve", "-m", self.model, "--bogus"]),
             (["-o", "picture.png"], ["inspect", "--saliency", self.model, "-o", "picture.png"]),
             (
                 ["--layer", "99", "0..3"],
@@ -602,11 +608,21 @@ class Command(unittest.TestCase):
             for word in ("inspect", "kv-ratio", "requantize-f32"):
                 self.assertIn(word, script)
         script = self.succeeds("--completion", "bash")
-        ask = 'COMP_WORDS=(sparkv bench --kv-pre); COMP_CWORD=2; _sparkv; echo "${COMPREPLY[@]}"'
-        done = subprocess.run(
-            ["bash", "-c", script + ask], capture_output=True, text=True, check=True
-        )
-        self.assertEqual(done.stdout.strip(), "--kv-preset")
+        for words, offers in (
+            ("sparkv ins", "inspect"),
+            ("sparkv bench --kv-pre", "--kv-preset"),
+            ("sparkv bench --kv-recover m", "mean"),
+            ("sparkv run --kv-preset spark-0.8", "spark-0.8"),
+            ("sparkv run -m mod", ""),  # the shell offers files
+        ):
+            ask = f'COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); _sparkv; '
+            done = subprocess.run(
+                ["bash", "-c", script + ask + 'echo "${COMPREPLY[@]}"'],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            self.assertEqual(done.stdout.strip(), offers)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,8 @@ int Bench(const Settings& settings) {
 std::function<int()> AddBench(CLI::App* app) {
   auto settings = std::make_shared<Settings>();
   settings->model = DefaultModel();
-  app->add_option("-m,--model", settings->model, "GGUF file");
+  app->add_option("-m,--model", settings->model,
+                  "GGUF file; default: LLAMA_ARG_MODEL, else the demo model");
   app->add_option("-p,--n-prompt", settings->prompt,
                   "prompt tokens, a list as llama-bench takes it; 0: none")
       ->capture_default_str();
@@ -183,7 +184,8 @@ std::function<int()> AddBench(CLI::App* app) {
   app->add_option("--baselines", settings->baselines,
                   "llama.cpp caches to compare with; ratios are to the first")
       ->capture_default_str();
-  app->add_option("-o,--output", settings->format, "md, csv, json or jsonl")
+  app->add_option("-o,--output", settings->format, "how the result is written")
+      ->type_name("md|csv|json|jsonl")
       ->check(CLI::IsMember({"md", "csv", "json", "jsonl"}))
       ->capture_default_str();
   app->add_flag("--json", settings->json, "the same as -o json");

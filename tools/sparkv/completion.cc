@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <map>
 #include <vector>
 
 namespace sparkv {
@@ -15,50 +17,48 @@ std::vector<std::string> LongNames(const CLI::App& app) {
   return names;
 }
 
-// One case per sub-command, in the syntax that bash and zsh share.
-std::string Cases(const CLI::App& app, const char* body) {
-  std::string out;
-  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
-    out += fmt::format("    {}) {}\"{}\" ;;\n", command->get_name(), body,
-                       fmt::join(LongNames(*command), " "));
-  }
-  return out;
+std::vector<std::string> Commands(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; }))
+    names.push_back(command->get_name());
+  return names;
 }
 
-std::string Commands(const CLI::App& app) {
-  std::string out;
-  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
-    out += (out.empty() ? "" : " ") + command->get_name();
-  }
-  return out;
+// What an option takes: the words of a type name "a|b|c", or none when it is not such a list.
+std::string Values(const CLI::Option& option) {
+  std::string values = option.get_type_name();
+  if (values.find('|') == std::string::npos) return "";
+  std::replace(values.begin(), values.end(), '|', ' ');
+  return values;
 }
 
+// zsh reads the same script through bashcompinit. Where it offers nothing, the shell offers files.
 std::string Bash(const CLI::App& app) {
+  std::map<std::string, std::string> values;  // by option: one name means the same everywhere
+  std::string options;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
+    options += fmt::format("        {}) words=\"{}\" ;;\n", command->get_name(),
+                           fmt::join(LongNames(*command), " "));
+    for (const CLI::Option* option : command->get_options()) {
+      if (const std::string words = Values(*option); !words.empty())
+        values["--" + option->get_lnames()[0]] = words;
+    }
+  }
+  std::string cases;
+  for (const auto& [name, words] : values)
+    cases += fmt::format("    {}) words=\"{}\" ;;\n", name, words);
   return fmt::format(
       "_sparkv() {{\n"
-      "  local words\n"
-      "  case \"${{COMP_WORDS[1]}}\" in\n{}"
-      "    *) words=\"{} {}\" ;;\n"
+      "  local words= word=\"${{COMP_WORDS[COMP_CWORD]}}\"\n"
+      "  case \"${{COMP_WORDS[COMP_CWORD-1]}}\" in\n{}"
+      "    *) if [ \"$COMP_CWORD\" = 1 ]; then words=\"{} {}\"\n"
+      "      elif [ \"${{word#-}}\" != \"$word\" ]; then case \"${{COMP_WORDS[1]}}\" in\n{}"
+      "      esac; fi ;;\n"
       "  esac\n"
-      "  COMPREPLY=($(compgen -W \"$words\" -- \"${{COMP_WORDS[COMP_CWORD]}}\"))\n"
+      "  COMPREPLY=($(compgen -W \"$words\" -- \"$word\"))\n"
       "}}\n"
       "complete -o default -F _sparkv sparkv\n",
-      Cases(app, "words="), Commands(app), fmt::join(LongNames(app), " "));
-}
-
-std::string Zsh(const CLI::App& app) {
-  return fmt::format(
-      "#compdef sparkv\n"
-      "_sparkv() {{\n"
-      "  local words_of\n"
-      "  case \"$words[2]\" in\n{}"
-      "    *) words_of=\"{} {}\" ;;\n"
-      "  esac\n"
-      "  compadd -- ${{=words_of}}\n"
-      "  _files\n"
-      "}}\n"
-      "compdef _sparkv sparkv\n",
-      Cases(app, "words_of="), Commands(app), fmt::join(LongNames(app), " "));
+      cases, fmt::join(Commands(app), " "), fmt::join(LongNames(app), " "), options);
 }
 
 std::string Quote(const std::string& text) {
@@ -78,8 +78,10 @@ std::string Fish(const CLI::App& app) {
                        command->get_name(), Quote(command->get_description()));
     for (const CLI::Option* option : command->get_options()) {
       for (const auto& name : option->get_lnames()) {
-        out += fmt::format("complete -c sparkv -n '__fish_seen_subcommand_from {}' -l {} -d {}\n",
+        out += fmt::format("complete -c sparkv -n '__fish_seen_subcommand_from {}' -l {} -d {}",
                            command->get_name(), name, Quote(option->get_description()));
+        const std::string values = Values(*option);
+        out += values.empty() ? "\n" : fmt::format(" -x -a {}\n", Quote(values));
       }
     }
   }
@@ -91,7 +93,8 @@ std::string Fish(const CLI::App& app) {
 }  // namespace
 
 std::string CompletionScript(const CLI::App& app, const std::string& shell) {
-  return shell == "bash" ? Bash(app) : shell == "zsh" ? Zsh(app) : Fish(app);
+  if (shell == "fish") return Fish(app);
+  return (shell == "zsh" ? "autoload -Uz bashcompinit && bashcompinit\n" : "") + Bash(app);
 }
 
 }  // namespace sparkv

@@ -246,7 +246,8 @@ int Eval(Settings settings) {
 std::function<int()> AddEval(CLI::App* app) {
   auto settings = std::make_shared<Settings>();
   settings->model = DefaultModel();
-  app->add_option("-m,--model", settings->model, "GGUF file");
+  app->add_option("-m,--model", settings->model,
+                  "GGUF file; default: LLAMA_ARG_MODEL, else the demo model");
   app->add_option("-f,--file", settings->file,
                   "text, longer than two contexts; an English text is built in");
   app->add_option("-c,--ctx-size", settings->context,

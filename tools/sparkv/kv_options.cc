@@ -74,10 +74,11 @@ std::string VariableOf(std::string key) {
 
 void AddKvOptions(CLI::App* app, KvOptions* options) {
   const std::string group = "Packed cache";
-  app->add_option("--kv-preset", options->preset,
-                  "exact, spark-R or spark-R-iB, e.g. spark-0.5-i5 (the default); f16: llama.cpp "
-                  "without sparkv")
-      ->type_name("NAME")
+  app->add_option(
+         "--kv-preset", options->preset,
+         "spark-R or spark-R-iB for any R and B (the default is spark-0.5-i5); f16: llama.cpp "
+         "without sparkv")
+      ->type_name("exact|spark-0.5|spark-0.8|spark-0.5-i8|spark-0.5-i6|spark-0.5-i5|f16")
       ->envname(VariableOf("preset"))
       ->group(group);
   for (const Parameter& parameter : kParameters) {

@@ -37,13 +37,15 @@ std::string FlagValue(const Words& words, std::initializer_list<const char*> nam
   return "";
 }
 
+bool ModelIsRemote(const Words& host) {
+  return getenv("LLAMA_ARG_HF_REPO") ||
+         HasFlag(host, {"-hf", "-hfr", "--hf-repo", "-mu", "--model-url", "-dr", "--docker-repo"});
+}
+
 void CheckModel(const Words& host) {
   const std::string model = FlagValue(host, {"-m", "--model"});
   if (!model.empty()) return RequireModel(model);
-  const bool elsewhere =
-      getenv("LLAMA_ARG_MODEL") || getenv("LLAMA_ARG_HF_REPO") ||
-      HasFlag(host, {"-hf", "-hfr", "--hf-repo", "-mu", "--model-url", "-dr", "--docker-repo"});
-  if (!elsewhere) throw Error(kUsage, "-m: no model given");
+  if (!getenv("LLAMA_ARG_MODEL") && !ModelIsRemote(host)) throw Error(kUsage, "-m: no model given");
 }
 
 Cache CacheOf(const KvOptions& kv) {
@@ -61,6 +63,26 @@ Command HostCommand(const std::string& program, const Cache& cache, const Words&
   command.args.insert(command.args.end(), before.begin(), before.end());
   command.args.insert(command.args.end(), host.begin(), host.end());
   return command;
+}
+
+// Lets the program read its options and stop there: it reports what it cannot read with exit code
+// 1, as it reports a failed run, and a wrong option is wrong usage.
+void CheckOptions(Command command, const Words& host) {
+  if (ModelIsRemote(host)) return;  // would be fetched to answer --help
+  command.args.push_back("--help");
+  Child child(command, Child::Output::kCapture);
+  const LineHandler ignore = [](const std::string&) {};
+  child.Drain(ignore, ignore);
+  if (child.Wait() == 0) return;
+  for (const auto& line : child.log()) {
+    if (const size_t at = line.find("error"); at != std::string::npos)
+      throw Error(kUsage,
+                  fmt::format("{}: {}", std::filesystem::path(command.program).filename().string(),
+                              line.substr(at)));
+  }
+  for (const auto& line : child.log()) fmt::print(stderr, "{}\n", line);
+  throw Error(kUsage, fmt::format("{}: refuses its options",
+                                  std::filesystem::path(command.program).filename().string()));
 }
 
 // The plugin's own report, or null when there is none (llama.cpp without sparkv, or a host that
@@ -107,6 +129,7 @@ int Run(const Settings& settings, const Words& host) {
   }
   const Command command =
       HostCommand(one_shot ? "llama-completion" : "llama-cli", cache, before, host);
+  CheckOptions(command, host);
   if (settings.json) return RunJson(command, cache);
   Child child(command, Child::Output::kInherit);
   const int code = child.Wait();
@@ -120,6 +143,7 @@ int Serve(const Settings& settings, const Words& host) {
   Words before;
   if (!HasFlag(host, {"--host"}) && !getenv("LLAMA_ARG_HOST")) before = {"--host", "127.0.0.1"};
   Command command = HostCommand("llama-server", cache, before, host);
+  CheckOptions(command, host);
   // A slot file holds f16 rows only; the weights that pack them again live beside it.
   const std::string slots = FlagValue(host, {"--slot-save-path"});
   if (cache.packed && !slots.empty() && !getenv("SPARKV_WEIGHTS")) {

@@ -4,10 +4,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 passed=0 failed=0
 
-# Runs ctest in a build tree and adds its numbers to the total.
+# count_ctest name tree [option ...]: runs ctest in a build tree and adds its numbers to the total.
 count_ctest() {
   local log=build/logs/ctest-$1.log total bad
-  ctest --test-dir "$2" --output-on-failure --no-tests=error 2>&1 | tee "$log" || true
+  ctest --test-dir "$2" --output-on-failure --no-tests=error "${@:3}" 2>&1 | tee "$log" || true
   # "98% tests passed, 1 tests failed out of 50"; absent when ctest itself failed
   read -r bad total < <(sed -n 's/.*, \([0-9]*\) tests\? failed out of \([0-9]*\)$/\1 \2/p' "$log") ||
     { bad=1 total=1; }
@@ -40,6 +40,16 @@ if [ -f tests/fuzz/CMakeLists.txt ] && command -v clang++-14 >/dev/null; then
   done
 else
   heading "libFuzzer is skipped: it needs clang++-14 and tests/fuzz"
+fi
+
+if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
+  heading "NEON kernels and packed bytes on arm64, under qemu"
+  cmake --preset arm64 -DSPARKV_WERROR=$werror >build/logs/configure-arm64.log
+  cmake --build --preset arm64 -j "$(nproc)" --target unit_tests
+  # The rest of the unit tests pass there too, but take ten minutes.
+  count_ctest arm64 build/arm64 -j "$(nproc)" -R '/neon|^Rows\.|^Half\.|^LogGrid\.'
+else
+  heading "arm64 is skipped: it needs aarch64-linux-gnu-g++ and qemu-aarch64"
 fi
 
 heading "all tests"

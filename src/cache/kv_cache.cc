@@ -45,9 +45,11 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   c->config_ = config;
   c->ops_ = CpuOps(sparkv_simd(config.simd));
   if (c->ops_ == nullptr) {
-    return Status::Unsupported(
-        std::string("simd: this CPU has no ") +
-        (config.simd == SPARKV_SIMD_AVX512 ? "avx512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI)" : "avx2"));
+    return Status::Unsupported(std::string("simd: this CPU has no ") +
+                               (config.simd == SPARKV_SIMD_AVX512
+                                    ? "avx512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI)"
+                                : config.simd == SPARKV_SIMD_NEON ? "neon"
+                                                                  : "avx2"));
   }
   CacheLayout& l = c->layout_;
   l.cells_per_stream = shape.cells_per_stream;

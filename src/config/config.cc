@@ -42,7 +42,8 @@ constexpr Name kSealNames[] = {{"stream", SPARKV_SEAL_STREAM},
 constexpr Name kSimdNames[] = {{"auto", SPARKV_SIMD_AUTO},
                                {"plain", SPARKV_SIMD_PLAIN},
                                {"avx2", SPARKV_SIMD_AVX2},
-                               {"avx512", SPARKV_SIMD_AVX512}};
+                               {"avx512", SPARKV_SIMD_AVX512},
+                               {"neon", SPARKV_SIMD_NEON}};
 
 struct EnumField {
   std::string_view key;

@@ -187,7 +187,7 @@ TEST(Cache, AnswersHaveTheSameBitsForEveryNumberOfThreads) {
 TEST_P(OneAnswer, IsNearlyTheSameOnEveryInstructionSetAndHasTheSameRows) {
   std::vector<Answer> first;
   std::vector<uint16_t> rows;
-  for (const char* simd : {"plain", "avx2", "avx512"}) {
+  for (const char* simd : {"plain", "avx2", "avx512", "neon"}) {
     Model model = Small();
     model.set.emplace_back("simd", simd);
     sparkv_cache* cache = nullptr;

@@ -14,7 +14,8 @@ namespace sparkv::test {
 
 inline std::vector<const OpTable*> AllOps() {
   std::vector<const OpTable*> all;
-  for (const sparkv_simd simd : {SPARKV_SIMD_PLAIN, SPARKV_SIMD_AVX2, SPARKV_SIMD_AVX512}) {
+  for (const sparkv_simd simd :
+       {SPARKV_SIMD_PLAIN, SPARKV_SIMD_AVX2, SPARKV_SIMD_AVX512, SPARKV_SIMD_NEON}) {
     if (const OpTable* ops = CpuOps(simd)) all.push_back(ops);
   }
   return all;

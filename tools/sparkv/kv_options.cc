@@ -26,7 +26,7 @@ constexpr Parameter kParameters[] = {
     {"window", "N", "newest tokens of a sequence that stay dense"},
     {"observe", "N", "queries that make the channel weights"},
     {"seal", "stream|prefill-end", "when tokens are packed"},
-    {"simd", "auto|plain|avx2|avx512", "instruction set of the kernels"},
+    {"simd", "auto|plain|avx2|avx512|neon", "instruction set of the kernels"},
     {"threads", "N", "threads of the kernels, 0: as many as the host uses"},
 };
 

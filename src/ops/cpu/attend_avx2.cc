@@ -2,37 +2,20 @@
 // spreads the kept codes.
 #include <immintrin.h>
 
-#include <array>
-#include <bit>
-
 #include "ops/cpu/inl.h"
 
 namespace sparkv::avx2 {
 #include "ops/cpu/row-inl.h"
+#include "ops/cpu/spread-inl.h"
 
 constexpr int kVec = 8;
 constexpr int kColVecs = 2;
-
-// For each mask byte, the source rank of each channel, 0x80 (zero) where the channel is pruned.
-constexpr std::array<std::array<uint8_t, 8>, 256> MakeSpread() {
-  std::array<std::array<uint8_t, 8>, 256> table{};
-  for (unsigned m = 0; m < 256; ++m) {
-    uint8_t rank = 0;
-    for (unsigned j = 0; j < 8; ++j) table[m][j] = (m >> j & 1) != 0 ? rank++ : uint8_t(0x80);
-  }
-  return table;
-}
-constexpr auto kSpread = MakeSpread();
 
 inline __m256i LaneBits() { return _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128); }
 // All bits of lane j set where bit j of `bits` is.
 inline __m256 Lanes(unsigned bits) {
   const __m256i b = _mm256_and_si256(_mm256_set1_epi32(int(bits)), LaneBits());
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(b, LaneBits()));
-}
-
-inline unsigned Bits8At(const uint8_t* bytes, unsigned at) {
-  return (unsigned(bytes[at / 8]) | unsigned(bytes[at / 8 + 1]) << 8) >> (at % 8) & 255u;
 }
 
 bool HalfRow(const uint16_t* half, int n, float* out) {
@@ -129,9 +112,7 @@ inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* r
   const __m256 plus = _mm256_set1_ps(magnitude), minus = _mm256_set1_ps(-magnitude);
   unsigned rank = 0, pruned_rank = 0;
   for (int j = 0; j < n; j += 8) {
-    const unsigned mask = layout.mask_bytes != 0 ? row[layout.mask_at + unsigned(j) / 8]
-                          : layout.kept > 0      ? 255u
-                                                 : 0u;
+    const unsigned mask = MaskByte(layout, row, j);
     const unsigned positive =
         layout.sign_bytes != 0 ? _pdep_u32(Bits8At(row + layout.sign_at, pruned_rank), ~mask & 255u)
                                : 0u;
@@ -144,11 +125,11 @@ inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* r
     if (integers) {
       const __m128i bytes =
           _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + rank)),
-                           _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[mask].data())));
+                           _mm_loadl_epi64(reinterpret_cast<const __m128i*>(Spread(mask))));
       kept = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), unit);
     } else {
       // Byte pairs of the half at rank r are 2r and 2r + 1.
-      const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[mask].data()));
+      const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(Spread(mask)));
       const __m128i twice = _mm_add_epi8(ranks, _mm_and_si128(ranks, _mm_set1_epi8(0x7f)));
       const __m128i pairs = _mm_unpacklo_epi8(twice, _mm_add_epi8(twice, _mm_set1_epi8(1)));
       const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + 2 * rank));
@@ -254,7 +235,7 @@ template <sparkv_number kNumber>
       const uint32_t mask = masked ? Word32(row + mask_at + j / 8) : unmasked;
       const auto spread = [&](int b) {
         const unsigned m = mask >> b & 255u;
-        const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread[m].data()));
+        const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(Spread(m)));
         const __m128i codes =
             _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), ranks);
         _mm_storel_epi64(reinterpret_cast<__m128i*>(level + j + b), codes);

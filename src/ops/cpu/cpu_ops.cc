@@ -6,26 +6,38 @@
 
 namespace sparkv {
 
-#define SPARKV_DECLARE_OPS(isa)                                                                  \
+#define SPARKV_DECLARE_PACK(isa)                                             \
+  namespace isa {                                                            \
+  void PackKey(const KeyLayout&, const float*, const uint16_t*, uint8_t*);   \
+  void PackValue(const ValueLayout&, const uint16_t*, uint8_t*);             \
+  void UnpackKey(const KeyLayout&, const float*, const uint8_t*, uint16_t*); \
+  void UnpackValue(const ValueLayout&, const uint8_t*, uint16_t*);           \
+  }
+
+// The attention of `isa` beside the packing of `pack`.
+#define SPARKV_DECLARE_OPS(isa, pack)                                                            \
   namespace isa {                                                                                \
-  void PackKey(const KeyLayout&, const float*, const uint16_t*, uint8_t*);                       \
-  void PackValue(const ValueLayout&, const uint16_t*, uint8_t*);                                 \
-  void UnpackKey(const KeyLayout&, const float*, const uint8_t*, uint16_t*);                     \
-  void UnpackValue(const ValueLayout&, const uint8_t*, uint16_t*);                               \
   void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&);        \
   void AttendPackedTile(const KeyLayout&, const ValueLayout&, const QueryBlock&,                 \
                         const PackedTile&, const uint64_t*, const uint16_t* const*,              \
                         const Scratch&, const AttentionState&);                                  \
   void AttendDense(const QueryBlock&, const DenseTile&, const uint64_t*, const uint16_t* const*, \
                    const Scratch&, const AttentionState&);                                       \
-  constexpr OpTable kOps{#isa,        PackKey,        PackValue,        UnpackKey,               \
-                         UnpackValue, PrepareQueries, AttendPackedTile, AttendDense};            \
+  constexpr OpTable kOps{                                                                        \
+      #isa,           pack::PackKey,    pack::PackValue, pack::UnpackKey, pack::UnpackValue,     \
+      PrepareQueries, AttendPackedTile, AttendDense};                                            \
   }
 
-SPARKV_DECLARE_OPS(plain)
+SPARKV_DECLARE_PACK(plain)
+SPARKV_DECLARE_OPS(plain, plain)
+#if defined(__aarch64__)
+SPARKV_DECLARE_OPS(neon, plain)
+#endif
 #if defined(__x86_64__)
-SPARKV_DECLARE_OPS(avx2)
-SPARKV_DECLARE_OPS(avx512)
+SPARKV_DECLARE_PACK(avx2)
+SPARKV_DECLARE_OPS(avx2, avx2)
+SPARKV_DECLARE_PACK(avx512)
+SPARKV_DECLARE_OPS(avx512, avx512)
 
 namespace {
 // __builtin_cpu_supports of clang 14 does not know the name.
@@ -54,6 +66,8 @@ const OpTable* CpuOps(sparkv_simd wish) {
   if (wish == SPARKV_SIMD_AVX512) return HasAvx512() ? &avx512::kOps : nullptr;
   if (wish == SPARKV_SIMD_AUTO)
     return HasAvx512() ? &avx512::kOps : HasAvx2() ? &avx2::kOps : &plain::kOps;
+#elif defined(__aarch64__)
+  if (wish == SPARKV_SIMD_NEON || wish == SPARKV_SIMD_AUTO) return &neon::kOps;
 #else
   if (wish == SPARKV_SIMD_AUTO) return &plain::kOps;
 #endif

@@ -18,6 +18,16 @@ inline Vec Load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 inline void Store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 inline Vec Set(float x) { return Vec{} + x; }
 
+// Calls body(constant) for 0 .. kCount - 1. GCC unrolls a loop too late to keep an array of vectors
+// that it walks in registers: each round would store them all.
+template <int kCount, typename Body>
+[[gnu::always_inline]] inline void Unroll(Body&& body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, i>()), ...);
+  }
+  (std::make_integer_sequence<int, kCount>());
+}
+
 constexpr int kRows =
     6;  // query rows per matrix kernel: kRows * kColVecs accumulators stay in registers
 static_assert(kRows <= kScoreRows);
@@ -85,18 +95,19 @@ template <int R>
 inline void ScoreKernel(const float* q, size_t q_stride, int k_dim, const float* cols,
                         float* score) {
   for (int c = 0; c < kTile; c += kVec * kColVecs) {
-    Vec acc[R][kColVecs] = {};
+    Vec acc[R][kColVecs];
+    Unroll<R * kColVecs>([&](auto i) { acc[i / kColVecs][i % kColVecs] = Vec{}; });
     for (int j = 0; j < k_dim; ++j) {
       Vec key[kColVecs];
-      for (int v = 0; v < kColVecs; ++v) key[v] = Load(cols + size_t(j) * kTile + c + v * kVec);
-      for (int r = 0; r < R; ++r) {
+      Unroll<kColVecs>([&](auto v) { key[v] = Load(cols + size_t(j) * kTile + c + v * kVec); });
+      Unroll<R>([&](auto r) {
         const float x = q[size_t(r) * q_stride + size_t(j)];
-        for (int v = 0; v < kColVecs; ++v) acc[r][v] += x * key[v];
-      }
+        Unroll<kColVecs>([&](auto v) { acc[r][v] += x * key[v]; });
+      });
     }
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < kColVecs; ++v) Store(score + r * kTile + c + v * kVec, acc[r][v]);
-    }
+    Unroll<R>([&](auto r) {
+      Unroll<kColVecs>([&](auto v) { Store(score + r * kTile + c + v * kVec, acc[r][v]); });
+    });
   }
 }
 
@@ -104,21 +115,22 @@ template <int R, int kBlock>
 inline void ValueBlock(const float* weight, const float* correction, const float* value, int stride,
                        int first_row, int end_row, int c, float* o, int o_stride) {
   Vec acc[R][kBlock];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kBlock; ++v)
+  Unroll<R>([&](auto r) {
+    Unroll<kBlock>([&](auto v) {
       acc[r][v] = Load(o + size_t(r) * size_t(o_stride) + c + v * kVec) * correction[r];
-  }
+    });
+  });
   for (int t = first_row; t < end_row; ++t) {
     Vec x[kBlock];
-    for (int v = 0; v < kBlock; ++v) x[v] = Load(value + size_t(t) * size_t(stride) + c + v * kVec);
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < kBlock; ++v) acc[r][v] += weight[r * kTile + t] * x[v];
-    }
+    Unroll<kBlock>([&](auto v) { x[v] = Load(value + size_t(t) * size_t(stride) + c + v * kVec); });
+    Unroll<R>([&](auto r) {
+      Unroll<kBlock>([&](auto v) { acc[r][v] += weight[r * kTile + t] * x[v]; });
+    });
   }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kBlock; ++v)
-      Store(o + size_t(r) * size_t(o_stride) + c + v * kVec, acc[r][v]);
-  }
+  Unroll<R>([&](auto r) {
+    Unroll<kBlock>(
+        [&](auto v) { Store(o + size_t(r) * size_t(o_stride) + c + v * kVec, acc[r][v]); });
+  });
 }
 
 // o[r] = o[r] * correction[r] + sum_t weight[r][t] * value[t], t over the rows that some query

@@ -173,8 +173,8 @@ inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) 
 // Codes are spread to their channels as bytes, 16 rows at a time; from there keys meet the queries,
 // and values the softmax weights, in registers. The fixed cost of a packed row falls to half of the
 // path above, that of one more query row rises: for more rows it loses.
-//   key_j = unit level_j + magnitude restore_j s_j; level = 0 where pruned; s = 1 for +, -1 for -,
-//   0 where kept
+//   key_j = unit (level_j + ratio restore_j s_j); level = 0 where pruned; s = 1 for +, -1 for -, 0
+//   where kept
 constexpr int kFewRows = 8;
 static_assert(kFewRows <= kScoreRows);
 
@@ -182,7 +182,7 @@ static_assert(kFewRows <= kScoreRows);
 struct KeyRun {
   alignas(32) int8_t level[16][kMaxHeadDim];
   alignas(32) int8_t sign[16][kMaxHeadDim];
-  alignas(32) float unit[16], magnitude[16];
+  alignas(32) float unit[16], ratio[16];
 };
 
 inline uint32_t Word32(const uint8_t* p) {
@@ -213,9 +213,8 @@ template <sparkv_number kNumber>
     const uint8_t* row = rows16 + size_t(i) * layout.bytes;
     LevelBytes(layout, row, levels[i]);
     const uint32_t scale = GetScale(row);
-    const float unit = kScales.unit[KeyScaleOf(scale)], ratio = kScales.ratio[RatioOf(scale)];
-    out->unit[i] = unit;
-    out->magnitude[i] = unit != unit ? 0.0f : unit * ratio;
+    out->unit[i] = kScales.unit[KeyScaleOf(scale)];
+    out->ratio[i] = kScales.ratio[RatioOf(scale)];
   }
 }
 
@@ -264,7 +263,7 @@ inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned r
   if (rows != 0xffff) {
     // Rows that are not there score zero, whatever was left at their place.
     std::memset(out->unit, 0, sizeof(out->unit));
-    std::memset(out->magnitude, 0, sizeof(out->magnitude));
+    std::memset(out->ratio, 0, sizeof(out->ratio));
   }
   // Levels of all rows first: what was just stored is slow to read back in other pieces.
   WithInteger(layout.number,
@@ -297,10 +296,8 @@ template <int R>
     for (int i = 0; i < 8; i += 2) {
       const int8_t* level = keys.level[t0 + i];
       const int8_t* sign = keys.sign[t0 + i];
-      const __m256 unit0 = _mm256_broadcast_ss(&keys.unit[t0 + i]),
-                   unit1 = _mm256_broadcast_ss(&keys.unit[t0 + i + 1]);
-      const __m256 size0 = _mm256_broadcast_ss(&keys.magnitude[t0 + i]),
-                   size1 = _mm256_broadcast_ss(&keys.magnitude[t0 + i + 1]);
+      const __m256 ratio0 = _mm256_broadcast_ss(&keys.ratio[t0 + i]),
+                   ratio1 = _mm256_broadcast_ss(&keys.ratio[t0 + i + 1]);
       __m256 acc0[R], acc1[R];
       for (int r = 0; r < R; ++r) acc0[r] = acc1[r] = _mm256_setzero_ps();
       const auto meet = [&](size_t j, __m256 k0, __m256 k1) {
@@ -313,16 +310,13 @@ template <int R>
       if (restore != nullptr) {
         for (size_t j = 0; j < n; j += 8) {
           const __m256 a = _mm256_loadu_ps(restore + j);
-          const __m256 pruned0 = _mm256_mul_ps(_mm256_mul_ps(size0, a), wide(sign + j));
-          const __m256 pruned1 =
-              _mm256_mul_ps(_mm256_mul_ps(size1, a), wide(sign + kMaxHeadDim + j));
-          meet(j, _mm256_fmadd_ps(wide(level + j), unit0, pruned0),
-               _mm256_fmadd_ps(wide(level + kMaxHeadDim + j), unit1, pruned1));
+          meet(j, _mm256_fmadd_ps(_mm256_mul_ps(ratio0, a), wide(sign + j), wide(level + j)),
+               _mm256_fmadd_ps(_mm256_mul_ps(ratio1, a), wide(sign + kMaxHeadDim + j),
+                               wide(level + kMaxHeadDim + j)));
         }
       } else {
         for (size_t j = 0; j < n; j += 8) {
-          meet(j, _mm256_mul_ps(wide(level + j), unit0),
-               _mm256_mul_ps(wide(level + kMaxHeadDim + j), unit1));
+          meet(j, wide(level + j), wide(level + kMaxHeadDim + j));
         }
       }
       for (int r = 0; r < R; ++r) {
@@ -330,7 +324,9 @@ template <int R>
         sum[r][i + 1] = acc1[r];
       }
     }
-    for (int r = 0; r < R; ++r) _mm256_storeu_ps(score + r * kTile + t0, SumLanes(sum[r]));
+    const __m256 unit = _mm256_load_ps(keys.unit + t0);
+    for (int r = 0; r < R; ++r)
+      _mm256_storeu_ps(score + r * kTile + t0, _mm256_mul_ps(SumLanes(sum[r]), unit));
   }
 }
 
@@ -356,7 +352,8 @@ inline void FourCodes(__m256i word, __m256 (&x)[4]) {
 template <int R, bool kBytes, int kFrom>
 [[gnu::noinline]] void SumCodes(const PackedTile& tile, size_t bytes, size_t at,
                                 const float* weight, __m256 (&sum)[R][4]) {
-  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm256_setzero_ps();
+  __m256 own[R][4];
+  Unroll<4 * R>([&](auto i) { own[i / 4][i % 4] = _mm256_setzero_ps(); });
   for (int run = 0; run < kTile / 16; ++run) {
     for (unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu; rows != 0; rows &= rows - 1) {
       const int i = std::countr_zero(rows);
@@ -364,12 +361,13 @@ template <int R, bool kBytes, int kFrom>
       FourCodes<kBytes, kFrom>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(
                                    tile.value[run] + size_t(i) * bytes + at)),
                                x);
-      for (int r = 0; r < R; ++r) {
+      Unroll<R>([&](auto r) {
         const __m256 w = _mm256_broadcast_ss(weight + r * kTile + 16 * run + i);
-        for (int k = 0; k < 4; ++k) sum[r][k] = _mm256_fmadd_ps(w, x[k], sum[r][k]);
-      }
+        Unroll<4>([&](auto k) { own[r][k] = _mm256_fmadd_ps(w, x[k], own[r][k]); });
+      });
     }
   }
+  Unroll<4 * R>([&](auto i) { sum[i / 4][i % 4] = own[i / 4][i % 4]; });
 }
 
 // o[r] = o[r] * correction[r] + sum_t weight_rt value_t for R rows; weight [R][64] with the scales
@@ -524,22 +522,22 @@ template <int R, int kBlock>
 inline void HalfValueBlock(const HalfRows& in, uint64_t rows, const float* weight,
                            const float* correction, int c, float* o, size_t o_stride) {
   __m256 sum[R][kBlock];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kBlock; ++v)
-      sum[r][v] = Load(o + size_t(r) * o_stride + c + 8 * v) * correction[r];
-  }
+  Unroll<R>([&](auto r) {
+    Unroll<kBlock>(
+        [&](auto v) { sum[r][v] = Load(o + size_t(r) * o_stride + c + 8 * v) * correction[r]; });
+  });
   for (; rows != 0; rows &= rows - 1) {
     const int t = std::countr_zero(rows);
     __m256 x[kBlock];
     for (int v = 0; v < kBlock; ++v) x[v] = Half8(in.value[t], size_t(c + 8 * v));
-    for (int r = 0; r < R; ++r) {
+    Unroll<R>([&](auto r) {
       const __m256 w = _mm256_broadcast_ss(weight + r * kTile + t);
-      for (int v = 0; v < kBlock; ++v) sum[r][v] = _mm256_fmadd_ps(w, x[v], sum[r][v]);
-    }
+      Unroll<kBlock>([&](auto v) { sum[r][v] = _mm256_fmadd_ps(w, x[v], sum[r][v]); });
+    });
   }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kBlock; ++v) Store(o + size_t(r) * o_stride + c + 8 * v, sum[r][v]);
-  }
+  Unroll<R>([&](auto r) {
+    Unroll<kBlock>([&](auto v) { Store(o + size_t(r) * o_stride + c + 8 * v, sum[r][v]); });
+  });
 }
 
 void AttendFewHalf(const QueryBlock& block, const HalfRows& in, const uint64_t* visible,

@@ -247,7 +247,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         tile.key[i] = ColumnNumbers(layer, column, true) + size_t(head) * size_t(k_dim);
         tile.value[i] = ColumnNumbers(layer, column, false) + size_t(head) * size_t(v_dim);
         if (few) {
-          // Dense rows of a layer lie far apart, too: a slot holds all layers of its token.
+          // Dense rows of a layer lie in runs too short for hardware that looks ahead.
           for (size_t line = 0; line < size_t(k_dim); line += 32)
             __builtin_prefetch(tile.key[i] + line);
           for (size_t line = 0; line < size_t(v_dim); line += 32)

@@ -268,8 +268,10 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
   const auto finish = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
                           const AttentionState& state) {
     if (layer.value.rotated()) {
-      for (size_t r = 0; r < size_t(n) * size_t(group); ++r)
-        Rotate(state.o + r * o_stride, v_dim, RotationBlock(v_dim));
+      for (size_t r = 0; r < size_t(n) * size_t(group); ++r) {
+        // A row that saw nothing packed is still zero.
+        if (state.d[r] != 0.0f) Rotate(state.o + r * o_stride, v_dim, RotationBlock(v_dim));
+      }
     }
     attend_dense(stream, head, first, n, space, state);
     for (int64_t t = 0; t < n; ++t) {

@@ -71,18 +71,15 @@ void CheckOptions(Command command, const Words& host) {
   if (ModelIsRemote(host)) return;  // would be fetched to answer --help
   command.args.push_back("--help");
   Child child(command, Child::Output::kCapture);
-  const LineHandler ignore = [](const std::string&) {};
-  child.Drain(ignore, ignore);
+  child.Drain(nullptr, nullptr);
   if (child.Wait() == 0) return;
+  const std::string name = std::filesystem::path(command.program).filename().string();
   for (const auto& line : child.log()) {
     if (const size_t at = line.find("error"); at != std::string::npos)
-      throw Error(kUsage,
-                  fmt::format("{}: {}", std::filesystem::path(command.program).filename().string(),
-                              line.substr(at)));
+      throw Error(kUsage, fmt::format("{}: {}", name, line.substr(at)));
   }
   for (const auto& line : child.log()) fmt::print(stderr, "{}\n", line);
-  throw Error(kUsage, fmt::format("{}: refuses its options",
-                                  std::filesystem::path(command.program).filename().string()));
+  throw Error(kUsage, fmt::format("{}: refuses its options", name));
 }
 
 // The plugin's own report, or null when there is none (llama.cpp without sparkv, or a host that

@@ -157,16 +157,5 @@ bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
 }
 
 #include "ops/cpu/attend-inl.h"
-
-void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
-                      const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
-                      const Scratch& scratch, const AttentionState& state) {
-  AttendPacked(key, value, block, tile, visible, mask, scratch, state);
-}
-void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&) {}
-
-void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
-                 const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
-  AttendDenseRows(block, tile, visible, mask, scratch, state);
-}
+#include "ops/cpu/unpack-first-inl.h"
 }  // namespace sparkv::neon

@@ -20,20 +20,18 @@ static inline float HalfToFloat(uint16_t h) {
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
 }
 
+// Choices, not branches: compilers turn a loop of these into vector code.
 static inline uint16_t FloatToHalf(float f) {
   const uint32_t bits = std::bit_cast<uint32_t>(f);
-  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
-  uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-  if (magnitude >= 0x477ff000u)
-    return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
-  if (magnitude < 0x38800000u) {
-    // Subnormal result: adding 0.5 puts the rounding position at bit 0 of the float's significand.
-    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    return uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
-  }
-  magnitude += 0xc8000fffu + ((magnitude >> 13) & 1u);
-  return uint16_t(sign | (magnitude >> 13));
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Subnormal result: adding 0.5 puts the rounding position at bit 0 of the float's significand.
+  const uint32_t subnormal =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return uint16_t(((bits >> 16) & 0x8000u) | half);
 }
 
 }  // namespace sparkv

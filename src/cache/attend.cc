@@ -35,12 +35,10 @@ Status KvCache::Attend(const sparkv_attend_args& args) {
   }
   const bool first =
       step_.open && layer_done_[size_t(args.layer)] == 0 && arena_layer_ == args.layer;
-  if (first) {
-    MakeTables(args);
-    SealLayer(args.layer);
-  } else {
-    ExpandTables(args.layer);
-  }
+  if (first) MakeTables(args);
+  // No tile asks for weights while nothing is packed.
+  if (n_sealed_ > 0 || !step_.sealing.empty()) ExpandTables(args.layer);
+  if (first) SealLayer(args.layer);
   AttendLayer(args);
   if (first) {
     KeepDense(args.layer);

@@ -62,9 +62,9 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
   }
 }
 
+// ExpandTables(layer) was called.
 void KvCache::SealLayer(int layer_index) {
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
-  ExpandTables(layer_index);
   const int64_t n = int64_t(step_.sealing.size());
   constexpr int64_t kChunk = 16;
   const auto body = [&](int64_t chunk, int) {

@@ -93,6 +93,7 @@ Status KvCache::EnsureSlots() {
 void KvCache::FlushLayer() {
   if (arena_layer_ < 0 || layer_done_[size_t(arena_layer_)] != 0) return;
   if (step_.planned) {
+    ExpandTables(arena_layer_);
     SealLayer(arena_layer_);
   } else if (!EnsureSlots().ok()) {
     return;

@@ -26,12 +26,19 @@ struct Registry {
       weights;  // of caches that have ended, as sparkv_cache_save_weights gives them; oldest first
   std::map<int, CacheReport> finished;  // by cache id
   int next_id = 0;
-  bool has_picture = false;  // some cache is the one of SPARKV_SALIENCY
+  int32_t n_model_layers = 0;  // highest layer number seen, and one
+  bool has_picture = false;    // some cache is the one of SPARKV_SALIENCY
 };
 
 Registry& TheRegistry() {
   static Registry* registry = new Registry;  // outlives exit handlers
   return *registry;
+}
+
+int32_t ModelLayers() {
+  Registry& registry = TheRegistry();
+  const std::lock_guard lock(registry.mutex);
+  return registry.n_model_layers;
 }
 
 // A host may take the state of one context and give it to the next (llama-bench does): the weights
@@ -179,6 +186,9 @@ ggml_status Buffer::InitCacheTensor(ggml_tensor* tensor, int il, bool keys) {
     layers_.push_back(std::make_unique<Layer>());
     found = layers_.end() - 1;
     (*found)->il = il;
+    Registry& registry = TheRegistry();
+    const std::lock_guard lock(registry.mutex);
+    registry.n_model_layers = std::max(registry.n_model_layers, il + 1);
   }
   KvTensor& kv = keys ? (*found)->keys : (*found)->values;
   if (kv.buffer) {
@@ -254,6 +264,13 @@ sparkv_cache* Buffer::Cache() {
   shape.layers = shapes.data();
   shape.cells_per_stream = cells_;
   shape.n_streams = static_cast<int32_t>(n_streams_);
+  std::vector<int32_t> numbers;
+  for (const auto& layer : layers_) numbers.push_back(layer->il);
+  shape.layer_numbers = numbers.data();
+  // A model with sliding windows has two caches, each with some of its layers; a draft model beside
+  // it has one with all of its own.
+  const int32_t last = *std::max_element(numbers.begin(), numbers.end());
+  if (last + 1 != shape.n_layers) shape.n_model_layers = ModelLayers();
   sparkv_error error = {};
   if (sparkv_cache_create(&ThePlugin().options.config, &shape, &cache_, &error) != SPARKV_OK) {
     cache_ = nullptr;

@@ -91,7 +91,10 @@ typedef struct sparkv_config {
   int32_t observe; /* queries that make the channel weights, [1, 1024]; nothing is packed before
                       they were seen */
   int32_t threads; /* 0: as many as the host says, else [1, 256] */
-  char preset[32]; /* the name the configuration started from, for reports */
+  int32_t protect_first; /* the model's first and last layers that are protected: nothing pruned, */
+  int32_t protect_last;  /* 8-bit numbers; [0, 9999] */
+  char preset[32];  /* the name the configuration started from, for reports */
+  char layers[512]; /* layers of their own: "0-1=spark-0-i8,29=spark-0.5-i6+q8", empty for none */
 } sparkv_config;
 
 /* Fills `config` from a preset: "exact", "spark-R" (f16 kept, f16 values) or "spark-R-iB" (B in 8,
@@ -100,10 +103,18 @@ typedef struct sparkv_config {
 SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name,
                                               sparkv_error* error);
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,
- * seal, simd, threads) from text. Unknown names and bad values are SPARKV_INVALID and leave
- * `config` as it was. */
+ * seal, simd, threads, layers, protect: "first:2,last:1") from text. Unknown names and bad values
+ * are SPARKV_INVALID and leave `config` as it was. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
                                            const char* value, sparkv_error* error);
+/* *out = `config` as it counts for layer `layer` of a model with n_layers, 0..9999. Entries of
+ * config->layers are LAYER=PRESET or FIRST-LAST=PRESET, the last one that has the layer wins; the
+ * preset's ratio, kept and values take the place of the configuration's, +q8, +q4 or +f16 behind it
+ * the preset's values. An entry that begins beyond n_layers is SPARKV_INVALID. A protected layer is "spark-0-i8" whatever they say. In *out layers is empty
+ * and nothing protected; `out` may be `config`. Ours. */
+SPARKV_API sparkv_status sparkv_config_layer(const sparkv_config* config, int32_t layer,
+                                             int32_t n_layers, sparkv_config* out,
+                                             sparkv_error* error);
 /* One line, e.g. "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal
  * stream". Always zero-terminated; returns the length it needed. */
 SPARKV_API size_t sparkv_config_text(const sparkv_config* config, char* text, size_t size);
@@ -192,6 +203,9 @@ typedef struct sparkv_shape {
   const sparkv_layer_shape* layers; /* [n_layers], copied */
   int64_t cells_per_stream;
   int32_t n_streams;
+  const int32_t* layer_numbers; /* [n_layers], copied: the model's number of each layer, which
+                                   config.layers names; NULL: 0, 1, ... */
+  int32_t n_model_layers; /* layers of the model, for protect; 0: the highest number and one */
 } sparkv_shape;
 
 /* Reserves address space for all cells, commits none. */

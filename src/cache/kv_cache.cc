@@ -15,6 +15,8 @@ Status CheckShape(const sparkv_shape& shape) {
   };
   if (shape.n_layers < 1 || shape.n_layers > 4096)
     return outside("n_layers", shape.n_layers, "[1, 4096]");
+  if (shape.n_model_layers < 0 || shape.n_model_layers > 10000)
+    return outside("n_model_layers", shape.n_model_layers, "[0, 10000]");
   if (shape.layers == nullptr) return Status::Invalid("layers: NULL");
   if (shape.n_streams < 1 || shape.n_streams > 1024)
     return outside("n_streams", shape.n_streams, "[1, 1024]");
@@ -51,16 +53,22 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
                                 : config.simd == SPARKV_SIMD_NEON ? "neon"
                                                                   : "avx2"));
   }
+  const auto number = [&](int i) { return shape.layer_numbers ? shape.layer_numbers[i] : i; };
+  int n_model_layers = shape.n_model_layers;
+  for (int i = 0; i < shape.n_layers && shape.n_model_layers == 0; ++i)
+    n_model_layers = std::max(n_model_layers, number(i) + 1);
   CacheLayout& l = c->layout_;
   l.cells_per_stream = shape.cells_per_stream;
   l.n_streams = shape.n_streams;
   for (int i = 0; i < shape.n_layers; ++i) {
     const sparkv_layer_shape& s = shape.layers[i];
+    sparkv_config rows = config;
+    if (Status status = SetLayer(number(i), n_model_layers, &rows); !status.ok()) return status;
     LayerLayout layer;
     layer.n_kv_heads = s.n_kv_heads;
-    layer.key = KeyLayout::Make(s.k_dim, KeptChannels(config.ratio, s.k_dim),
-                                sparkv_number(config.kept), sparkv_recover(config.recover));
-    layer.value = ValueLayout::Make(s.v_dim, sparkv_number(config.values));
+    layer.key = KeyLayout::Make(s.k_dim, KeptChannels(rows.ratio, s.k_dim),
+                                sparkv_number(rows.kept), sparkv_recover(rows.recover));
+    layer.value = ValueLayout::Make(s.v_dim, sparkv_number(rows.values));
     layer.packed_at = l.group_bytes;
     layer.dense_at = l.dense_slot_numbers;
     layer.channel_at = l.channels;

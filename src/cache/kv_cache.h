@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -148,7 +149,10 @@ class KvCache {
 
   // restore.cc
   bool PacksToItself(const LayerLayout& layer, uint16_t table_id, const uint16_t* row);
+  uint16_t MatchTable(const LayerLayout& layer, const uint16_t* row);
   Status PlaceRestored(int layer, int64_t cell, const uint16_t* row);
+  Status DecideRestored(int layer, int64_t cell, const uint16_t* row);
+  void SetTable(int64_t cell, uint16_t table);
   void EndRestore();
   uint64_t Fingerprint() const;
 
@@ -190,9 +194,11 @@ class KvCache {
   struct RestoreSession {
     bool open = false;
     int first_layer = -1;
-    uint16_t matched = 0;            // weights of the last row that was recognised
-    bool range_matched = false;      // one was in the range being restored
-    std::vector<int64_t> strangers;  // dense rows of ranges without any
+    int deciding = -1;                    // the layer whose keys tell which cells are packed
+    std::set<std::pair<int, bool>> rows;  // layers, and whether keys, that came before it
+    uint16_t matched = 0;                 // weights of the last row that was recognised
+    bool range_matched = false;           // one was in the range being restored
+    std::vector<int64_t> strangers;       // dense rows of ranges without any
     std::unordered_set<int64_t> cells;
   } restore_;
   struct CopySession {

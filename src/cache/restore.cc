@@ -27,10 +27,20 @@ bool KvCache::PacksToItself(const LayerLayout& layer, uint16_t table_id, const u
   return true;
 }
 
-// Decides at the first key row of a cell whether it is packed; the other layers and the values
-// follow.
+// The known weights under which this key row is a fixed point, 0: none.
+uint16_t KvCache::MatchTable(const LayerLayout& layer, const uint16_t* row) {
+  if (!layer.key.needs_table()) return 0;
+  // Neighbours mostly share their weights, so the last match is tried first.
+  if (restore_.matched != 0 && PacksToItself(layer, restore_.matched, row)) return restore_.matched;
+  for (const uint16_t id : tables_.Known()) {
+    if (id != restore_.matched && PacksToItself(layer, id, row)) return id;
+  }
+  return 0;
+}
+
+// Decides at the first key row of a cell that has weights whether the cell is packed; the other
+// layers and the values follow. Layers without weights that came before wait in the dense slot.
 Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row) {
-  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
   cells_.Touch(cell);
   ReleaseCell(cell);
   int64_t& end = used_end_[size_t(layout_.stream_of(cell))];
@@ -38,38 +48,38 @@ Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row
   cells_.order(cell) = next_order_++;
   cells_.rank(cell) = -1;
 
-  uint16_t table = 0;
-  if (layer.key.needs_table()) {
-    // Neighbours mostly share their weights, so the last match is tried first.
-    if (restore_.matched != 0 && PacksToItself(layer, restore_.matched, row)) {
-      table = restore_.matched;
-    } else {
-      for (const uint16_t id : tables_.Known()) {
-        if (id == restore_.matched || !PacksToItself(layer, id, row)) continue;
-        table = id;
-        break;
-      }
-    }
-  }
-  if (table != 0) {
-    restore_.matched = table;
-    restore_.range_matched = true;
-    tables_.Ref(table);
-    tables_.Used(table);
-    cells_.table(cell) = table;
-    AddPacked(cell);
-    cells_.set_state(cell, CellState::kSealed);
-    ++n_sealed_;
-    return Status::Ok();
-  }
   if (Status s = AddDense(cell); !s.ok()) return s;
   cells_.set_state(cell, CellState::kDense);
-  // Behind rows that were recognised it is the window of the same sequence.
-  if (restore_.range_matched) {
-    tables_.Ref(restore_.matched);
-    cells_.table(cell) = restore_.matched;
+  return DecideRestored(layer_index, cell, row);
+}
+
+Status KvCache::DecideRestored(int layer_index, int64_t cell, const uint16_t* row) {
+  const uint16_t table = MatchTable(layout_.layers[size_t(layer_index)], row);
+  if (table == 0) {
+    // Behind rows that were recognised it is the window of the same sequence.
+    if (restore_.range_matched) SetTable(cell, restore_.matched);
+    return Status::Ok();
   }
+  restore_.matched = table;
+  restore_.range_matched = true;
+  SetTable(cell, table);
+  tables_.Used(table);
+  AddPacked(cell);
+  for (const auto& [index, keys] : restore_.rows) {
+    const LayerLayout& layer = layout_.layers[size_t(index)];
+    const uint16_t* dense = DenseRow(layer, cells_.slot(cell), keys);
+    PackRow(layer, cell, 0, keys ? dense : nullptr, keys ? nullptr : dense);
+  }
+  RemoveDense(cell);
+  cells_.set_state(cell, CellState::kSealed);
+  ++n_sealed_;
   return Status::Ok();
+}
+
+void KvCache::SetTable(int64_t cell, uint16_t table) {
+  tables_.Ref(table);
+  tables_.Unref(cells_.table(cell));
+  cells_.table(cell) = table;
 }
 
 Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
@@ -82,7 +92,9 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
     restore_.open = true;
     restore_.first_layer = layer_index;
   }
-  const bool placing = keys && layer_index == restore_.first_layer;
+  if (keys && restore_.deciding < 0 && (layer.key.needs_table() || !needs_weights_))
+    restore_.deciding = layer_index;
+  const bool placing = keys && layer_index == restore_.deciding;
   if (placing) restore_.range_matched = false;
   ExpandTables(layer_index, placing);
   const size_t row_numbers = keys ? layer.k_row() : layer.v_row();
@@ -93,6 +105,8 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
     if (keys && (!known || layer_index == restore_.first_layer)) {
       if (Status s = PlaceRestored(layer_index, cell, row); !s.ok()) return s;
       restore_.cells.insert(cell);
+    } else if (placing) {
+      if (Status s = DecideRestored(layer_index, cell, row); !s.ok()) return s;
     }
     switch (cells_.state(cell)) {
       case CellState::kSealed:
@@ -107,6 +121,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
   }
   for (int64_t i = 0; i < n && placing && !restore_.range_matched; ++i)
     restore_.strangers.push_back(first + i);
+  if (restore_.deciding < 0) restore_.rows.insert({layer_index, keys});
   return Status::Ok();
 }
 
@@ -117,7 +132,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
 void KvCache::EndRestore() {
   if (!restore_.open) return;
   restore_.open = false;
-  const LayerLayout& layer = layout_.layers[0];
+  const LayerLayout& layer = layout_.layers[size_t(std::max(0, restore_.deciding))];
   if (needs_weights_) {
     std::vector<uint16_t> again(layer.v_row());
     std::vector<uint8_t> packed(layer.value.bytes);

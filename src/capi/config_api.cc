@@ -38,6 +38,19 @@ sparkv_status sparkv_config_set(sparkv_config* config, const char* key, const ch
   });
 }
 
+sparkv_status sparkv_config_layer(const sparkv_config* config, int32_t layer, int32_t n_layers,
+                                  sparkv_config* out, sparkv_error* error) {
+  return sparkv::Guard(error, [&]() -> Status {
+    if (Status status = sparkv::CheckStruct(config); !status.ok()) return status;
+    if (Status status = sparkv::CheckConfig(*config); !status.ok()) return status;
+    if (out == nullptr) return Status::Invalid("out: NULL");
+    sparkv_config next = *config;
+    if (Status status = sparkv::SetLayer(layer, n_layers, &next); !status.ok()) return status;
+    *out = next;
+    return Status::Ok();
+  });
+}
+
 size_t sparkv_config_text(const sparkv_config* config, char* text, size_t size) {
   if (text != nullptr && size > 0) text[0] = '\0';
   if (!sparkv::CheckStruct(config).ok()) return 0;

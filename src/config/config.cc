@@ -1,5 +1,6 @@
 #include "config/config.h"
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <cstring>
@@ -66,6 +67,8 @@ constexpr CountField kCountFields[] = {{"sinks", &sparkv_config::sinks, 0, 1024}
                                        {"window", &sparkv_config::window, 0, 65536},
                                        {"observe", &sparkv_config::observe, 1, 1024},
                                        {"threads", &sparkv_config::threads, 0, 256}};
+constexpr CountField kProtectFields[] = {{"protect first", &sparkv_config::protect_first, 0, 9999},
+                                         {"protect last", &sparkv_config::protect_last, 0, 9999}};
 
 std::string_view NameOf(std::span<const Name> names, int32_t number) {
   for (const Name& name : names) {
@@ -118,6 +121,94 @@ Status SetRatio(std::string_view value, sparkv_config* config) {
     return Status::Invalid(Outside("ratio", value.substr(0, 64), "0", "1"));
   }
   config->ratio = ratio + 0.0;  // -0 becomes 0
+  return Status::Ok();
+}
+
+constexpr int kMaxLayer = 9999;
+
+// An entry of config.layers: from `first` to `last` the rows of `rows`.
+struct LayerRule {
+  int first = 0, last = 0;
+  sparkv_config rows = {};
+};
+
+Status ParseLayerRule(std::string_view text, LayerRule* rule) {
+  const auto wrong = [&](const std::string& why) {
+    return Status::Invalid("layers: " + Quote(text) + " " + why);
+  };
+  const size_t equals = text.find('=');
+  if (equals == std::string_view::npos) return wrong("is not LAYER=PRESET or FIRST-LAST=PRESET");
+  const std::string_view range = text.substr(0, equals);
+  const size_t dash = range.find('-');
+  const Parse first = ParseNumber(range.substr(0, dash), &rule->first);
+  const Parse last =
+      dash == std::string_view::npos ? first : ParseNumber(range.substr(dash + 1), &rule->last);
+  if (dash == std::string_view::npos) rule->last = rule->first;
+  if (first != Parse::kOk || last != Parse::kOk || rule->first < 0 || rule->last > kMaxLayer ||
+      rule->first > rule->last) {
+    return wrong("names no layers in 0.." + std::to_string(kMaxLayer));
+  }
+  std::string_view preset = text.substr(equals + 1), values;
+  if (const size_t plus = preset.find('+'); plus != std::string_view::npos) {
+    values = preset.substr(plus + 1);
+    preset = preset.substr(0, plus);
+    if (values.empty()) return wrong("has no values behind the +");
+  }
+  if (preset.empty()) return wrong("names no preset");
+  rule->rows.struct_size = sizeof(rule->rows);
+  if (Status s = SetPreset(preset, &rule->rows); !s.ok()) return s;
+  return values.empty() ? Status::Ok() : SetParameter("values", values, &rule->rows);
+}
+
+// Calls body(rule) for each entry, in order.
+template <typename Body>
+Status ForEachLayerRule(std::string_view layers, Body&& body) {
+  for (size_t at = 0; !layers.empty() && at <= layers.size();) {
+    const size_t end = std::min(layers.find(',', at), layers.size());
+    LayerRule rule;
+    if (Status s = ParseLayerRule(layers.substr(at, end - at), &rule); !s.ok()) return s;
+    body(rule);
+    at = end + 1;
+  }
+  return Status::Ok();
+}
+
+std::string_view LayersOf(const sparkv_config& config) {
+  return {config.layers, strnlen(config.layers, sizeof(config.layers))};
+}
+
+Status SetLayers(std::string_view value, sparkv_config* config) {
+  if (value.size() >= sizeof(config->layers)) {
+    return Status::Invalid("layers: " + std::to_string(value.size()) + " characters, at most " +
+                           std::to_string(sizeof(config->layers) - 1) + " fit");
+  }
+  if (Status s = ForEachLayerRule(value, [](const LayerRule&) {}); !s.ok()) return s;
+  std::memset(config->layers, 0, sizeof(config->layers));
+  std::memcpy(config->layers, value.data(), value.size());
+  return Status::Ok();
+}
+
+// "first:2,last:1", either alone, or nothing.
+Status SetProtect(std::string_view value, sparkv_config* config) {
+  int32_t first = 0, last = 0;
+  for (size_t at = 0; !value.empty() && at <= value.size();) {
+    const size_t end = std::min(value.find(',', at), value.size());
+    const std::string_view part = value.substr(at, end - at);
+    int32_t* count = part.starts_with("first:")  ? &first
+                     : part.starts_with("last:") ? &last
+                                                 : nullptr;
+    const Parse parse =
+        count == nullptr ? Parse::kNotANumber : ParseNumber(part.substr(part.find(':') + 1), count);
+    if (parse == Parse::kNotANumber)
+      return Status::Invalid("protect: " + Quote(value) + " is not first:N, last:N or both");
+    if (parse == Parse::kOutOfRange || *count < 0 || *count > kMaxLayer) {
+      return Status::Invalid("protect: " + Quote(part) + " is outside 0.." +
+                             std::to_string(kMaxLayer));
+    }
+    at = end + 1;
+  }
+  config->protect_first = first;
+  config->protect_last = last;
   return Status::Ok();
 }
 
@@ -196,6 +287,8 @@ Status SetPreset(std::string_view name, sparkv_config* config) {
 
 Status SetParameter(std::string_view key, std::string_view value, sparkv_config* config) {
   if (key == "ratio") return SetRatio(value, config);
+  if (key == "layers") return SetLayers(value, config);
+  if (key == "protect") return SetProtect(value, config);
   for (const EnumField& field : kEnumFields) {
     if (key != field.key) continue;
     for (const Name& name : field.names) {
@@ -219,7 +312,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
     config->*field.field = count;
     return Status::Ok();
   }
-  std::string known = "ratio";
+  std::string known = "ratio, layers, protect";
   for (const EnumField& field : kEnumFields) known += ", " + std::string(field.key);
   for (const CountField& field : kCountFields) known += ", " + std::string(field.key);
   return Status::Invalid("parameter: " + Quote(key) + " is unknown (" + known + ")");
@@ -238,13 +331,47 @@ Status CheckConfig(const sparkv_config& config) {
                              " is unknown (" + NameList(field.names) + ")");
     }
   }
-  for (const CountField& field : kCountFields) {
-    const int32_t count = config.*field.field;
-    if (count < field.low || count > field.high) {
-      return Status::Invalid(Outside(field.key, std::to_string(count), std::to_string(field.low),
-                                     std::to_string(field.high)));
+  for (const std::span<const CountField> fields :
+       {std::span<const CountField>(kCountFields), std::span<const CountField>(kProtectFields)}) {
+    for (const CountField& field : fields) {
+      const int32_t count = config.*field.field;
+      if (count < field.low || count > field.high) {
+        return Status::Invalid(Outside(field.key, std::to_string(count), std::to_string(field.low),
+                                       std::to_string(field.high)));
+      }
     }
   }
+  if (LayersOf(config).size() == sizeof(config.layers))
+    return Status::Invalid("layers: no end within " + std::to_string(sizeof(config.layers)) +
+                           " characters");
+  return ForEachLayerRule(LayersOf(config), [](const LayerRule&) {});
+}
+
+Status SetLayer(int32_t layer, int32_t n_layers, sparkv_config* config) {
+  if (layer < 0 || layer > kMaxLayer) {
+    return Status::Invalid(Outside("layer", std::to_string(layer), "0", std::to_string(kMaxLayer)));
+  }
+  sparkv_config next = *config;
+  int beyond = -1;
+  const Status s = ForEachLayerRule(LayersOf(*config), [&](const LayerRule& rule) {
+    if (rule.first >= n_layers) beyond = rule.first;
+    if (layer < rule.first || layer > rule.last) return;
+    next.ratio = rule.rows.ratio;
+    next.kept = rule.rows.kept;
+    next.values = rule.rows.values;
+  });
+  if (!s.ok()) return s;
+  if (beyond >= 0) {
+    return Status::Invalid("layers: " + std::to_string(beyond) + " is none of the model's " +
+                           std::to_string(n_layers) + " layers");
+  }
+  if (layer < config->protect_first || layer >= n_layers - config->protect_last) {
+    next.ratio = 0.0;
+    next.kept = next.values = SPARKV_INT8;
+  }
+  next.protect_first = next.protect_last = 0;
+  std::memset(next.layers, 0, sizeof(next.layers));
+  *config = next;
   return Status::Ok();
 }
 
@@ -266,6 +393,11 @@ std::string ConfigText(const sparkv_config& config) {
   add("seal", NameOf(kSealNames, config.seal));
   if (config.simd != SPARKV_SIMD_AUTO) add("simd", NameOf(kSimdNames, config.simd));
   if (config.threads != 0) add("threads", std::to_string(config.threads));
+  if (!LayersOf(config).empty()) add("layers", LayersOf(config));
+  if (config.protect_first != 0 || config.protect_last != 0) {
+    add("protect", "first:" + std::to_string(config.protect_first) +
+                       ",last:" + std::to_string(config.protect_last));
+  }
   return text;
 }
 

@@ -18,9 +18,12 @@ inline int KeptChannels(double ratio, int head_dim) {
   return head_dim - static_cast<int>(ratio * head_dim);
 }
 
-// Both leave *config as it was when they fail; config->struct_size is never touched.
+// All leave *config as it was when they fail; config->struct_size is never touched.
 Status SetPreset(std::string_view name, sparkv_config* config);
 Status SetParameter(std::string_view key, std::string_view value, sparkv_config* config);
+
+// What counts for one layer of the model (sparkv_config_layer).
+Status SetLayer(int32_t layer, int32_t n_layers, sparkv_config* config);
 
 // A configuration may come from C as plain numbers: every field inside its range, or the first one
 // that is not.

@@ -51,7 +51,7 @@ TEST(CacheBorder, EveryBadArgumentIsNamedAndLeavesTheCacheUsable) {
       [&](const std::function<void(sparkv_config*, sparkv_shape*, sparkv_layer_shape*)>& spoil) {
         sparkv_config config = MakeConfig(Model{});
         sparkv_layer_shape layer = good_layer;
-        sparkv_shape shape{sizeof(shape), 1, &layer, 64, 1};
+        sparkv_shape shape{sizeof(shape), 1, &layer, 64, 1, nullptr, 0};
         spoil(&config, &shape, &layer);
         sparkv_cache* made = nullptr;
         const sparkv_status status = sparkv_cache_create(&config, &shape, &made, e);
@@ -169,7 +169,7 @@ TEST(CacheBorder, AConfigurationOfAnotherSizeIsRefused) {
   sparkv_config config = MakeConfig(Model{});
   config.struct_size = 16;
   const sparkv_layer_shape layer{1, 64, 64};
-  const sparkv_shape shape{sizeof(shape), 1, &layer, 64, 1};
+  const sparkv_shape shape{sizeof(shape), 1, &layer, 64, 1, nullptr, 0};
   sparkv_cache* cache = nullptr;
   sparkv_error error{};
   EXPECT_EQ(sparkv_cache_create(&config, &shape, &cache, &error), SPARKV_INVALID);
@@ -182,7 +182,7 @@ TEST(CacheBorder, AStepLargerThanMemoryIsAnErrorAndNoMore) {
   model.cells = int64_t{1} << 26;
   model.layers = {{1, 32, 32, 1}};
   const sparkv_layer_shape layer{1, 32, 32};
-  const sparkv_shape shape{sizeof(shape), 1, &layer, model.cells, 1};
+  const sparkv_shape shape{sizeof(shape), 1, &layer, model.cells, 1, nullptr, 0};
   const sparkv_config config = MakeConfig(model);
   sparkv_cache* cache = nullptr;
   sparkv_error error{};
@@ -224,7 +224,7 @@ TEST(CacheBorder, AddressSpaceThatCannotBeHadIsSaid) {
     EXPECT_TRUE(InChild(rlim_t{1} << 30, [cells = cells, what = what] {
       const sparkv_config config = MakeConfig(Model{});
       const sparkv_layer_shape layer{8, 128, 128};
-      const sparkv_shape shape{sizeof(shape), 1, &layer, cells, 1};
+      const sparkv_shape shape{sizeof(shape), 1, &layer, cells, 1, nullptr, 0};
       sparkv_cache* cache = nullptr;
       sparkv_error error{};
       const sparkv_status status = sparkv_cache_create(&config, &shape, &cache, &error);

@@ -180,7 +180,7 @@ TEST(Cache, AMillionCellsCommitNextToNothing) {
   if (ResidentKb() < 0) GTEST_SKIP() << "no smaps_rollup";
   const sparkv_config config = MakeConfig(Model{});
   const std::vector<sparkv_layer_shape> layers(32, sparkv_layer_shape{8, 128, 128});
-  const sparkv_shape shape{sizeof(shape), 32, layers.data(), int64_t{1} << 20, 1};
+  const sparkv_shape shape{sizeof(shape), 32, layers.data(), int64_t{1} << 20, 1, nullptr, 0};
   sparkv_cache* cache = nullptr;
   sparkv_error error{};
   const long before = ResidentKb();

@@ -128,8 +128,13 @@ class Host {
     std::vector<sparkv_layer_shape> shapes;
     for (const Layer& layer : model.layers)
       shapes.push_back({layer.n_kv_heads, layer.k_dim, layer.v_dim});
-    const sparkv_shape shape{sizeof(shape), int32_t(shapes.size()), shapes.data(), model.cells,
-                             model.streams};
+    const sparkv_shape shape{sizeof(shape),
+                             int32_t(shapes.size()),
+                             shapes.data(),
+                             model.cells,
+                             model.streams,
+                             nullptr,
+                             0};
     EXPECT_EQ(sparkv_cache_create(&config, &shape, &cache, &error), SPARKV_OK) << error.text;
     users_.assign(size_t(model.cells * model.streams), 0);
   }

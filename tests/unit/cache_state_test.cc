@@ -50,19 +50,24 @@ void Hold(Host& host, int s, int text, int n, int64_t first) {
   for (int t = 0; t < n; ++t) host.Adopt(s, {first + t, Content(text, t)});
 }
 
-class State : public testing::TestWithParam<const char*> {
+// Presets, and layers of their own.
+class State : public testing::TestWithParam<std::pair<const char*, const char*>> {
  protected:
   Model Small() const {
     Model model;
-    model.preset = GetParam();
-    model.set = {{"window", "16"}, {"observe", "24"}};
+    model.preset = GetParam().first;
+    model.set = {{"window", "16"}, {"observe", "24"}, {"layers", GetParam().second}};
     model.cells = 512;
     return model;
   }
 };
 INSTANTIATE_TEST_SUITE_P(Presets, State,
-                         testing::Values("exact", "spark-0.5", "spark-0.8", "spark-0.5-i8",
-                                         "spark-0.5-i5"));
+                         testing::Values(std::pair{"exact", ""}, std::pair{"spark-0.5", ""},
+                                         std::pair{"spark-0.8", ""}, std::pair{"spark-0.5-i8", ""},
+                                         std::pair{"spark-0.5-i5", ""},
+                                         std::pair{"spark-0.5-i5", "0=spark-0-i8"},
+                                         std::pair{"spark-0.5-i5", "0=exact"},
+                                         std::pair{"exact", "1=spark-0.8-i4+q8"}));
 
 // ---- restore ----
 
@@ -172,7 +177,7 @@ TEST_P(State, AllRowsOfManySequencesAreKnownAgain) {
     h->Feed(11, 11, 59, 1, {1});
     EXPECT_EQ(sparkv_cache_unknown_rows(h->cache), 0)
         << (h == &host ? "same process" : "fresh process");
-    if (std::strcmp(GetParam(), "exact") != 0) {
+    if (std::strcmp(GetParam().first, "exact") != 0) {
       EXPECT_EQ(h->Memory().sealed, sealed) << (h == &host ? "same process" : "fresh process");
     }
   }
@@ -180,7 +185,10 @@ TEST_P(State, AllRowsOfManySequencesAreKnownAgain) {
 
 class Lossy : public State {};
 INSTANTIATE_TEST_SUITE_P(Presets, Lossy,
-                         testing::Values("spark-0.5", "spark-0.8", "spark-0.5-i8", "spark-0.5-i5"));
+                         testing::Values(std::pair{"spark-0.5", ""}, std::pair{"spark-0.8", ""},
+                                         std::pair{"spark-0.5-i8", ""},
+                                         std::pair{"spark-0.5-i5", ""},
+                                         std::pair{"spark-0.5-i5", "0=spark-0-i8"}));
 
 TEST_P(Lossy, WithoutWeightsPackedRowsStayAsTheyWereReadAndAreCounted) {
   Host usual(Small()), host(Small());

@@ -80,6 +80,56 @@ TEST(Cache, LongSequenceThatIsSplitAmongTasksEqualsTheReference) {
   }
 }
 
+TEST(Cache, ALayerOfItsOwnHasItsOwnRows) {
+  Model model;
+  model.preset = "spark-0.8-i4";
+  model.set = {{"window", "16"}, {"observe", "24"}, {"layers", "1=exact"}};
+  Host host(model);
+  host.Feed(0, 1, 0, 150, {50});
+  ASSERT_GT(host.Memory().sealed, 100);
+  const Step step = host.Begin({{0, Content(1, 150)}});
+  const Answer answer = host.Run(step).front(), expected = host.Expected(step.sees.front());
+  const auto split = long(host.layer(0).out_row());
+  const auto part = [&](const Answer& a, bool second) {
+    return second ? Answer(a.begin() + split, a.end()) : Answer(a.begin(), a.begin() + split);
+  };
+  EXPECT_FALSE(Near(part(answer, false), part(expected, false), 1e-2));
+  EXPECT_TRUE(Near(part(answer, true), part(expected, true), kSums));
+}
+
+TEST(Cache, LayersAreNamedByTheModelsNumbers) {
+  // Weights are those of one key configuration: its fingerprint stands behind their magic.
+  const auto fingerprint = [](const char* rules, const int32_t* numbers, sparkv_error* error,
+                              const char* protect = "") {
+    const sparkv_layer_shape layers[] = {{1, 64, 64}, {1, 64, 64}};
+    Model model;
+    model.preset = "spark-0.5-i5";
+    model.set = {{"layers", rules}, {"protect", protect}};
+    const sparkv_config config = MakeConfig(model);
+    const sparkv_shape shape{sizeof(shape), 2, layers, 64, 1, numbers, 0};
+    sparkv_cache* cache = nullptr;
+    if (sparkv_cache_create(&config, &shape, &cache, error) != SPARKV_OK) return uint64_t{0};
+    uint64_t header[4];
+    EXPECT_EQ(sparkv_cache_save_weights(cache, header, sizeof(header)), sizeof(header));
+    sparkv_cache_free(cache);
+    return header[1];
+  };
+  const int32_t numbers[] = {5, 11}, wrong[] = {5, 10000};
+  sparkv_error error{};
+  const uint64_t none = fingerprint("", nullptr, &error);
+  const uint64_t first = fingerprint("0=exact", nullptr, &error);
+  EXPECT_NE(first, none);
+  EXPECT_EQ(fingerprint("0-4=exact", numbers, &error), none);
+  EXPECT_EQ(fingerprint("5=exact", numbers, &error), first);
+  EXPECT_EQ(fingerprint("11=exact", numbers, &error), fingerprint("1=exact", nullptr, &error));
+  EXPECT_EQ(fingerprint("0=spark-0-i8,1=spark-0-i8", nullptr, &error),
+            fingerprint("", numbers, &error, "first:6,last:1"));
+  EXPECT_EQ(fingerprint("1=spark-0-i8", nullptr, &error),
+            fingerprint("", numbers, &error, "first:5,last:1"));
+  EXPECT_EQ(fingerprint("", wrong, &error), 0u);
+  EXPECT_STREQ(error.text, "layer: 10000 is outside [0, 9999]");
+}
+
 // ---- one answer ----
 
 class OneAnswer : public testing::TestWithParam<const char*> {
@@ -194,7 +244,7 @@ TEST_P(OneAnswer, IsNearlyTheSameOnEveryInstructionSetAndHasTheSameRows) {
     sparkv_error error{};
     const sparkv_config config = MakeConfig(model);
     const sparkv_layer_shape layer{1, 32, 32};
-    const sparkv_shape shape{sizeof(shape), 1, &layer, 16, 1};
+    const sparkv_shape shape{sizeof(shape), 1, &layer, 16, 1, nullptr, 0};
     const sparkv_status status = sparkv_cache_create(&config, &shape, &cache, &error);
     sparkv_cache_free(cache);
     if (status == SPARKV_UNSUPPORTED) {

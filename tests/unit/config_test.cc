@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <tuple>
+#include <utility>
 
 namespace sparkv {
 namespace {
@@ -167,9 +169,83 @@ TEST(Config, UnknownNamesListTheKnownOnes) {
   EXPECT_EQ(SetError("values", "i5"), "values: \"i5\" is unknown (f16, q8, q4)");
   EXPECT_EQ(SetError("seal", ""), "seal: \"\" is unknown (stream, prefill-end)");
   EXPECT_EQ(SetError("raito", "1"),
-            "parameter: \"raito\" is unknown (ratio, recover, group, kept, values, seal, simd, "
+            "parameter: \"raito\" is unknown (ratio, layers, protect, recover, group, kept, "
+            "values, seal, simd, "
             "sinks, window, "
             "observe, threads)");
+}
+
+TEST(Config, LayersTakeTheRowsOfTheirPreset) {
+  sparkv_config config = Preset("spark-0.5-i5"), one{};
+  sparkv_error error = {};
+  ASSERT_EQ(SetParameter("layers", "0-1=spark-0-i8,7=spark-0.25-i6+q4,1=exact", &config).text, "");
+  const auto rows = [&](int layer) {
+    EXPECT_EQ(sparkv_config_layer(&config, layer, 30, &one, &error), SPARKV_OK) << error.text;
+    EXPECT_STREQ(one.layers, "");
+    EXPECT_STREQ(one.preset, "spark-0.5-i5");
+    EXPECT_EQ(one.window, config.window);
+    return std::tuple(one.ratio, one.kept, one.values);
+  };
+  EXPECT_EQ(rows(0), std::tuple(0.0, SPARKV_INT8, SPARKV_INT8));
+  EXPECT_EQ(rows(1), std::tuple(0.0, SPARKV_F16, SPARKV_F16)) << "the last entry wins";
+  EXPECT_EQ(rows(2), std::tuple(0.5, SPARKV_INT5, SPARKV_INT4));
+  EXPECT_EQ(rows(7), std::tuple(0.25, SPARKV_INT6, SPARKV_INT4));
+  EXPECT_NE(ConfigText(config).find(" layers 0-1=spark-0-i8,7"), std::string::npos);
+  EXPECT_EQ(sparkv_config_layer(&config, -1, 30, &one, &error), SPARKV_INVALID);
+  EXPECT_STREQ(error.text, "layer: -1 is outside [0, 9999]");
+  EXPECT_EQ(sparkv_config_layer(&config, 0, 30, nullptr, &error), SPARKV_INVALID);
+}
+
+TEST(Config, ProtectedLayersKeepEightBitsWhateverTheRestSays) {
+  sparkv_config config = Preset("spark-0.8"), one{};
+  ASSERT_EQ(SetParameter("layers", "0-3=exact", &config).text, "");
+  ASSERT_EQ(SetParameter("protect", "first:2,last:1", &config).text, "");
+  EXPECT_NE(ConfigText(config).find(" protect first:2,last:1"), std::string::npos);
+  const auto kept = [&](int layer, int n_layers) {
+    sparkv_error error = {};
+    EXPECT_EQ(sparkv_config_layer(&config, layer, n_layers, &one, &error), SPARKV_OK) << error.text;
+    EXPECT_EQ(one.protect_first + one.protect_last, 0);
+    return std::tuple(one.ratio, one.kept, one.values);
+  };
+  const std::tuple eight(0.0, SPARKV_INT8, SPARKV_INT8), exact(0.0, SPARKV_F16, SPARKV_F16);
+  EXPECT_EQ(kept(0, 30), eight);
+  EXPECT_EQ(kept(1, 30), eight);
+  EXPECT_EQ(kept(2, 30), exact);
+  EXPECT_EQ(kept(28, 30), std::tuple(0.8, SPARKV_F16, SPARKV_F16));
+  EXPECT_EQ(kept(29, 30), eight);
+  ASSERT_EQ(SetParameter("protect", "last:2", &config).text, "");
+  EXPECT_EQ(kept(0, 30), exact);
+  EXPECT_EQ(kept(28, 30), eight);
+  for (const char* bad : {"first", "first:", "2", "first:2,", "middle:1", "first:1 ,last:1"}) {
+    EXPECT_EQ(SetError("protect", bad),
+              "protect: " + Quote(bad) + " is not first:N, last:N or both");
+  }
+  EXPECT_EQ(SetError("protect", "last:-1"), "protect: \"last:-1\" is outside 0..9999");
+  EXPECT_EQ(SetError("protect", "last:99999999999"),
+            "protect: \"last:99999999999\" is outside 0..9999");
+  config.protect_last = -1;
+  EXPECT_EQ(CheckConfig(config).text, "protect last: -1 is outside [0, 9999]");
+}
+
+TEST(Config, BadLayersAreNamedAndChangeNothing) {
+  const std::pair<const char*, const char*> cases[] = {
+      {"0", "layers: \"0\" is not LAYER=PRESET or FIRST-LAST=PRESET"},
+      {"0=exact,", "layers: \"\" is not LAYER=PRESET or FIRST-LAST=PRESET"},
+      {"2-1=exact", "layers: \"2-1=exact\" names no layers in 0..9999"},
+      {"-1=exact", "layers: \"-1=exact\" names no layers in 0..9999"},
+      {"1-=exact", "layers: \"1-=exact\" names no layers in 0..9999"},
+      {"0-99999999999=exact", "layers: \"0-99999999999=exact\" names no layers in 0..9999"},
+      {"0=", "layers: \"0=\" names no preset"},
+      {"0=exact+", "layers: \"0=exact+\" has no values behind the +"},
+      {"0=exact+q5", "values: \"q5\" is unknown (f16, q8, q4)"},
+  };
+  for (const auto& [text, why] : cases) EXPECT_EQ(SetError("layers", text), why) << text;
+  EXPECT_NE(SetError("layers", "0=spork").find("preset: \"spork\" is unknown"), std::string::npos);
+  EXPECT_EQ(SetError("layers", std::string(512, '1').c_str()),
+            "layers: 512 characters, at most 511 fit");
+  sparkv_config config = Preset("exact");
+  std::memset(config.layers, '1', sizeof(config.layers));
+  EXPECT_EQ(CheckConfig(config).text, "layers: no end within 512 characters");
 }
 
 TEST(Config, NullAndForeignStructsAreRefused) {

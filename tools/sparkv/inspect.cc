@@ -109,7 +109,7 @@ void PrintLayout(const nlohmann::json& report, const Cache& cache) {
              model["path"].get<std::string>(), model["architecture"].get<std::string>(),
              model["layers"].get<int>(), model["heads"].get<int>(), model["key_length"].get<int>(),
              model["value_length"].get<int>());
-  char text[256];
+  char text[1024];
   sparkv_config_text(&cache.config, text, sizeof(text));
   fmt::print("{}\n\n", cache.packed ? text : cache.name);
   Table layers({"layers", "KV heads", "window", "K row B", "V row B", "B/token", "f16 B/token"});

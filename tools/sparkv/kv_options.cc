@@ -28,6 +28,8 @@ constexpr Parameter kParameters[] = {
     {"seal", "stream|prefill-end", "when tokens are packed"},
     {"simd", "auto|plain|avx2|avx512|neon", "instruction set of the kernels"},
     {"threads", "N", "threads of the kernels, 0: as many as the host uses"},
+    {"layers", "LIST", "layers of their own: 0-1=spark-0-i8,29=spark-0.5-i6+q8"},
+    {"protect", "first:N,last:N", "first and last layers that keep 8-bit numbers, none pruned"},
 };
 
 struct HostType {

@@ -566,6 +566,7 @@ class Command(unittest.TestCase):
         _, rows = self.fit(windows, full)
         self.assertEqual((rows["f16"]["any_context"], rows["f16"]["context"]), (True, None))
         self.assertEqual(rows["f16"]["bits_per_element"], 16)
+        self.assertEqual((rows["exact"]["context"], rows["exact"]["times_f16"]), (768, None))
         self.assertEqual(self.fit(windows, full - 1)[1]["f16"]["context"], 768)
         text = self.succeeds("fit", "-m", windows, "--memory", full)
         self.assertRegex(text, r"\nf16 +16\.00 +any +- +-\n")

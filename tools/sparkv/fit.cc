@@ -74,7 +74,7 @@ Json Row(const Cache& cache, const ModelShape& model, int64_t context, int64_t f
     row["bits_per_element"] = 8 * PredictedBytes(cache, model, context) / Elements(model, context);
   }
   if (context == 0 || any) return row;
-  if (f16 > 0) row["times_f16"] = double(context) / f16;
+  if (f16 > 0 && f16 < kMost) row["times_f16"] = double(context) / f16;
   if (model.context_length > 0) row["times_trained"] = double(context) / model.context_length;
   return row;
 }

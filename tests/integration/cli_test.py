@@ -123,6 +123,18 @@ SMALL = [
 ]
 
 
+GEMMA = [
+    ("general.architecture", "gemma3"),
+    ("gemma3.block_count", 6),
+    ("gemma3.embedding_length", 640),
+    ("gemma3.attention.head_count", 4),
+    ("gemma3.attention.head_count_kv", [1, 1, 1, 1, 2, 1]),
+    ("gemma3.attention.key_length", 256),
+    ("gemma3.attention.value_length", 256),
+    ("gemma3.attention.sliding_window", 512),
+]
+
+
 def changed(key, value):
     return [(k, value if k == key else v) for k, v in SMALL]
 
@@ -186,7 +198,7 @@ class Command(unittest.TestCase):
         return done.stdout
 
     def test_every_sub_command_explains_itself_with_examples(self):
-        for command in ([], ["run"], ["serve"], ["bench"], ["inspect"], ["eval"]):
+        for command in ([], ["run"], ["serve"], ["bench"], ["inspect"], ["fit"], ["eval"]):
             text = self.succeeds(*command, "--help")
             self.assertIn("Examples", text)
             self.assertIn("sparkv " + command[0] if command else "sparkv run", text)
@@ -217,6 +229,8 @@ class Command(unittest.TestCase):
                 ["--head", "3", "0..2"],
                 ["inspect", "-m", self.model, "--dump-saliency", "-p", "x", "--head", "3"],
             ),
+            (["--memory"], ["fit", "-m", self.model]),
+            (["--kv-preset", "sparse"], ["fit", "--memory", "1GiB", "--kv-preset", "sparse"]),
             (["--completion", "tcsh"], ["--completion", "tcsh"]),
             (["sub-command"], []),
         ):
@@ -226,6 +240,7 @@ class Command(unittest.TestCase):
     def test_what_is_missing_is_named_with_its_path(self):
         self.refuses(1, ["/no/model.gguf"], "run", "-m", "/no/model.gguf", "-p", "x")
         self.refuses(1, ["/no/model.gguf"], "inspect", "-m", "/no/model.gguf")
+        self.refuses(1, ["/no/model.gguf"], "fit", "-m", "/no/model.gguf", "--memory", "1GiB")
         self.refuses(
             1, ["/no/plugin.so"], "run", "-m", self.model, "-p", "x", SPARKV_PLUGIN="/no/plugin.so"
         )
@@ -491,19 +506,9 @@ class Command(unittest.TestCase):
         self.assertLess(packed["bits_per_element"], 5)
 
     def test_inspect_knows_heads_that_differ_by_layer_and_sliding_windows(self):
-        pairs = [
-            ("general.architecture", "gemma3"),
-            ("gemma3.block_count", 6),
-            ("gemma3.embedding_length", 640),
-            ("gemma3.attention.head_count", 4),
-            ("gemma3.attention.head_count_kv", [1, 1, 1, 1, 2, 1]),
-            ("gemma3.attention.key_length", 256),
-            ("gemma3.attention.value_length", 256),
-            ("gemma3.attention.sliding_window", 512),
-        ]
         report = json.loads(
             self.succeeds(
-                "inspect", "-m", self.write("g.gguf", gguf(pairs)), "-c", "32768", "--json"
+                "inspect", "-m", self.write("g.gguf", gguf(GEMMA)), "-c", "32768", "--json"
             )
         )
         self.assertEqual(
@@ -514,6 +519,85 @@ class Command(unittest.TestCase):
             [(0, 3, 1, True), (4, 4, 2, True), (5, 5, 1, False)],
         )
         self.assertEqual(report["caches"][0]["mib"], (6 * 1024 + 32768) * 1024 / 2**20)
+
+    def fit(self, model, memory, *args):
+        done = self.succeeds("fit", "-m", model, "--memory", memory, *args, "--json")
+        report = json.loads(done)
+        return report, {row["cache"]: row for row in report["caches"]}
+
+    def test_fit_finds_the_context_that_fills_the_memory_to_the_byte(self):
+        per_token = 4 * 3 * (64 + 64) * 2
+        for memory, context in ((1024, 1024), (1279, 1024), (1280, 1280), (256, 256), (255, 0)):
+            self.assertEqual(self.fit(self.model, memory * per_token)[1]["f16"]["context"], context)
+        self.assertEqual(self.fit(self.model, 1024 * per_token - 1)[1]["f16"]["context"], 768)
+        _, rows = self.fit(self.model, 16384 * per_token)
+        presets = ["exact", "spark-0.5-i8", "spark-0.5-i5"]
+        self.assertEqual(list(rows), ["f16", "q8_0", "q4_0", *presets])
+        self.assertEqual((rows["f16"]["times_f16"], rows["f16"]["times_trained"]), (1, 2))
+        self.assertEqual(rows["f16"]["bits_per_element"], 16)
+        self.assertEqual(rows["q4_0"]["context"], 16384 * 32 // 9 // 256 * 256)
+        self.assertEqual(rows["q4_0"]["times_f16"], rows["q4_0"]["context"] / 16384)
+        self.assertEqual(rows["exact"]["context"], 16384 - 256)  # its weight tables take a little
+
+    def test_what_fit_prints_fits_by_inspect_and_one_step_more_does_not(self):
+        gemma = self.write("g.gguf", gguf(GEMMA))
+        for model, memory, presets in (
+            (self.model, "5MiB", "exact,spark-0.5-i8,spark-0.5-i5"),
+            (self.model, "4GiB", "exact,spark-0.8"),
+            (gemma, "100 MB", "spark-0.5-i5,spark-0.5-i4"),
+        ):
+            report, rows = self.fit(model, memory, "--kv-preset", presets)
+            for name, row in rows.items():
+                for more, fits in ((0, True), (256, False)):
+                    args = ["-c", row["context"] + more, "--kv-preset", name, "--json"]
+                    caches = json.loads(self.succeeds("inspect", "-m", model, *args))["caches"]
+                    (found,) = (cache for cache in caches if cache["cache"] == name)
+                    with self.subTest(model=model, name=name, context=row["context"], more=more):
+                        self.assertGreater(row["context"], 0)
+                        bytes_there = found["mib"] * 2**20
+                        self.assertEqual(bytes_there <= report["memory_bytes"], fits)
+                        if fits:
+                            self.assertEqual(found["bits_per_element"], row["bits_per_element"])
+
+    def test_fit_says_any_for_windowed_layers_alone_and_less_than_for_no_room(self):
+        pattern = ("gemma3.attention.sliding_window_pattern", [1] * 6)
+        windows = self.write("w.gguf", gguf(GEMMA + [pattern, ("gemma3.context_length", 8192)]))
+        full = 7 * 1024 * 1024  # heads x tokens x bytes: a window and a micro-batch in each
+        _, rows = self.fit(windows, full)
+        self.assertEqual((rows["f16"]["any_context"], rows["f16"]["context"]), (True, None))
+        self.assertEqual(rows["f16"]["bits_per_element"], 16)
+        self.assertEqual((rows["exact"]["context"], rows["exact"]["times_f16"]), (768, None))
+        self.assertEqual(self.fit(windows, full - 1)[1]["f16"]["context"], 768)
+        text = self.succeeds("fit", "-m", windows, "--memory", full)
+        self.assertRegex(text, r"\nf16 +16\.00 +any +- +-\n")
+        self.assertIn("KV cache alone", text)
+        self.assertIn("trained for 8192 tokens", text)
+        text = self.succeeds("fit", "-m", self.model, "--memory", "700 KB")
+        self.assertRegex(text, r"\nf16 +- +less than 256 +- +-\n")
+        self.assertNotIn("trained for", text)
+
+    def test_fit_reads_sizes_and_refuses_what_is_none(self):
+        for text, size in (
+            ("4GiB", 2**32),
+            ("4 GiB", 2**32),
+            ("1.5MiB", 3 * 2**19),
+            ("0.5 KiB", 512),
+            ("2GB", 2 * 10**9),
+            ("2.5 MB", 2500000),
+            ("3KB", 3000),
+            ("123456789", 123456789),
+            ("1048576GiB", 2**50),
+        ):
+            self.assertEqual(self.fit(self.model, text)[0]["memory_bytes"], size, text)
+        for text in (
+            *("0", "0.5", "-1", "-4GiB", "nan", "inf", "-inf", "1048577GiB", "9" * 400),
+            *("4gib", "4G", "4TiB", "4  GiB", "4GiB ", " 4GiB", "4,5GiB", "4GiBx", "4\nGiB"),
+            *("1e9", "0x10", "GiB", " ", "four"),
+        ):
+            with self.subTest(text=text):
+                shown = text.replace("\n", "?")
+                words = ["--memory", f"'{shown}'"]
+                self.refuses(2, words, "fit", "-m", self.model, f"--memory={text}")
 
     def test_a_damaged_model_is_refused_by_field_and_value(self):
         key = "llama.attention.head_count_kv"
@@ -605,11 +689,13 @@ class Command(unittest.TestCase):
     def test_completion_scripts_know_commands_and_options(self):
         for shell in ("bash", "zsh", "fish"):
             script = self.succeeds("--completion", shell)
-            for word in ("inspect", "kv-ratio", "requantize-f32"):
+            for word in ("inspect", "fit", "kv-ratio", "requantize-f32", "memory"):
                 self.assertIn(word, script)
         script = self.succeeds("--completion", "bash")
         for words, offers in (
             ("sparkv ins", "inspect"),
+            ("sparkv fi", "fit"),
+            ("sparkv fit --mem", "--memory"),
             ("sparkv bench --kv-pre", "--kv-preset"),
             ("sparkv bench --kv-recover m", "mean"),
             ("sparkv run --kv-preset spark-0.8", "spark-0.8"),

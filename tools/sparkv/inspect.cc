@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "gguf.h"
+#include "kv_bytes.h"
 #include "kv_options.h"
 #include "launch.h"
 #include "report.h"
@@ -15,8 +16,6 @@ namespace sparkv {
 namespace {
 
 constexpr double kMiB = 1024.0 * 1024.0;
-constexpr int64_t kMicroBatch =
-    512;  // llama.cpp's default; a windowed layer's cache holds the window and one of these
 
 struct Settings {
   KvOptions kv;
@@ -25,56 +24,6 @@ struct Settings {
   int threads = 0, layer = 0, head = 0;
   bool dump = false, json = false;
 };
-
-// Bytes of the rows of one token in one KV head.
-struct RowBytes {
-  double key = 0, value = 0;
-};
-
-RowBytes BytesPerHead(const Cache& cache, const ModelShape& model) {
-  if (!cache.packed) {
-    const double bits = HostBits(cache.name);
-    return {model.key_length * bits / 8, model.value_length * bits / 8};
-  }
-  const RowBytes bytes = {double(sparkv_key_row_bytes(&cache.config, model.key_length)),
-                          double(sparkv_value_row_bytes(&cache.config, model.value_length))};
-  if (bytes.key > 0 && bytes.value > 0) return bytes;
-  throw Error(
-      kRuntime,
-      fmt::format(
-          "key_length {}, value_length {}: sparkv packs heads of 32 to 512 channels in steps of 8",
-          model.key_length, model.value_length));
-}
-
-int64_t CellsOf(const LayerShape& layer, const ModelShape& model, int64_t context) {
-  if (!layer.windowed) return context;
-  return std::min(context, (model.sliding_window + kMicroBatch + 255) / 256 * 256);
-}
-
-// Rows, sinks, dense window and one weight table per head. What pages leave empty shows only in a
-// running cache.
-double PredictedBytes(const Cache& cache, const ModelShape& model, int64_t context) {
-  const RowBytes packed = BytesPerHead(cache, model);
-  const double dense = 2.0 * (model.key_length + model.value_length);
-  double bytes = 0;
-  for (const LayerShape& layer : model.layers) {
-    const int64_t cells = CellsOf(layer, model, context);
-    const int64_t stay =
-        cache.packed ? std::min<int64_t>(cells, cache.config.sinks + cache.config.window) : 0;
-    const double table = cache.packed && cells > stay ? 2.0 * model.key_length : 0;
-    bytes += layer.kv_heads * (stay * dense + (cells - stay) * (packed.key + packed.value) + table);
-  }
-  return bytes;
-}
-
-int64_t Elements(const ModelShape& model, int64_t context) {
-  int64_t elements = 0;
-  for (const LayerShape& layer : model.layers) {
-    elements += CellsOf(layer, model, context) * layer.kv_heads *
-                (int64_t(model.key_length) + model.value_length);
-  }
-  return elements;
-}
 
 nlohmann::json LayerReport(const Cache& cache, const ModelShape& model) {
   const RowBytes row = BytesPerHead(cache, model);
@@ -142,15 +91,9 @@ void PrintLayout(const nlohmann::json& report, const Cache& cache) {
 int Layout(const Settings& settings) {
   const Cache cache = MakeCache(settings.kv.preset, settings.kv);
   RequireModel(settings.model);
-  const ModelShape model = ReadModelShape(settings.model);
-  if (model.latent)
-    throw Error(kRuntime, fmt::format("{}: {} keeps latent rows (MLA), which sparkv does not pack",
-                                      settings.model, model.architecture));
+  const ModelShape model = ReadCachedModelShape(settings.model);
   const int64_t context =
       settings.context > 0 ? settings.context : std::max(1, model.context_length);
-  if (Elements(model, context) == 0)
-    throw Error(kRuntime,
-                fmt::format("{}: {} has no KV heads", settings.model, model.architecture));
 
   nlohmann::json report = {{"model",
                             {{"path", settings.model},

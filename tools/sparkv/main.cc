@@ -9,6 +9,7 @@
 #include "bench.h"
 #include "completion.h"
 #include "eval.h"
+#include "fit.h"
 #include "inspect.h"
 #include "report.h"
 #include "run.h"
@@ -36,6 +37,7 @@ int Main(std::vector<std::string> words) {
       "  sparkv run -m model.gguf -p 'Why is the sky blue?' -n 100\n"
       "  sparkv serve -m model.gguf -c 16384 -np 4\n"
       "  sparkv inspect -m model.gguf -c 32768\n"
+      "  sparkv fit -m model.gguf --memory 4GiB\n"
       "  source <(sparkv --completion bash)\n\n"
       "Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong "
       "usage.\n"
@@ -63,6 +65,7 @@ int Main(std::vector<std::string> words) {
       [&](CLI::App* command) { return AddServe(command, &parts.host); });
   add("bench", "speed beside llama.cpp's own caches", AddBench);
   add("inspect", "bytes of a preset for a model; pictures of what was kept", AddInspect);
+  add("fit", "the longest context that a memory holds, by preset", AddFit);
   add("eval", "perplexity, KL divergence, agreement, passcodes", AddEval);
 
   std::reverse(parts.own.begin(), parts.own.end());  // as CLI11 wants it
@@ -79,7 +82,8 @@ int Main(std::vector<std::string> words) {
   for (const auto& [command, action] : commands) {
     if (command->parsed()) return action();
   }
-  throw Error(kUsage, "no sub-command: one of run, serve, bench, inspect, eval (--help explains)");
+  throw Error(kUsage,
+              "no sub-command: one of run, serve, bench, inspect, fit, eval (--help explains)");
 }
 
 }  // namespace

@@ -1,0 +1,70 @@
+#include "kv_bytes.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "report.h"
+
+namespace sparkv {
+namespace {
+
+// llama.cpp's default; a windowed layer's cache holds the window and one of these.
+constexpr int64_t kMicroBatch = 512;
+
+}  // namespace
+
+ModelShape ReadCachedModelShape(const std::string& path) {
+  ModelShape model = ReadModelShape(path);
+  if (model.latent)
+    throw Error(kRuntime, fmt::format("{}: {} keeps latent rows (MLA), which sparkv does not pack",
+                                      path, model.architecture));
+  if (Elements(model, 1) == 0)
+    throw Error(kRuntime, fmt::format("{}: {} has no KV heads", path, model.architecture));
+  return model;
+}
+
+RowBytes BytesPerHead(const Cache& cache, const ModelShape& model) {
+  if (!cache.packed) {
+    const double bits = HostBits(cache.name);
+    return {model.key_length * bits / 8, model.value_length * bits / 8};
+  }
+  const RowBytes bytes = {double(sparkv_key_row_bytes(&cache.config, model.key_length)),
+                          double(sparkv_value_row_bytes(&cache.config, model.value_length))};
+  if (bytes.key > 0 && bytes.value > 0) return bytes;
+  throw Error(
+      kRuntime,
+      fmt::format(
+          "key_length {}, value_length {}: sparkv packs heads of 32 to 512 channels in steps of 8",
+          model.key_length, model.value_length));
+}
+
+int64_t CellsOf(const LayerShape& layer, const ModelShape& model, int64_t context) {
+  if (!layer.windowed) return context;
+  return std::min(context, (model.sliding_window + kMicroBatch + 255) / 256 * 256);
+}
+
+double PredictedBytes(const Cache& cache, const ModelShape& model, int64_t context) {
+  const RowBytes packed = BytesPerHead(cache, model);
+  const double dense = 2.0 * (model.key_length + model.value_length);
+  double bytes = 0;
+  for (const LayerShape& layer : model.layers) {
+    const int64_t cells = CellsOf(layer, model, context);
+    const int64_t stay =
+        cache.packed ? std::min<int64_t>(cells, cache.config.sinks + cache.config.window) : 0;
+    const double table = cache.packed && cells > stay ? 2.0 * model.key_length : 0;
+    bytes += layer.kv_heads * (stay * dense + (cells - stay) * (packed.key + packed.value) + table);
+  }
+  return bytes;
+}
+
+double Elements(const ModelShape& model, int64_t context) {
+  double elements = 0;
+  for (const LayerShape& layer : model.layers) {
+    elements += double(CellsOf(layer, model, context)) * layer.kv_heads *
+                (int64_t(model.key_length) + model.value_length);
+  }
+  return elements;
+}
+
+}  // namespace sparkv

@@ -1,0 +1,34 @@
+// The bytes of a model's KV cache, predicted from its shape: rows, sinks, dense window and one
+// weight table per head. What pages leave empty shows only in a running cache.
+#ifndef SPARKV_TOOLS_KV_BYTES_H_
+#define SPARKV_TOOLS_KV_BYTES_H_
+
+#include <cstdint>
+#include <string>
+
+#include "gguf.h"
+#include "kv_options.h"
+
+namespace sparkv {
+
+// Bytes of the rows of one token in one KV head.
+struct RowBytes {
+  double key = 0, value = 0;
+};
+
+// ReadModelShape for a file that must have a KV cache which the model below describes. Throws
+// Error(kRuntime) for latent rows (MLA) and for no KV heads at all.
+ModelShape ReadCachedModelShape(const std::string& path);
+
+// Throws Error(kRuntime) when sparkv cannot pack heads of this size.
+RowBytes BytesPerHead(const Cache& cache, const ModelShape& model);
+// Tokens that the layer keeps in a context of `context` tokens; fewer in a windowed layer.
+int64_t CellsOf(const LayerShape& layer, const ModelShape& model, int64_t context);
+// Never shrinks when `context` grows.
+double PredictedBytes(const Cache& cache, const ModelShape& model, int64_t context);
+// Numbers that the cache stands for, keys and values; a double, as any context is allowed.
+double Elements(const ModelShape& model, int64_t context);
+
+}  // namespace sparkv
+
+#endif

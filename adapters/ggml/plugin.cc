@@ -139,6 +139,7 @@ std::string FindIsa(const Options& options, std::string* isa) {
   sparkv_shape shape = {};
   shape.struct_size = sizeof(shape);
   shape.n_layers = 1;
+  shape.n_model_layers = 10000;  // of any model: layers may have settings of their own
   shape.layers = &layer;
   shape.cells_per_stream = 1;
   shape.n_streams = 1;

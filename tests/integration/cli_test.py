@@ -212,6 +212,8 @@ class Command(unittest.TestCase):
             (["--kv-ratio", "nan"], ["run", "-m", self.model, "--kv-ratio=nan"]),
             (["--kv-preset", "sparse"], ["serve", "-m", self.model, "--kv-preset", "sparse"]),
             (["--kv-sinks", "-1"], ["inspect", "-m", self.model, "--kv-sinks=-1"]),
+            (["--kv-layers", "2=x"], ["inspect", "-m", self.model, "--kv-layers=2=x"]),
+            (["--kv-protect", "mid:1"], ["inspect", "-m", self.model, "--kv-protect=mid:1"]),
             (["--kv-colour"], ["run", "-m", self.model, "--kv-colour", "red"]),
             (["--kv-preset"], ["bench", "-m", self.model, "--kv-preset", "exact,,exact"]),
             (["--baselines", "q9_9"], ["eval", "-m", self.model, "--baselines", "q9_9"]),
@@ -504,6 +506,17 @@ class Command(unittest.TestCase):
             "caches"
         ][-1]
         self.assertLess(packed["bits_per_element"], 5)
+
+    def test_inspect_knows_layers_of_their_own(self):
+        args = ["inspect", "-m", self.model, "--kv-layers", "2=exact", "--kv-protect", "first:1"]
+        self.assertEqual(
+            [
+                (g["first_layer"], g["last_layer"], g["key_row_bytes"], g["value_row_bytes"])
+                for g in json.loads(self.succeeds(*args, "--json"))["layers"]
+            ],
+            [(0, 0, 66, 66), (1, 1, 34, 34), (2, 2, 128, 128), (3, 3, 34, 34)],
+        )
+        self.refuses(2, ["--kv-layers", "4", "4 layers"], *args[:3], "--kv-layers", "4=exact")
 
     def test_inspect_knows_heads_that_differ_by_layer_and_sliding_windows(self):
         report = json.loads(

@@ -26,11 +26,14 @@ struct Settings {
 };
 
 nlohmann::json LayerReport(const Cache& cache, const ModelShape& model) {
-  const RowBytes row = BytesPerHead(cache, model);
   nlohmann::json groups = nlohmann::json::array();
   for (size_t first = 0, end; first < model.layers.size(); first = end) {
     const LayerShape& layer = model.layers[first];
-    for (end = first + 1; end < model.layers.size() && model.layers[end] == layer;) ++end;
+    const RowBytes row = BytesPerHead(cache, model, first);
+    for (end = first + 1; end < model.layers.size() && model.layers[end] == layer &&
+                          BytesPerHead(cache, model, end) == row;) {
+      ++end;
+    }
     groups.push_back(
         {{"first_layer", first},
          {"last_layer", end - 1},

@@ -24,13 +24,20 @@ ModelShape ReadCachedModelShape(const std::string& path) {
   return model;
 }
 
-RowBytes BytesPerHead(const Cache& cache, const ModelShape& model) {
+RowBytes BytesPerHead(const Cache& cache, const ModelShape& model, size_t layer) {
   if (!cache.packed) {
     const double bits = HostBits(cache.name);
     return {model.key_length * bits / 8, model.value_length * bits / 8};
   }
-  const RowBytes bytes = {double(sparkv_key_row_bytes(&cache.config, model.key_length)),
-                          double(sparkv_value_row_bytes(&cache.config, model.value_length))};
+  sparkv_config rows = {};
+  rows.struct_size = sizeof(rows);
+  sparkv_error error = {};
+  if (sparkv_config_layer(&cache.config, int32_t(layer), int32_t(model.layers.size()), &rows,
+                          &error) != SPARKV_OK) {
+    throw Error(kUsage, fmt::format("--kv-{}", error.text));
+  }
+  const RowBytes bytes = {double(sparkv_key_row_bytes(&rows, model.key_length)),
+                          double(sparkv_value_row_bytes(&rows, model.value_length))};
   if (bytes.key > 0 && bytes.value > 0) return bytes;
   throw Error(
       kRuntime,
@@ -45,10 +52,11 @@ int64_t CellsOf(const LayerShape& layer, const ModelShape& model, int64_t contex
 }
 
 double PredictedBytes(const Cache& cache, const ModelShape& model, int64_t context) {
-  const RowBytes packed = BytesPerHead(cache, model);
   const double dense = 2.0 * (model.key_length + model.value_length);
   double bytes = 0;
-  for (const LayerShape& layer : model.layers) {
+  for (size_t i = 0; i < model.layers.size(); ++i) {
+    const LayerShape& layer = model.layers[i];
+    const RowBytes packed = BytesPerHead(cache, model, i);
     const int64_t cells = CellsOf(layer, model, context);
     const int64_t stay =
         cache.packed ? std::min<int64_t>(cells, cache.config.sinks + cache.config.window) : 0;

@@ -14,14 +14,16 @@ namespace sparkv {
 // Bytes of the rows of one token in one KV head.
 struct RowBytes {
   double key = 0, value = 0;
+  bool operator==(const RowBytes&) const = default;
 };
 
 // ReadModelShape for a file that must have a KV cache which the model below describes. Throws
 // Error(kRuntime) for latent rows (MLA) and for no KV heads at all.
 ModelShape ReadCachedModelShape(const std::string& path);
 
-// Throws Error(kRuntime) when sparkv cannot pack heads of this size.
-RowBytes BytesPerHead(const Cache& cache, const ModelShape& model);
+// Throws Error(kRuntime) when sparkv cannot pack heads of this size, and Error(kUsage) when
+// --kv-layers names a layer that the model does not have.
+RowBytes BytesPerHead(const Cache& cache, const ModelShape& model, size_t layer);
 // Tokens that the layer keeps in a context of `context` tokens; fewer in a windowed layer.
 int64_t CellsOf(const LayerShape& layer, const ModelShape& model, int64_t context);
 // Never shrinks when `context` grows.

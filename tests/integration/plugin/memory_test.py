@@ -63,6 +63,17 @@ class Memory(unittest.TestCase):
             cache["bits_per_element"],
             (cache["keys_bits_per_element"] + cache["values_bits_per_element"]) / 2, delta=0.01)
 
+    def test_layers_of_their_own_take_the_bytes_of_their_own_rows(self):
+        ours = self.complete(CELLS, "-fa", "on", SPARKV_LAYERS="3=exact,10-19=spark-0.5-i8",
+                             SPARKV_PROTECT="first:2,last:1")
+        self.assertEqual(ours.code, 0, ours)
+        self.assertEqual(ours.stats["tokens"], self.ours.stats["tokens"])
+        # Bytes of a key row (i5 34, i8 46, none pruned 66, f16 128) and a value row, 3 heads.
+        more = 3 * (3 * (66 - 34 + 66 - 34) + (128 - 34 + 128 - 34) + 10 * (46 - 34 + 66 - 34))
+        bits = ours.stats["bits_per_element"] - self.ours.stats["bits_per_element"]
+        packed = 1 - (4 + 96) / ours.stats["tokens"]  # sinks and window are dense either way
+        self.assertAlmostEqual(bits, packed * more * 8 / (2 * 30 * 3 * 64), delta=0.05)
+
 
 if __name__ == "__main__":
     host.main()

@@ -36,11 +36,17 @@ class Refused(unittest.TestCase):
                             ("SPARKV_SINKS", "-1"), ("SPARKV_THREADS", "many"),
                             ("SPARKV_SEAL", "later"), ("SPARKV_SIMD", "neon"),
                             ("SPARKV_RECOVER", "median"), ("SPARKV_LOG", "loud"),
+                            ("SPARKV_LAYERS", "3"), ("SPARKV_LAYERS", "3=spark-2"),
+                            ("SPARKV_PROTECT", "first"), ("SPARKV_PROTECT", "last:-1"),
                             ("SPARKV_FOO", "1")):
             with self.subTest(**{name: value}):
                 result = complete("-fa", "on", **{name: value})
                 # Of an unknown variable the name alone is at fault.
                 self.check(result, name if name == "SPARKV_FOO" else f"{name}={value}")
+
+    def test_a_layer_that_the_model_does_not_have(self):
+        self.check(complete("-fa", "on", SPARKV_LAYERS="29-40=exact,30=exact"),
+                   "layers: 30 is none of the model's 30 layers")
 
     def test_cache_types_of_llama_cpp(self):
         self.check(complete("-fa", "on", "-ctk", "q8_0"), "cache_k_l0", "q8_0", "-ctk")

@@ -109,7 +109,10 @@ class State(Case):
         self.folder = folder.name
 
     def serve(self, weights=True):
-        variables = {"SPARKV_WEIGHTS": self.folder + "/weights"} if weights else {}
+        # The first layer needs no weights, so the second tells which rows were packed.
+        variables = {"SPARKV_PROTECT": "first:1"}
+        if weights:
+            variables["SPARKV_WEIGHTS"] = self.folder + "/weights"
         return start("-np", 2, "-c", 2048, "--slot-save-path", self.folder, "--cache-ram", 0,
                      model=host.f32_model(), **variables)
 

@@ -212,7 +212,7 @@ class Command(unittest.TestCase):
             (["--kv-ratio", "nan"], ["run", "-m", self.model, "--kv-ratio=nan"]),
             (["--kv-preset", "sparse"], ["serve", "-m", self.model, "--kv-preset", "sparse"]),
             (["--kv-sinks", "-1"], ["inspect", "-m", self.model, "--kv-sinks=-1"]),
-            (["--kv-layers", "2=x"], ["inspect", "-m", self.model, "--kv-layers=2=x"]),
+            (["--kv-layers", "preset", "\"x\""], ["inspect", "-m", self.model, "--kv-layers=2=x"]),
             (["--kv-protect", "mid:1"], ["inspect", "-m", self.model, "--kv-protect=mid:1"]),
             (["--kv-colour"], ["run", "-m", self.model, "--kv-colour", "red"]),
             (["--kv-preset"], ["bench", "-m", self.model, "--kv-preset", "exact,,exact"]),

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <new>
 
@@ -127,7 +128,8 @@ Buffer::~Buffer() {
   const std::lock_guard lock(registry.mutex);
   registry.live.erase(std::find(registry.live.begin(), registry.live.end(), this));
   if (cache_) {
-    const CacheReport report = MakeReport(cache_, Shapes());
+    CacheReport report = MakeReport(cache_, Shapes());
+    report.budget_layers = budget_layers_;
     SaveFiles();
     KeepWeights(cache_, &registry.weights);
     sparkv_cache_free(cache_);
@@ -249,6 +251,81 @@ std::vector<sparkv_layer_shape> Buffer::Shapes() const {
   return shapes;
 }
 
+// A model with sliding windows has two caches, each with some of its layers; a draft model beside
+// it has one with all of its own.
+bool Buffer::SharesModel(const Buffer& other) const {
+  return !layers_.empty() && !other.layers_.empty() &&
+         std::none_of(layers_.begin(), layers_.end(), [&](const auto& mine) {
+           return std::any_of(other.layers_.begin(), other.layers_.end(),
+                              [&](const auto& theirs) { return theirs->il == mine->il; });
+         });
+}
+
+// What sparkv_shape points to.
+struct Buffer::Shape {
+  std::vector<sparkv_layer_shape> layers;
+  std::vector<int32_t> numbers;
+  sparkv_shape of_cache = {};
+
+  Shape(const Buffer& buffer, int32_t n_model_layers) : layers(buffer.Shapes()) {
+    for (const auto& layer : buffer.layers_) numbers.push_back(layer->il);
+    of_cache.struct_size = sizeof(of_cache);
+    of_cache.n_layers = static_cast<int32_t>(layers.size());
+    of_cache.layers = layers.data();
+    of_cache.cells_per_stream = buffer.cells_;
+    of_cache.n_streams = static_cast<int32_t>(buffer.n_streams_);
+    of_cache.layer_numbers = numbers.data();
+    const int32_t last = *std::max_element(numbers.begin(), numbers.end());
+    if (last + 1 != of_cache.n_layers) of_cache.n_model_layers = n_model_layers;
+  }
+  Shape(const Shape&) = delete;
+  Shape& operator=(const Shape&) = delete;
+};
+
+// A budget is for all caches of a model together: whichever is made first solves it for both.
+bool Buffer::SolveBudget(sparkv_config* config, std::string* reason) {
+  if (budget_layers_.empty()) {
+    Registry& registry = TheRegistry();
+    const std::lock_guard lock(registry.mutex);
+    std::vector<Buffer*> partners = registry.live;
+    std::deque<Shape> shapes;
+    std::vector<sparkv_shape> caches;
+    shapes.emplace_back(*this, registry.n_model_layers);
+    caches.push_back(shapes.back().of_cache);
+    std::vector<std::unique_lock<std::mutex>> locks;  // a partner is idle: the host runs this one
+    std::erase_if(partners, [&](Buffer* other) {
+      std::string unused;
+      if (other == this) return true;
+      std::unique_lock theirs(other->mutex, std::try_to_lock);
+      if (!theirs.owns_lock() || other->cache_ || !SharesModel(*other) ||
+          !other->FillShapes(&unused)) {
+        return true;
+      }
+      shapes.emplace_back(*other, registry.n_model_layers);
+      caches.push_back(shapes.back().of_cache);
+      locks.push_back(std::move(theirs));
+      return false;
+    });
+    sparkv_error error = {};
+    sparkv_config solved = *config;
+    if (sparkv_config_budget(config, caches.data(), static_cast<int32_t>(caches.size()), &solved,
+                             &error) != SPARKV_OK) {
+      *reason = error.text;
+      return false;
+    }
+    Log(LogLevel::kInfo, "budget %s: layers %s", config->budget, solved.layers);
+    budget_layers_ = solved.layers;
+    for (Buffer* partner : partners) partner->budget_layers_ = budget_layers_;
+  }
+  sparkv_error error = {};
+  config->budget[0] = '\0';
+  if (sparkv_config_set(config, "layers", budget_layers_.c_str(), &error) != SPARKV_OK) {
+    *reason = error.text;
+    return false;
+  }
+  return true;
+}
+
 sparkv_cache* Buffer::Cache() {
   if (broken_ || refused_) return nullptr;
   if (cache_) return cache_;
@@ -257,24 +334,17 @@ sparkv_cache* Buffer::Cache() {
     Break(reason);
     return nullptr;
   }
-  const std::vector<sparkv_layer_shape> shapes = Shapes();
-  sparkv_shape shape = {};
-  shape.struct_size = sizeof(shape);
-  shape.n_layers = static_cast<int32_t>(shapes.size());
-  shape.layers = shapes.data();
-  shape.cells_per_stream = cells_;
-  shape.n_streams = static_cast<int32_t>(n_streams_);
-  std::vector<int32_t> numbers;
-  for (const auto& layer : layers_) numbers.push_back(layer->il);
-  shape.layer_numbers = numbers.data();
-  // A model with sliding windows has two caches, each with some of its layers; a draft model beside
-  // it has one with all of its own.
-  const int32_t last = *std::max_element(numbers.begin(), numbers.end());
-  if (last + 1 != shape.n_layers) shape.n_model_layers = ModelLayers();
+  sparkv_config config = ThePlugin().options.config;
+  if (config.budget[0] != '\0' && !SolveBudget(&config, &reason)) {
+    Refuse(reason);
+    return nullptr;
+  }
+  const Shape shape(*this, ModelLayers());
   sparkv_error error = {};
-  if (sparkv_cache_create(&ThePlugin().options.config, &shape, &cache_, &error) != SPARKV_OK) {
+  const sparkv_status made = sparkv_cache_create(&config, &shape.of_cache, &cache_, &error);
+  if (made != SPARKV_OK) {
     cache_ = nullptr;
-    Break(error.text);
+    made == SPARKV_INVALID ? Refuse(error.text) : Break(error.text);  // settings do not heal
     return nullptr;
   }
   {
@@ -330,6 +400,7 @@ bool Buffer::ReportAtExit(CacheReport* report) {
   const std::unique_lock lock(mutex, std::try_to_lock);  // a thread may still be computing
   if (!lock.owns_lock() || !cache_) return false;
   *report = MakeReport(cache_, Shapes());
+  report->budget_layers = budget_layers_;
   SaveFiles();
   if (report->memory.tokens > 0) Log(LogLevel::kInfo, "%s", ReportLine(*report).c_str());
   return true;

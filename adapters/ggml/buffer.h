@@ -79,12 +79,16 @@ class Buffer {
     sparkv_layer_shape shape = {};  // no heads: not seen yet
   };
 
+  struct Shape;
+
   ggml_status InitCacheTensor(ggml_tensor* tensor, int il, bool keys);
   bool MakeWritable();
   bool FillShapes(std::string* reason);
+  bool SolveBudget(sparkv_config* config, std::string* reason);
   void LoadWeights();
   void SaveFiles();
   std::vector<sparkv_layer_shape> Shapes() const;
+  bool SharesModel(const Buffer& other) const;
 
   void* base_;
   size_t size_;
@@ -93,7 +97,8 @@ class Buffer {
   int64_t cells_ = 0;
   int64_t n_streams_ = 0;
   sparkv_cache* cache_ = nullptr;
-  int id_ = 0;  // of the cache, in order of creation
+  std::string budget_layers_;  // what a budget chose for this cache and its partner
+  int id_ = 0;                 // of the cache, in order of creation
   int weights_slot_ = 0;
   int n_threads_ = 0;
   int64_t unknown_rows_ = 0;

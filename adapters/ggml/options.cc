@@ -14,9 +14,9 @@ namespace sparkv {
 namespace {
 
 constexpr char kPrefix[] = "SPARKV_";
-constexpr const char* kParameters[] = {"RATIO",   "RECOVER", "GROUP",   "KEPT", "VALUES",
-                                       "SINKS",   "WINDOW",  "OBSERVE", "SEAL", "SIMD",
-                                       "THREADS", "LAYERS",  "PROTECT"};
+constexpr const char* kParameters[] = {"RATIO",   "RECOVER", "GROUP",   "KEPT",   "VALUES",
+                                       "SINKS",   "WINDOW",  "OBSERVE", "SEAL",   "SIMD",
+                                       "THREADS", "LAYERS",  "PROTECT", "BUDGET", "SENSITIVITY"};
 constexpr const char* kOthers[] = {"PRESET", "LOG", "STATS", "WEIGHTS", "SALIENCY", "ALLOW_RPC"};
 constexpr const char* kLevels[] = {"off", "error", "warn", "info", "debug"};
 
@@ -109,7 +109,7 @@ void SetLogLevel(LogLevel level) { log_level = level; }
 
 void Log(LogLevel level, const char* format, ...) {
   if (level > log_level.load()) return;
-  char line[1024];
+  char line[4096];
   va_list args;
   va_start(args, format);
   std::vsnprintf(line, sizeof(line), format, args);

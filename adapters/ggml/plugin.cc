@@ -143,9 +143,11 @@ std::string FindIsa(const Options& options, std::string* isa) {
   shape.layers = &layer;
   shape.cells_per_stream = 1;
   shape.n_streams = 1;
+  sparkv_config config = options.config;
+  config.budget[0] = '\0';  // of a real cache
   sparkv_cache* cache = nullptr;
   sparkv_error error = {};
-  if (sparkv_cache_create(&options.config, &shape, &cache, &error) != SPARKV_OK) {
+  if (sparkv_cache_create(&config, &shape, &cache, &error) != SPARKV_OK) {
     // Only the wish for an instruction set can fail on one machine and not on another.
     const char* simd = std::getenv("SPARKV_SIMD");
     return simd ? std::string("SPARKV_SIMD=") + simd + ": " + error.text : error.text;

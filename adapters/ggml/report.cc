@@ -151,7 +151,11 @@ std::string StatsJson(const Options& options, const std::string& isa,
   json += Fields(Total(reports)) + ",\n \"caches\": [";
   for (size_t i = 0; i < reports.size(); ++i) {
     json += Format("%s\n  {\"layers\": %d, ", i == 0 ? "" : ",", reports[i].n_layers) +
-            Fields(reports[i]) + ",\n   \"memory\": {" + Kinds(reports[i].memory) + "}}";
+            Fields(reports[i]) +
+            (reports[i].budget_layers.empty()
+                 ? ""
+                 : ",\n   \"budget_layers\": \"" + reports[i].budget_layers + "\"") +
+            ",\n   \"memory\": {" + Kinds(reports[i].memory) + "}}";
   }
   return json + "]}\n";
 }

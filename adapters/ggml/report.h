@@ -12,6 +12,7 @@ namespace sparkv {
 struct CacheReport {
   sparkv_memory memory = {};
   int n_layers = 0;
+  std::string budget_layers;   // what a budget chose
   int64_t key_elements = 0;    // per token, all layers
   int64_t value_elements = 0;  // per token, all layers
 };

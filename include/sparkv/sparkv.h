@@ -94,7 +94,11 @@ typedef struct sparkv_config {
   int32_t protect_first; /* the model's first and last layers that are protected: nothing pruned, */
   int32_t protect_last;  /* 8-bit numbers; [0, 9999] */
   char preset[32];  /* the name the configuration started from, for reports */
-  char layers[512]; /* layers of their own: "0-1=spark-0-i8,29=spark-0.5-i6+q8", empty for none */
+  char layers[2048]; /* layers of their own: "0-1=spark-0-i8,29=spark-0.5-i6+q8", empty for none */
+  char budget[32];   /* what all rows may take: "4bpe" (bits per element, dense rows and weights
+                        counted), "512MiB", "auto" (what `config` takes without it), empty for none */
+  char sensitivity[512]; /* what a budget takes from which layer: "0-4:0.5,15-19:7.1", layers that
+                            are not named count 1; empty: all count alike */
 } sparkv_config;
 
 /* Fills `config` from a preset: "exact", "spark-R" (f16 kept, f16 values) or "spark-R-iB" (B in 8,
@@ -103,15 +107,16 @@ typedef struct sparkv_config {
 SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name,
                                               sparkv_error* error);
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,
- * seal, simd, threads, layers, protect: "first:2,last:1") from text. Unknown names and bad values
- * are SPARKV_INVALID and leave `config` as it was. */
+ * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity) from text. Unknown
+ * names and bad values are SPARKV_INVALID and leave `config` as it was. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
                                            const char* value, sparkv_error* error);
 /* *out = `config` as it counts for layer `layer` of a model with n_layers, 0..9999. Entries of
  * config->layers are LAYER=PRESET or FIRST-LAST=PRESET, the last one that has the layer wins; the
  * preset's ratio, kept and values take the place of the configuration's, +q8, +q4 or +f16 behind it
- * the preset's values. An entry that begins beyond n_layers is SPARKV_INVALID. A protected layer is "spark-0-i8" whatever they say. In *out layers is empty
- * and nothing protected; `out` may be `config`. Ours. */
+ * the preset's values. An entry that begins beyond n_layers is SPARKV_INVALID. A protected layer is
+ * "spark-0-i8" whatever they say. In *out layers is empty and nothing protected; `out` may be
+ * `config`. A budget is not looked at: sparkv_config_budget comes first. Ours. */
 SPARKV_API sparkv_status sparkv_config_layer(const sparkv_config* config, int32_t layer,
                                              int32_t n_layers, sparkv_config* out,
                                              sparkv_error* error);
@@ -208,7 +213,16 @@ typedef struct sparkv_shape {
   int32_t n_model_layers; /* layers of the model, for protect; 0: the highest number and one */
 } sparkv_shape;
 
-/* Reserves address space for all cells, commits none. */
+/* *out = `config` with config->budget turned into layers of their own: of all layers of the `n_shapes`
+ * caches (1..64, no layer twice) those with most to lose per byte get more bits until the budget is
+ * spent, at full caches. Layers that config->layers names and protected ones stay as they are and
+ * count. SPARKV_INVALID when the cheapest rows take more than the budget. Without a budget *out is
+ * `config`; `out` may be `config`. Ours. */
+SPARKV_API sparkv_status sparkv_config_budget(const sparkv_config* config,
+                                              const sparkv_shape* shapes, int32_t n_shapes,
+                                              sparkv_config* out, sparkv_error* error);
+
+/* Reserves address space for all cells, commits none. A budget is solved for this cache alone. */
 SPARKV_API sparkv_status sparkv_cache_create(const sparkv_config* config, const sparkv_shape* shape,
                                              sparkv_cache** cache, sparkv_error* error);
 SPARKV_API void sparkv_cache_free(sparkv_cache* cache);

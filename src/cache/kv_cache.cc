@@ -4,40 +4,10 @@
 #include <cstring>
 
 #include "base/half.h"
+#include "cache/budget.h"
 #include "config/config.h"
 
 namespace sparkv {
-namespace {
-
-Status CheckShape(const sparkv_shape& shape) {
-  const auto outside = [](const std::string& field, int64_t value, const char* range) {
-    return Status::Invalid(field + ": " + std::to_string(value) + " is outside " + range);
-  };
-  if (shape.n_layers < 1 || shape.n_layers > 4096)
-    return outside("n_layers", shape.n_layers, "[1, 4096]");
-  if (shape.n_model_layers < 0 || shape.n_model_layers > 10000)
-    return outside("n_model_layers", shape.n_model_layers, "[0, 10000]");
-  if (shape.layers == nullptr) return Status::Invalid("layers: NULL");
-  if (shape.n_streams < 1 || shape.n_streams > 1024)
-    return outside("n_streams", shape.n_streams, "[1, 1024]");
-  const int64_t most = int64_t{1} << 30;
-  if (shape.cells_per_stream < 1 || shape.cells_per_stream > most / shape.n_streams) {
-    return outside("cells_per_stream", shape.cells_per_stream, "[1, 2^30 / n_streams]");
-  }
-  for (int i = 0; i < shape.n_layers; ++i) {
-    const sparkv_layer_shape& layer = shape.layers[i];
-    const std::string name = "layers[" + std::to_string(i) + "].";
-    if (layer.n_kv_heads < 1 || layer.n_kv_heads > 1024)
-      return outside(name + "n_kv_heads", layer.n_kv_heads, "[1, 1024]");
-    if (!HeadDimAllowed(layer.k_dim))
-      return outside(name + "k_dim", layer.k_dim, "32..512 in steps of 8");
-    if (!HeadDimAllowed(layer.v_dim))
-      return outside(name + "v_dim", layer.v_dim, "32..512 in steps of 8");
-  }
-  return Status::Ok();
-}
-
-}  // namespace
 
 Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
                        std::unique_ptr<KvCache>* cache) {
@@ -45,6 +15,7 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   if (Status s = CheckShape(shape); !s.ok()) return s;
   std::unique_ptr<KvCache> c(new KvCache());
   c->config_ = config;
+  if (Status s = SolveBudget({&shape, 1}, &c->config_); !s.ok()) return s;
   c->ops_ = CpuOps(sparkv_simd(config.simd));
   if (c->ops_ == nullptr) {
     return Status::Unsupported(std::string("simd: this CPU has no ") +
@@ -53,17 +24,15 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
                                 : config.simd == SPARKV_SIMD_NEON ? "neon"
                                                                   : "avx2"));
   }
-  const auto number = [&](int i) { return shape.layer_numbers ? shape.layer_numbers[i] : i; };
-  int n_model_layers = shape.n_model_layers;
-  for (int i = 0; i < shape.n_layers && shape.n_model_layers == 0; ++i)
-    n_model_layers = std::max(n_model_layers, number(i) + 1);
+  const int32_t n_model_layers = ModelLayers({&shape, 1});
   CacheLayout& l = c->layout_;
   l.cells_per_stream = shape.cells_per_stream;
   l.n_streams = shape.n_streams;
   for (int i = 0; i < shape.n_layers; ++i) {
     const sparkv_layer_shape& s = shape.layers[i];
-    sparkv_config rows = config;
-    if (Status status = SetLayer(number(i), n_model_layers, &rows); !status.ok()) return status;
+    sparkv_config rows = c->config_;
+    if (Status status = SetLayer(LayerNumber(shape, i), n_model_layers, &rows); !status.ok())
+      return status;
     LayerLayout layer;
     layer.n_kv_heads = s.n_kv_heads;
     layer.key = KeyLayout::Make(s.k_dim, KeptChannels(rows.ratio, s.k_dim),

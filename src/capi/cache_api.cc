@@ -1,8 +1,10 @@
 // The cache behind C handles: arguments are checked here, once.
 #include <string>
 
+#include "cache/budget.h"
 #include "cache/kv_cache.h"
 #include "capi/guard.h"
+#include "config/config.h"
 
 struct sparkv_cache {
   std::unique_ptr<sparkv::KvCache> cache;
@@ -86,13 +88,38 @@ Status CheckAttend(const sparkv_cache* cache, const sparkv_attend_args* args) {
   return Status::Ok();
 }
 
+Status CheckShapeStruct(const sparkv_shape& shape) {
+  if (shape.struct_size == sizeof(shape)) return Status::Ok();
+  return Outside("shape.struct_size", shape.struct_size, sizeof(shape), sizeof(shape));
+}
+
 }  // namespace
 }  // namespace sparkv
 
+using sparkv::CheckShapeStruct;
 using sparkv::Guard;
 using sparkv::Status;
 
 extern "C" {
+
+sparkv_status sparkv_config_budget(const sparkv_config* config, const sparkv_shape* shapes,
+                                   int32_t n_shapes, sparkv_config* out, sparkv_error* error) {
+  return Guard(error, [&] {
+    if (config == nullptr || out == nullptr)
+      return Status::Invalid(config == nullptr ? "config: NULL" : "out: NULL");
+    if (shapes == nullptr) return Status::Invalid("shapes: NULL");
+    if (n_shapes < 1 || n_shapes > 64) return sparkv::Outside("n_shapes", n_shapes, 1, 64);
+    if (Status s = sparkv::CheckConfig(*config); !s.ok()) return s;
+    for (int32_t i = 0; i < n_shapes; ++i) {
+      if (Status s = CheckShapeStruct(shapes[i]); !s.ok()) return s;
+      if (Status s = sparkv::CheckShape(shapes[i]); !s.ok()) return s;
+    }
+    sparkv_config next = *config;
+    if (Status s = sparkv::SolveBudget({shapes, size_t(n_shapes)}, &next); !s.ok()) return s;
+    *out = next;
+    return Status::Ok();
+  });
+}
 
 sparkv_status sparkv_cache_create(const sparkv_config* config, const sparkv_shape* shape,
                                   sparkv_cache** cache, sparkv_error* error) {
@@ -100,10 +127,7 @@ sparkv_status sparkv_cache_create(const sparkv_config* config, const sparkv_shap
     if (config == nullptr) return Status::Invalid("config: NULL");
     if (shape == nullptr || cache == nullptr)
       return Status::Invalid(shape == nullptr ? "shape: NULL" : "cache: NULL");
-    if (shape->struct_size != sizeof(*shape)) {
-      return sparkv::Outside("shape.struct_size", shape->struct_size, sizeof(*shape),
-                             sizeof(*shape));
-    }
+    if (Status s = CheckShapeStruct(*shape); !s.ok()) return s;
     std::unique_ptr<sparkv_cache> made(new sparkv_cache());
     if (Status s = sparkv::KvCache::Create(*config, *shape, &made->cache); !s.ok()) return s;
     made->layers.assign(shape->layers, shape->layers + shape->n_layers);

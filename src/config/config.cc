@@ -126,6 +126,44 @@ Status SetRatio(std::string_view value, sparkv_config* config) {
 
 constexpr int kMaxLayer = 9999;
 
+// "3" or "0-4", inside 0..kMaxLayer.
+bool ParseLayers(std::string_view text, int* first, int* last) {
+  const size_t dash = text.find('-');
+  if (ParseNumber(text.substr(0, dash), first) != Parse::kOk) return false;
+  *last = *first;
+  if (dash != std::string_view::npos && ParseNumber(text.substr(dash + 1), last) != Parse::kOk)
+    return false;
+  return *first >= 0 && *first <= *last && *last <= kMaxLayer;
+}
+
+// Calls body(entry) for each entry of a list with commas, until one fails.
+template <typename Body>
+Status ForEachEntry(std::string_view list, Body&& body) {
+  for (size_t at = 0; !list.empty() && at <= list.size();) {
+    const size_t end = std::min(list.find(',', at), list.size());
+    if (Status s = body(list.substr(at, end - at)); !s.ok()) return s;
+    at = end + 1;
+  }
+  return Status::Ok();
+}
+
+template <size_t kSize>
+std::string_view TextOf(const char (&text)[kSize]) {
+  return {text, strnlen(text, kSize)};
+}
+
+// *text as it was when `value` does not fit.
+template <size_t kSize>
+Status SetText(std::string_view key, std::string_view value, char (*text)[kSize]) {
+  if (value.size() >= kSize) {
+    return Status::Invalid(std::string(key) + ": " + std::to_string(value.size()) +
+                           " characters, at most " + std::to_string(kSize - 1) + " fit");
+  }
+  std::memset(*text, 0, kSize);
+  std::memcpy(*text, value.data(), value.size());
+  return Status::Ok();
+}
+
 // An entry of config.layers: from `first` to `last` the rows of `rows`.
 struct LayerRule {
   int first = 0, last = 0;
@@ -138,16 +176,8 @@ Status ParseLayerRule(std::string_view text, LayerRule* rule) {
   };
   const size_t equals = text.find('=');
   if (equals == std::string_view::npos) return wrong("is not LAYER=PRESET or FIRST-LAST=PRESET");
-  const std::string_view range = text.substr(0, equals);
-  const size_t dash = range.find('-');
-  const Parse first = ParseNumber(range.substr(0, dash), &rule->first);
-  const Parse last =
-      dash == std::string_view::npos ? first : ParseNumber(range.substr(dash + 1), &rule->last);
-  if (dash == std::string_view::npos) rule->last = rule->first;
-  if (first != Parse::kOk || last != Parse::kOk || rule->first < 0 || rule->last > kMaxLayer ||
-      rule->first > rule->last) {
+  if (!ParseLayers(text.substr(0, equals), &rule->first, &rule->last))
     return wrong("names no layers in 0.." + std::to_string(kMaxLayer));
-  }
   std::string_view preset = text.substr(equals + 1), values;
   if (const size_t plus = preset.find('+'); plus != std::string_view::npos) {
     values = preset.substr(plus + 1);
@@ -163,37 +193,51 @@ Status ParseLayerRule(std::string_view text, LayerRule* rule) {
 // Calls body(rule) for each entry, in order.
 template <typename Body>
 Status ForEachLayerRule(std::string_view layers, Body&& body) {
-  for (size_t at = 0; !layers.empty() && at <= layers.size();) {
-    const size_t end = std::min(layers.find(',', at), layers.size());
+  return ForEachEntry(layers, [&](std::string_view entry) -> Status {
     LayerRule rule;
-    if (Status s = ParseLayerRule(layers.substr(at, end - at), &rule); !s.ok()) return s;
+    if (Status s = ParseLayerRule(entry, &rule); !s.ok()) return s;
     body(rule);
-    at = end + 1;
-  }
-  return Status::Ok();
-}
-
-std::string_view LayersOf(const sparkv_config& config) {
-  return {config.layers, strnlen(config.layers, sizeof(config.layers))};
+    return Status::Ok();
+  });
 }
 
 Status SetLayers(std::string_view value, sparkv_config* config) {
-  if (value.size() >= sizeof(config->layers)) {
-    return Status::Invalid("layers: " + std::to_string(value.size()) + " characters, at most " +
-                           std::to_string(sizeof(config->layers) - 1) + " fit");
-  }
   if (Status s = ForEachLayerRule(value, [](const LayerRule&) {}); !s.ok()) return s;
-  std::memset(config->layers, 0, sizeof(config->layers));
-  std::memcpy(config->layers, value.data(), value.size());
-  return Status::Ok();
+  return SetText("layers", value, &config->layers);
+}
+
+// Calls body(first, last, sensitivity) for each entry, in order.
+template <typename Body>
+Status ForEachSensitivity(std::string_view list, Body&& body) {
+  return ForEachEntry(list, [&](std::string_view entry) -> Status {
+    const size_t colon = entry.find(':');
+    int first = 0, last = 0;
+    double x = 0.0;
+    if (colon == std::string_view::npos || !ParseLayers(entry.substr(0, colon), &first, &last) ||
+        ParseNumber(entry.substr(colon + 1), &x) != Parse::kOk || !(x >= 0.0) || x > 1e9) {
+      return Status::Invalid("sensitivity: " + Quote(entry) +
+                             " is not LAYER:NUMBER or FIRST-LAST:NUMBER, 0 to 1e9");
+    }
+    body(first, last, x);
+    return Status::Ok();
+  });
+}
+
+Status SetSensitivity(std::string_view value, sparkv_config* config) {
+  if (Status s = ForEachSensitivity(value, [](int, int, double) {}); !s.ok()) return s;
+  return SetText("sensitivity", value, &config->sensitivity);
+}
+
+Status SetBudget(std::string_view value, sparkv_config* config) {
+  Budget budget;
+  if (Status s = ParseBudget(value, &budget); !s.ok()) return s;
+  return SetText("budget", value, &config->budget);
 }
 
 // "first:2,last:1", either alone, or nothing.
 Status SetProtect(std::string_view value, sparkv_config* config) {
   int32_t first = 0, last = 0;
-  for (size_t at = 0; !value.empty() && at <= value.size();) {
-    const size_t end = std::min(value.find(',', at), value.size());
-    const std::string_view part = value.substr(at, end - at);
+  const Status s = ForEachEntry(value, [&](std::string_view part) -> Status {
     int32_t* count = part.starts_with("first:")  ? &first
                      : part.starts_with("last:") ? &last
                                                  : nullptr;
@@ -205,8 +249,9 @@ Status SetProtect(std::string_view value, sparkv_config* config) {
       return Status::Invalid("protect: " + Quote(part) + " is outside 0.." +
                              std::to_string(kMaxLayer));
     }
-    at = end + 1;
-  }
+    return Status::Ok();
+  });
+  if (!s.ok()) return s;
   config->protect_first = first;
   config->protect_last = last;
   return Status::Ok();
@@ -289,6 +334,8 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
   if (key == "ratio") return SetRatio(value, config);
   if (key == "layers") return SetLayers(value, config);
   if (key == "protect") return SetProtect(value, config);
+  if (key == "budget") return SetBudget(value, config);
+  if (key == "sensitivity") return SetSensitivity(value, config);
   for (const EnumField& field : kEnumFields) {
     if (key != field.key) continue;
     for (const Name& name : field.names) {
@@ -312,7 +359,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
     config->*field.field = count;
     return Status::Ok();
   }
-  std::string known = "ratio, layers, protect";
+  std::string known = "ratio, layers, protect, budget, sensitivity";
   for (const EnumField& field : kEnumFields) known += ", " + std::string(field.key);
   for (const CountField& field : kCountFields) known += ", " + std::string(field.key);
   return Status::Invalid("parameter: " + Quote(key) + " is unknown (" + known + ")");
@@ -341,10 +388,64 @@ Status CheckConfig(const sparkv_config& config) {
       }
     }
   }
-  if (LayersOf(config).size() == sizeof(config.layers))
-    return Status::Invalid("layers: no end within " + std::to_string(sizeof(config.layers)) +
-                           " characters");
-  return ForEachLayerRule(LayersOf(config), [](const LayerRule&) {});
+  const auto endless = [](std::string_view text, size_t size) { return text.size() == size; };
+  for (const auto& [key, open] :
+       {std::pair("layers", endless(TextOf(config.layers), sizeof(config.layers))),
+        std::pair("budget", endless(TextOf(config.budget), sizeof(config.budget))),
+        std::pair("sensitivity",
+                  endless(TextOf(config.sensitivity), sizeof(config.sensitivity)))}) {
+    if (open) return Status::Invalid(std::string(key) + ": the text has no end");
+  }
+  Budget budget;
+  if (Status s = ParseBudget(TextOf(config.budget), &budget); !s.ok()) return s;
+  if (Status s = ForEachSensitivity(TextOf(config.sensitivity), [](int, int, double) {}); !s.ok())
+    return s;
+  return ForEachLayerRule(TextOf(config.layers), [](const LayerRule&) {});
+}
+
+Status ParseBudget(std::string_view text, Budget* budget) {
+  *budget = {};
+  if (text.empty()) return Status::Ok();
+  if (text == "auto") {
+    budget->kind = Budget::kAuto;
+    return Status::Ok();
+  }
+  constexpr struct {
+    std::string_view name;
+    double bytes;
+  } kUnits[] = {{"bpe", 0},      {"B", 1},    {"KiB", 0x1p10}, {"MiB", 0x1p20},
+                {"GiB", 0x1p30}, {"KB", 1e3}, {"MB", 1e6},     {"GB", 1e9}};
+  size_t at = 0;
+  while (at < text.size() && (text[at] == '.' || (text[at] >= '0' && text[at] <= '9'))) ++at;
+  double number = 0.0;
+  if (ParseNumber(text.substr(0, at), &number) == Parse::kOk && number > 0.0 && number <= 1e15) {
+    for (const auto& unit : kUnits) {
+      if (text.substr(at) != unit.name) continue;
+      budget->kind = unit.bytes == 0 ? Budget::kBits : Budget::kBytes;
+      budget->amount = unit.bytes == 0 ? number : number * unit.bytes;
+      return Status::Ok();
+    }
+  }
+  return Status::Invalid(
+      "budget: " + Quote(text) +
+      " is not auto, bits such as 4bpe or bytes such as 512MiB (B, KiB, MiB, GiB,"
+      " KB, MB, GB)");
+}
+
+double SensitivityOf(const sparkv_config& config, int32_t layer) {
+  double sensitivity = 1.0;
+  (void)ForEachSensitivity(TextOf(config.sensitivity), [&](int first, int last, double x) {
+    if (layer >= first && layer <= last) sensitivity = x;
+  });
+  return sensitivity;
+}
+
+bool HasRule(const sparkv_config& config, int32_t layer, int32_t n_layers) {
+  bool has = layer < config.protect_first || layer >= n_layers - config.protect_last;
+  (void)ForEachLayerRule(TextOf(config.layers), [&](const LayerRule& rule) {
+    has = has || (layer >= rule.first && layer <= rule.last);
+  });
+  return has;
 }
 
 Status SetLayer(int32_t layer, int32_t n_layers, sparkv_config* config) {
@@ -353,7 +454,7 @@ Status SetLayer(int32_t layer, int32_t n_layers, sparkv_config* config) {
   }
   sparkv_config next = *config;
   int beyond = -1;
-  const Status s = ForEachLayerRule(LayersOf(*config), [&](const LayerRule& rule) {
+  const Status s = ForEachLayerRule(TextOf(config->layers), [&](const LayerRule& rule) {
     if (rule.first >= n_layers) beyond = rule.first;
     if (layer < rule.first || layer > rule.last) return;
     next.ratio = rule.rows.ratio;
@@ -393,11 +494,13 @@ std::string ConfigText(const sparkv_config& config) {
   add("seal", NameOf(kSealNames, config.seal));
   if (config.simd != SPARKV_SIMD_AUTO) add("simd", NameOf(kSimdNames, config.simd));
   if (config.threads != 0) add("threads", std::to_string(config.threads));
-  if (!LayersOf(config).empty()) add("layers", LayersOf(config));
+  if (!TextOf(config.layers).empty()) add("layers", TextOf(config.layers));
   if (config.protect_first != 0 || config.protect_last != 0) {
     add("protect", "first:" + std::to_string(config.protect_first) +
                        ",last:" + std::to_string(config.protect_last));
   }
+  if (!TextOf(config.budget).empty()) add("budget", TextOf(config.budget));
+  if (!TextOf(config.sensitivity).empty()) add("sensitivity", TextOf(config.sensitivity));
   return text;
 }
 

@@ -169,7 +169,8 @@ TEST(Config, UnknownNamesListTheKnownOnes) {
   EXPECT_EQ(SetError("values", "i5"), "values: \"i5\" is unknown (f16, q8, q4)");
   EXPECT_EQ(SetError("seal", ""), "seal: \"\" is unknown (stream, prefill-end)");
   EXPECT_EQ(SetError("raito", "1"),
-            "parameter: \"raito\" is unknown (ratio, layers, protect, recover, group, kept, "
+            "parameter: \"raito\" is unknown (ratio, layers, protect, budget, sensitivity, "
+            "recover, group, kept, "
             "values, seal, simd, "
             "sinks, window, "
             "observe, threads)");
@@ -241,11 +242,13 @@ TEST(Config, BadLayersAreNamedAndChangeNothing) {
   };
   for (const auto& [text, why] : cases) EXPECT_EQ(SetError("layers", text), why) << text;
   EXPECT_NE(SetError("layers", "0=spork").find("preset: \"spork\" is unknown"), std::string::npos);
-  EXPECT_EQ(SetError("layers", std::string(512, '1').c_str()),
-            "layers: 512 characters, at most 511 fit");
+  std::string many = "0=exact";
+  while (many.size() < 2048) many += ",0=exact";
+  EXPECT_EQ(SetError("layers", many.c_str()),
+            "layers: " + std::to_string(many.size()) + " characters, at most 2047 fit");
   sparkv_config config = Preset("exact");
   std::memset(config.layers, '1', sizeof(config.layers));
-  EXPECT_EQ(CheckConfig(config).text, "layers: no end within 512 characters");
+  EXPECT_EQ(CheckConfig(config).text, "layers: the text has no end");
 }
 
 TEST(Config, NullAndForeignStructsAreRefused) {

@@ -109,6 +109,11 @@ int Fit(Settings settings) {
   if (settings.kv.preset.empty()) settings.kv.preset = "exact,spark-0.5-i8,spark-0.5-i5";
   const int64_t memory = ParseMemory(settings.memory);
   const std::vector<Cache> caches = MakeCaches("f16,q8_0,q4_0", settings.kv);
+  if (caches.back().config.budget[0] != '\0') {
+    throw Error(kUsage, fmt::format("--kv-budget: {}: fit asks what presets take; a budget takes "
+                                    "what it is given",
+                                    caches.back().config.budget));
+  }
   RequireModel(settings.model);
   const ModelShape model = ReadCachedModelShape(settings.model);
   Json report = {{"model",

@@ -61,7 +61,7 @@ void PrintLayout(const nlohmann::json& report, const Cache& cache) {
              model["path"].get<std::string>(), model["architecture"].get<std::string>(),
              model["layers"].get<int>(), model["heads"].get<int>(), model["key_length"].get<int>(),
              model["value_length"].get<int>());
-  char text[1024];
+  char text[4096];
   sparkv_config_text(&cache.config, text, sizeof(text));
   fmt::print("{}\n\n", cache.packed ? text : cache.name);
   Table layers({"layers", "KV heads", "window", "K row B", "V row B", "B/token", "f16 B/token"});
@@ -92,11 +92,12 @@ void PrintLayout(const nlohmann::json& report, const Cache& cache) {
 }
 
 int Layout(const Settings& settings) {
-  const Cache cache = MakeCache(settings.kv.preset, settings.kv);
+  Cache cache = MakeCache(settings.kv.preset, settings.kv);
   RequireModel(settings.model);
   const ModelShape model = ReadCachedModelShape(settings.model);
   const int64_t context =
       settings.context > 0 ? settings.context : std::max(1, model.context_length);
+  cache = SolveBudget(std::move(cache), model, context);
 
   nlohmann::json report = {{"model",
                             {{"path", settings.model},

@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
+#include <vector>
 
 #include "report.h"
 
@@ -27,7 +29,7 @@ ModelShape ReadCachedModelShape(const std::string& path) {
 RowBytes BytesPerHead(const Cache& cache, const ModelShape& model, size_t layer) {
   if (!cache.packed) {
     const double bits = HostBits(cache.name);
-    return {model.key_length * bits / 8, model.value_length * bits / 8};
+    return {model.key_length * bits / 8, model.value_length * bits / 8, 0.0};
   }
   sparkv_config rows = {};
   rows.struct_size = sizeof(rows);
@@ -36,8 +38,10 @@ RowBytes BytesPerHead(const Cache& cache, const ModelShape& model, size_t layer)
                           &error) != SPARKV_OK) {
     throw Error(kUsage, fmt::format("--kv-{}", error.text));
   }
+  const bool prunes = int(rows.ratio * model.key_length) > 0;
   const RowBytes bytes = {double(sparkv_key_row_bytes(&rows, model.key_length)),
-                          double(sparkv_value_row_bytes(&rows, model.value_length))};
+                          double(sparkv_value_row_bytes(&rows, model.value_length)),
+                          prunes ? 2.0 * model.key_length : 0.0};
   if (bytes.key > 0 && bytes.value > 0) return bytes;
   throw Error(
       kRuntime,
@@ -51,6 +55,40 @@ int64_t CellsOf(const LayerShape& layer, const ModelShape& model, int64_t contex
   return std::min(context, (model.sliding_window + kMicroBatch + 255) / 256 * 256);
 }
 
+Cache SolveBudget(Cache cache, const ModelShape& model, int64_t context) {
+  if (!cache.packed || cache.config.budget[0] == '\0') return cache;
+  // Layers by their number of cells, as llama.cpp groups them.
+  struct Group {
+    std::vector<sparkv_layer_shape> layers;
+    std::vector<int32_t> numbers;
+  };
+  std::map<int64_t, Group> groups;
+  for (size_t i = 0; i < model.layers.size(); ++i) {
+    if (model.layers[i].kv_heads == 0) continue;
+    Group& group = groups[CellsOf(model.layers[i], model, context)];
+    group.layers.push_back({model.layers[i].kv_heads, model.key_length, model.value_length});
+    group.numbers.push_back(int32_t(i));
+  }
+  std::vector<sparkv_shape> shapes;
+  for (const auto& [cells, group] : groups) {
+    sparkv_shape shape = {};
+    shape.struct_size = sizeof(shape);
+    shape.n_layers = int32_t(group.layers.size());
+    shape.layers = group.layers.data();
+    shape.cells_per_stream = cells;
+    shape.n_streams = 1;
+    shape.layer_numbers = group.numbers.data();
+    shape.n_model_layers = int32_t(model.layers.size());
+    shapes.push_back(shape);
+  }
+  sparkv_error error = {};
+  if (sparkv_config_budget(&cache.config, shapes.data(), int32_t(shapes.size()), &cache.config,
+                           &error) != SPARKV_OK) {
+    throw Error(kUsage, fmt::format("--kv-{}", error.text));
+  }
+  return cache;
+}
+
 double PredictedBytes(const Cache& cache, const ModelShape& model, int64_t context) {
   const double dense = 2.0 * (model.key_length + model.value_length);
   double bytes = 0;
@@ -60,7 +98,7 @@ double PredictedBytes(const Cache& cache, const ModelShape& model, int64_t conte
     const int64_t cells = CellsOf(layer, model, context);
     const int64_t stay =
         cache.packed ? std::min<int64_t>(cells, cache.config.sinks + cache.config.window) : 0;
-    const double table = cache.packed && cells > stay ? 2.0 * model.key_length : 0;
+    const double table = cells > stay ? packed.weights : 0.0;
     bytes += layer.kv_heads * (stay * dense + (cells - stay) * (packed.key + packed.value) + table);
   }
   return bytes;

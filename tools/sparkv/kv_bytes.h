@@ -11,9 +11,14 @@
 
 namespace sparkv {
 
+// `cache` with its budget, if it has one, turned into layers of their own for a context of
+// `context` tokens, as the plugin does. Throws Error(kUsage) when the budget is too small.
+Cache SolveBudget(Cache cache, const ModelShape& model, int64_t context);
+
 // Bytes of the rows of one token in one KV head.
 struct RowBytes {
   double key = 0, value = 0;
+  double weights = 0;  // of all tokens together
   bool operator==(const RowBytes&) const = default;
 };
 

@@ -29,6 +29,8 @@ constexpr Parameter kParameters[] = {
     {"simd", "auto|plain|avx2|avx512|neon", "instruction set of the kernels"},
     {"threads", "N", "threads of the kernels, 0: as many as the host uses"},
     {"layers", "LIST", "layers of their own: 0-1=spark-0-i8,29=spark-0.5-i6+q8"},
+    {"budget", "4bpe|512MiB|auto", "what the whole cache may take; chooses the rows of each layer"},
+    {"sensitivity", "LIST", "what a budget takes from which layer: 0-4:0.5,15-19:7.1"},
     {"protect", "first:N,last:N", "first and last layers that keep 8-bit numbers, none pruned"},
 };
 

@@ -63,6 +63,18 @@ class Memory(unittest.TestCase):
             cache["bits_per_element"],
             (cache["keys_bits_per_element"] + cache["values_bits_per_element"]) / 2, delta=0.01)
 
+    def test_a_budget_holds_when_the_cache_is_full(self):
+        cells = -(-self.ours.stats["tokens"] // 256) * 256
+        ours = self.complete(cells, "-fa", "on", SPARKV_BUDGET="5.5bpe",
+                             SPARKV_SENSITIVITY="15-24:5")
+        self.assertEqual(ours.code, 0, ours)
+        chosen = ours.stats["caches"][0]["budget_layers"]
+        self.assertIn(f"budget 5.5bpe: layers {chosen}", ours.err)
+        # The last 256 cells may be empty: sinks and window then weigh more.
+        empty = 100 / ours.stats["tokens"] - 100 / cells
+        self.assertLess(ours.stats["bits_per_element"], 5.5 + 12 * empty + 0.1)
+        self.assertGreater(ours.stats["bits_per_element"], 5.3)
+
     def test_layers_of_their_own_take_the_bytes_of_their_own_rows(self):
         ours = self.complete(CELLS, "-fa", "on", SPARKV_LAYERS="3=exact,10-19=spark-0.5-i8",
                              SPARKV_PROTECT="first:2,last:1")

@@ -37,6 +37,8 @@ class Refused(unittest.TestCase):
                             ("SPARKV_SEAL", "later"), ("SPARKV_SIMD", "neon"),
                             ("SPARKV_RECOVER", "median"), ("SPARKV_LOG", "loud"),
                             ("SPARKV_LAYERS", "3"), ("SPARKV_LAYERS", "3=spark-2"),
+                            ("SPARKV_BUDGET", "4"), ("SPARKV_BUDGET", "-1bpe"),
+                            ("SPARKV_SENSITIVITY", "3"),
                             ("SPARKV_PROTECT", "first"), ("SPARKV_PROTECT", "last:-1"),
                             ("SPARKV_FOO", "1")):
             with self.subTest(**{name: value}):
@@ -47,6 +49,10 @@ class Refused(unittest.TestCase):
     def test_a_layer_that_the_model_does_not_have(self):
         self.check(complete("-fa", "on", SPARKV_LAYERS="29-40=exact,30=exact"),
                    "layers: 30 is none of the model's 30 layers")
+
+    def test_a_budget_below_the_least(self):
+        for budget in ("2bpe", "100KiB"):
+            self.check(complete("-fa", "on", SPARKV_BUDGET=budget), f'budget: "{budget}" is below')
 
     def test_cache_types_of_llama_cpp(self):
         self.check(complete("-fa", "on", "-ctk", "q8_0"), "cache_k_l0", "q8_0", "-ctk")

@@ -26,9 +26,9 @@ golden: ## compare the library with reference vectors: make golden DIR=folder
 bench: build ## measure on this machine: build/bin/sparkv bench, ARGS= goes through
 	@build/bin/sparkv bench $(ARGS)
 
-bench-attend: ## one step of attention alone, beside ggml's: ARGS='--tokens=8192 --dim=64 --kv-heads=3 --group=3'
+bench-attend: ## attention, packing and writing alone, beside ggml's: ARGS=--help lists what can be varied
 	@scripts/build.sh attend_bench
-	@build/cmake/bench/attend_bench $(ARGS)
+	@OMP_WAIT_POLICY=passive build/cmake/bench/attend_bench $(ARGS)
 
 model-gemma: build ## fetch Gemma-3-270m (its terms are shown) into build/models/
 	@$(PYTHON) scripts/fetch.py gemma

@@ -1,0 +1,53 @@
+#include <cstdlib>
+#include <iostream>
+#include <random>
+
+#include "base/half.h"
+#include "bench.h"
+
+namespace sparkv::bench {
+
+std::string Case::name() const {
+  std::string name = what + "/" + side;
+  if (!simd.empty()) name += "/" + simd;
+  if (attends()) name += "/tokens=" + std::to_string(tokens);
+  if (what != "decode") name += "/rows=" + std::to_string(queries);
+  name += "/threads=" + std::to_string(threads);
+  if (attends()) name += "/sequences=" + std::to_string(sequences);
+  if (sequences > 1) name += unified ? "/unified" : "/split";
+  return name;
+}
+
+std::vector<uint16_t> Rows(const Shape& shape, int n, bool keys) {
+  std::mt19937 rng(keys ? 1 : 2);
+  std::normal_distribution<float> normal;
+  std::vector<float> cycle(1 << 16);
+  for (float& x : cycle) x = normal(rng);
+  std::vector<uint16_t> rows(shape.row() * size_t(n));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const float outlier = keys && i % 19 == 0 ? 4.0f : 1.0f;
+    rows[i] = FloatToHalf(outlier * cycle[(i + i / 40503) % cycle.size()]);
+  }
+  return rows;
+}
+
+std::vector<float> ToFloats(const std::vector<uint16_t>& rows) {
+  std::vector<float> floats(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) floats[i] = HalfToFloat(rows[i]);
+  return floats;
+}
+
+std::vector<float> Queries(const Shape& shape, int n) {
+  std::mt19937 rng(3);
+  std::normal_distribution<float> normal;
+  std::vector<float> q(size_t(n) * size_t(shape.n_heads()) * size_t(shape.dim));
+  for (float& x : q) x = normal(rng);
+  return q;
+}
+
+void Fail(int code, const std::string& text) {
+  std::cerr << "attend_bench: " << text << "\n";
+  std::exit(code);
+}
+
+}  // namespace sparkv::bench

@@ -1,0 +1,233 @@
+// Our cache through its C header, and packing alone through the table of kernels.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "base/thread_pool.h"
+#include "bench.h"
+#include "cache/weight_tables.h"
+#include "config/config.h"
+#include "ops/op_table.h"
+
+namespace sparkv::bench {
+namespace {
+
+constexpr uint16_t kHidden = 0xfc00;
+
+void Check(sparkv_status status, const sparkv_error& error) {
+  if (status != SPARKV_OK) Fail(1, error.text);
+}
+
+sparkv_config MakeConfig(const Case& c) {
+  sparkv_config config{};
+  config.struct_size = sizeof(config);
+  sparkv_error error{};
+  Check(sparkv_config_preset(&config, c.side.c_str(), &error), error);
+  Check(sparkv_config_set(&config, "simd", c.simd.c_str(), &error), error);
+  return config;
+}
+
+// Sequence s has the cells s * tokens and up, whether they are a stream of their own or not;
+// `spare` cells follow.
+class Cache {
+ public:
+  Cache(const Case& c, int spare) : shape_(c.shape) {
+    const sparkv_config config = MakeConfig(c);
+    const sparkv_layer_shape layer{shape_.kv_heads, shape_.dim, shape_.dim};
+    sparkv_shape cells{};
+    cells.struct_size = sizeof(cells);
+    cells.n_layers = 1;
+    cells.layers = &layer;
+    cells.cells_per_stream = int64_t{c.tokens} * (c.unified ? c.sequences : 1) + spare;
+    cells.n_streams = c.unified ? 1 : c.sequences;
+    sparkv_error error{};
+    Check(sparkv_cache_create(&config, &cells, &cache_, &error), error);
+  }
+  ~Cache() { sparkv_cache_free(cache_); }
+  Cache(const Cache&) = delete;
+  void operator=(const Cache&) = delete;
+
+  sparkv_cache* get() const { return cache_; }
+
+  void Write(const int64_t* cells, int64_t n, const void* keys, const void* values,
+             sparkv_row_type type) {
+    const size_t stride = shape_.row() * (type == SPARKV_ROW_F16 ? 2 : 4);
+    sparkv_error error{};
+    Check(sparkv_cache_write_keys(cache_, 0, cells, n, keys, type, stride, &error), error);
+    Check(sparkv_cache_write_values(cache_, 0, cells, n, values, type, stride, &error), error);
+  }
+
+  void Attend(sparkv_attend_args& args) {
+    args.struct_size = sizeof(args);
+    args.n_heads = shape_.n_heads();
+    args.scale = 1.0f / std::sqrt(float(shape_.dim));
+    args.q_head_stride = size_t(shape_.dim) * sizeof(float);
+    args.q_token_stride = args.q_head_stride * size_t(args.n_heads);
+    sparkv_error error{};
+    Check(sparkv_cache_attend(cache_, &args, &error), error);
+  }
+
+ private:
+  Shape shape_;
+  sparkv_cache* cache_ = nullptr;
+};
+
+class AttendSide : public Side {
+ public:
+  explicit AttendSide(const Case& c) : cache_(c, 0) {
+    Fill(c);
+    sparkv_memory memory{};
+    memory.struct_size = sizeof(memory);
+    sparkv_cache_memory(cache_.get(), &memory);
+    bytes_ = memory.bits / 16.0 * double(memory.f16_bytes);
+  }
+
+  void Prepare(const Case& c) override {
+    sparkv_cache_set_threads(cache_.get(), c.threads);
+    const int rows = c.queries * c.sequences;
+    q_ = Queries(c.shape, rows);
+    out_.resize(q_.size());
+    args_ = {};
+    args_.n_streams = c.unified ? 1 : c.sequences;
+    args_.n_tokens = rows / args_.n_streams;
+    args_.n_kv = int64_t{c.tokens} * c.sequences / args_.n_streams;
+    args_.q = q_.data();
+    args_.q_stream_stride = q_.size() / size_t(args_.n_streams) * sizeof(float);
+    args_.out = out_.data();
+    mask_.clear();
+    if (!c.unified) return;
+    mask_.assign(size_t(rows) * size_t(args_.n_kv), kHidden);
+    for (int row = 0; row < rows; ++row) {
+      const auto own = mask_.begin() + row * args_.n_kv + row / c.queries * int64_t{c.tokens};
+      std::fill(own, own + c.tokens, 0);
+    }
+    args_.mask = mask_.data();
+    args_.mask_token_stride = size_t(args_.n_kv) * sizeof(uint16_t);
+  }
+  void Step() override { cache_.Attend(args_); }
+  double bytes() const override { return bytes_; }
+
+ private:
+  // A query sees the 256 tokens before it, so that filling takes time linear in the tokens.
+  void Fill(const Case& c) {
+    constexpr int64_t kBatch = 128, kSees = 256;
+    const std::vector<uint16_t> keys = Rows(c.shape, c.tokens, true),
+                                values = Rows(c.shape, c.tokens, false);
+    std::vector<float> q = Queries(c.shape, kBatch), out(q.size());
+    std::vector<uint16_t> mask;
+    std::vector<int64_t> cells(kBatch);
+    for (int s = 0; s < c.sequences; ++s) {
+      const int64_t base = c.unified ? int64_t{s} * c.tokens : 0;  // within its stream
+      for (int64_t first = 0; first < c.tokens; first += kBatch) {
+        const int64_t n = std::min<int64_t>(kBatch, c.tokens - first), n_kv = base + first + n;
+        std::iota(cells.begin(), cells.end(), int64_t{s} * c.tokens + first);
+        mask.assign(size_t(n * n_kv), kHidden);
+        for (int64_t t = 0; t < n; ++t) {
+          const auto end = mask.begin() + t * n_kv + base + first + t + 1;
+          std::fill(end - std::min(kSees, first + t + 1), end, 0);
+        }
+        const size_t at = size_t(first) * c.shape.row();
+        cache_.Write(cells.data(), n, keys.data() + at, values.data() + at, SPARKV_ROW_F16);
+        sparkv_attend_args args{};
+        args.first_stream = c.unified ? 0 : s;
+        args.n_streams = 1;
+        args.n_kv = n_kv;
+        args.n_tokens = n;
+        args.q = q.data();
+        args.mask = mask.data();
+        args.mask_token_stride = size_t(n_kv) * sizeof(uint16_t);
+        args.out = out.data();
+        cache_.Attend(args);
+      }
+    }
+  }
+
+  Cache cache_;
+  sparkv_attend_args args_{};
+  std::vector<float> q_, out_;
+  std::vector<uint16_t> mask_;
+  double bytes_ = 0.0;
+};
+
+// Packs the rows that leave the window when a micro-batch arrives, in chunks like the cache.
+class SealSide : public Side {
+ public:
+  explicit SealSide(const Case& c)
+      : shape_(c.shape),
+        n_(c.queries),
+        keys_(Rows(c.shape, n_, true)),
+        values_(Rows(c.shape, n_, false)) {
+    const sparkv_config config = MakeConfig(c);
+    ops_ = CpuOps(sparkv_simd(config.simd));
+    key_ = KeyLayout::Make(shape_.dim, KeptChannels(config.ratio, shape_.dim),
+                           sparkv_number(config.kept), sparkv_recover(config.recover));
+    value_ = ValueLayout::Make(shape_.dim, sparkv_number(config.values));
+    std::vector<float> u = Queries(shape_, 1);
+    for (float& x : u) x = std::abs(x);
+    std::vector<uint16_t> restore(size_t(shape_.dim));
+    table_.resize(size_t(kWeightParts * shape_.dim + 16));
+    MakeTable(key_.recover, u.data(), shape_.dim, restore.data());
+    ExpandTable(restore.data(), shape_.dim, table_.data());
+    packed_.resize(rows() * row_bytes() + 128);
+    pool_.Resize(c.threads);
+  }
+  void Step() override {
+    constexpr size_t kChunk = 16;
+    pool_.ParallelFor(int64_t((rows() + kChunk - 1) / kChunk), [&](int64_t chunk, int) {
+      const size_t first = size_t(chunk) * kChunk, end = std::min(rows(), first + kChunk);
+      for (size_t i = first; i < end; ++i) {
+        uint8_t* to = packed_.data() + i * row_bytes();
+        const size_t from = i * size_t(shape_.dim);
+        ops_->pack_key(key_, key_.needs_table() ? table_.data() : nullptr, &keys_[from], to);
+        ops_->pack_value(value_, &values_[from], to + key_.bytes);
+      }
+    });
+  }
+  double bytes() const override {
+    return double(rows() * row_bytes() + (keys_.size() + values_.size()) * sizeof(uint16_t));
+  }
+
+ private:
+  size_t rows() const { return size_t(n_) * size_t(shape_.kv_heads); }  // of one head
+  size_t row_bytes() const { return key_.bytes + value_.bytes; }
+
+  Shape shape_;
+  int n_;
+  std::vector<uint16_t> keys_, values_;
+  const OpTable* ops_;
+  KeyLayout key_;
+  ValueLayout value_;
+  std::vector<float> table_;
+  std::vector<uint8_t> packed_;
+  ThreadPool pool_;
+};
+
+// Writes the same cells again and again: f32 in as a host gives it, f16 in dense slots out.
+class AppendSide : public Side {
+ public:
+  explicit AppendSide(const Case& c)
+      : cache_(c, c.queries),
+        cells_(size_t(c.queries)),
+        keys_(ToFloats(Rows(c.shape, c.queries, true))),
+        values_(ToFloats(Rows(c.shape, c.queries, false))) {
+    std::iota(cells_.begin(), cells_.end(), 0);
+  }
+  void Step() override {
+    cache_.Write(cells_.data(), int64_t(cells_.size()), keys_.data(), values_.data(),
+                 SPARKV_ROW_F32);
+  }
+  double bytes() const override { return double(keys_.size() + values_.size()) * (4 + 2); }
+
+ private:
+  Cache cache_;
+  std::vector<int64_t> cells_;
+  std::vector<float> keys_, values_;
+};
+
+}  // namespace
+
+std::unique_ptr<Side> SparkvAttend(const Case& c) { return std::make_unique<AttendSide>(c); }
+std::unique_ptr<Side> SparkvSeal(const Case& c) { return std::make_unique<SealSide>(c); }
+std::unique_ptr<Side> SparkvAppend(const Case& c) { return std::make_unique<AppendSide>(c); }
+
+}  // namespace sparkv::bench

@@ -59,10 +59,12 @@ elif name == "llama-perplexity":
         open(value("--kl-divergence-base"), "w").write("base")
         print("[1]20.0,")
     else:
-        kl = 0.005 if packed else 0.001
+        exact = value("-ctk") == "f32" if "-ctk" in args else False
+        kl = 0.005 if packed else 0.0 if value("-fa") == "off" else 0.0002 if exact else 0.001
         print("chunk header\n   1  20.1 +- 1\n\nMean PPL(Q)  :  20.5 +- 0.1\n"
               "Mean PPL(Q)-PPL(base) : 0.5\nMean PPL(Q)/PPL(base)   :  1.025 +- 0.1\n"
               "Mean    KLD:   %%f +- 0.1\n99.0%%%%   KLD:   0.07\n"
+              "Median  KLD:   0.002\nMedian  dp:  0.3%%%%\n"
               "Same top p: 96.5 +- 0.1 %%%%" %% kl)
 elif name == "llama-quantize":
     open(args[2], "wb").write(open(args[1], "rb").read())
@@ -411,6 +413,7 @@ class Command(unittest.TestCase):
         self.assertEqual(list(rows), ["f16", "q8_0", "q4_0", "spark-0.5-i8", "exact"])
         self.assertEqual(rows["f16"]["mean_kld"], 0.001)
         self.assertEqual(rows["exact"]["mean_kld"], 0.005)
+        self.assertEqual(rows["exact"]["median_kld"], 0.002)
         self.assertEqual(rows["exact"]["kld_99"], 0.07)
         self.assertAlmostEqual(rows["exact"]["top1_agreement"], 0.965)
         self.assertEqual(rows["exact"]["perplexity"], 20.5)
@@ -422,6 +425,16 @@ class Command(unittest.TestCase):
         self.assertEqual(base["args"][base["args"].index("-ctk") + 1], "f32")
         self.assertEqual(
             [a for f, a in zip(base["args"], base["args"][1:]) if f == "-fa"][-1], "off"
+        )
+
+    def test_eval_measures_its_noise_floor_with_two_exact_runs(self):
+        words = ["eval", "-m", self.model, "--passcodes", "0", "--baselines", "f32"]
+        report = json.loads(self.succeeds(*words, "--json"))
+        self.assertEqual(report["noise_floor"], {"same_run": 0, "flash_attention": 0.0002})
+        self.assertEqual(report["results"][0]["mean_kld"], 0.0002)  # f32 is a row like any other
+        self.assertIn(
+            "noise floor, mean KL of an exact f32 cache: 0.000000 the same run again, 0.000200",
+            self.succeeds(*words),
         )
 
     def test_eval_counts_a_passcode_only_when_it_is_exact(self):

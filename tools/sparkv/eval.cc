@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <stdlib.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -75,33 +76,30 @@ std::optional<double> NumberAfter(const std::string& line, const std::string& la
   return strtod(line.c_str() + colon + 1, nullptr);
 }
 
-Json RunPerplexity(const Settings& settings, const Cache& cache, const std::string& text,
-                   const std::string& base, const TemporaryFolder& folder) {
-  std::vector<std::string> args = {"-m", settings.model, "-f",
-                                   text, "-c",           fmt::format("{}", settings.context)};
+// One reading of the text: without "--kl-divergence" among `flags` it writes the base, with it the
+// reading is judged against that base.
+Json ReadText(const Settings& settings, const Cache& cache, const std::string& label,
+              const std::vector<std::string>& flags, const TemporaryFolder& folder) {
+  std::vector<std::string> args = {"-m", settings.model,
+                                   "-f", folder.File("text.txt"),
+                                   "-c", fmt::format("{}", settings.context)};
   const auto sizes = Sizes(settings);
   args.insert(args.end(), sizes.begin(), sizes.end());
-  args.insert(args.end(),
-              {"--chunks", fmt::format("{}", settings.chunks), "--kl-divergence-base", base});
-  const bool makes_base = cache.name == "f32";
-  if (makes_base) {
-    args.insert(args.end(), {"-fa", "off"});
-  } else {
-    args.push_back("--kl-divergence");
-  }
+  args.insert(args.end(), {"--chunks", fmt::format("{}", settings.chunks), "--kl-divergence-base",
+                           folder.File("base.kld")});
+  args.insert(args.end(), flags.begin(), flags.end());
   Command command = MakeCommand("llama-perplexity", cache, args);
-  const std::string stats = folder.File(cache.name + ".json");
-  if (cache.packed) command.environment.push_back("SPARKV_STATS=" + stats);
+  if (cache.packed) {
+    command.environment.push_back("SPARKV_STATS=" + folder.File(cache.name + ".json"));
+  }
 
-  Json result = {{"cache", cache.name}};
-  Progress progress(makes_base ? "base, f32 cache" : cache.name);
+  Json result = Json::object();
+  Progress progress(label);
   progress.Update("reading the text");
   const std::pair<const char*, const char*> fields[] = {
-      {"Mean PPL(Q) ", "perplexity"},
-      {"Mean PPL(Q)/PPL(base)", "perplexity_ratio"},
-      {"Mean    KLD", "mean_kld"},
-      {"99.0%   KLD", "kld_99"},
-      {"Same top p", "top1_agreement"}};
+      {"Mean PPL(Q) ", "perplexity"}, {"Mean PPL(Q)/PPL(base)", "perplexity_ratio"},
+      {"Mean    KLD", "mean_kld"},    {"Median  KLD", "median_kld"},
+      {"99.0%   KLD", "kld_99"},      {"Same top p", "top1_agreement"}};
   RunToEnd(
       command,
       [&](const std::string& line) {
@@ -113,18 +111,35 @@ Json RunPerplexity(const Settings& settings, const Cache& cache, const std::stri
         }
       },
       nullptr);
-  if (makes_base) return result;
-  if (!result.contains("mean_kld") || !result.contains("top1_agreement")) {
-    throw Error(
-        kRuntime,
-        fmt::format(
-            "llama-perplexity: no KL divergence in its output ({}); is the text longer than "
-            "2 x {} tokens?",
-            cache.name, settings.context));
+  if (std::find(flags.begin(), flags.end(), "--kl-divergence") == flags.end()) return result;
+  for (const auto& [label, field] : fields) {
+    if (result.contains(field)) continue;
+    throw Error(kRuntime,
+                fmt::format("llama-perplexity: no '{}' in its output ({}); is the text longer than "
+                            "2 x {} tokens?",
+                            label, cache.name, settings.context));
   }
+  return result;
+}
+
+// Two exact readings beside the base, the bounds of what the other numbers can tell: the same one
+// again, and one that computes attention as the compared caches do.
+Json NoiseFloor(const Settings& settings, const TemporaryFolder& folder) {
+  const Cache f32 = MakeCache("f32", {});
+  const auto mean = [&](const char* label, const std::vector<std::string>& flags) {
+    return ReadText(settings, f32, label, flags, folder)["mean_kld"];
+  };
+  return {{"same_run", mean("f32 cache again", {"-fa", "off", "--kl-divergence"})},
+          {"flash_attention", mean("f32 cache, -fa on", {"--kl-divergence"})}};
+}
+
+Json RunPerplexity(const Settings& settings, const Cache& cache, const TemporaryFolder& folder) {
+  Json result = ReadText(settings, cache, cache.name, {"--kl-divergence"}, folder);
+  result["cache"] = cache.name;
   result["top1_agreement"] = result["top1_agreement"].get<double>() / 100;
   result["bits_per_element"] = HostBits(cache.name);
   if (!cache.packed) return result;
+  const std::string stats = folder.File(cache.name + ".json");
   const Json measured = Json::parse(ReadFile(stats), nullptr, false);
   if (!measured.is_object()) throw Error(kRuntime, fmt::format("{}: not a JSON object", stats));
   for (const char* field : {"bits_per_element", "keys_bits_per_element", "values_bits_per_element",
@@ -181,14 +196,15 @@ void PrintTable(const Json& report) {
   fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off\n\n",
              report["model"].get<std::string>(), report["weights"].get<std::string>(),
              report["text"].get<std::string>(), report["context"].get<int>());
-  Table table({"cache", "bits/element", "perplexity", "x base", "mean KL", "99 % KL", "top-1",
-               "passcodes"});
+  Table table({"cache", "bits/element", "perplexity", "x base", "mean KL", "median KL", "99 % KL",
+               "top-1", "passcodes"});
   for (const auto& row : report["results"]) {
     const Json& codes = row["passcodes"];
     table.Add({row["cache"], fmt::format("{:.2f}", row["bits_per_element"].get<double>()),
                fmt::format("{:.3f}", row["perplexity"].get<double>()),
                fmt::format("{:.4f}", row["perplexity_ratio"].get<double>()),
                fmt::format("{:.6f}", row["mean_kld"].get<double>()),
+               fmt::format("{:.6f}", row["median_kld"].get<double>()),
                fmt::format("{:.5f}", row["kld_99"].get<double>()),
                fmt::format("{:.3f}", row["top1_agreement"].get<double>()),
                codes.is_null()
@@ -196,6 +212,11 @@ void PrintTable(const Json& report) {
                    : fmt::format("{}/{}", codes["exact"].get<int>(), codes["asked"].get<int>())});
   }
   table.PrintMarkdown();
+  const Json& floor = report["noise_floor"];
+  fmt::print(
+      "\nnoise floor, mean KL of an exact f32 cache: {:.6f} the same run again, {:.6f} with -fa on "
+      "as all rows have it\n",
+      floor["same_run"].get<double>(), floor["flash_attention"].get<double>());
 }
 
 int Eval(Settings settings) {
@@ -203,8 +224,7 @@ int Eval(Settings settings) {
   RequireModel(settings.model);
   const TemporaryFolder folder;
   const std::string prose = settings.file.empty() ? BuiltinText() : ReadFile(settings.file);
-  const std::string text = folder.File("text.txt");
-  WriteFile(text, prose);
+  WriteFile(folder.File("text.txt"), prose);
 
   Json report = {
       {"model", settings.model},     {"text", settings.file.empty() ? "built in" : settings.file},
@@ -216,19 +236,19 @@ int Eval(Settings settings) {
     settings.model = RequantizedModel(settings.model);
   } else if (quantised) {
     Note(
-        "the weights are quantised: equally valid runs differ by about .0065 in mean KL; "
-        "--requantize-f32 removes that floor");
+        "the weights are quantised: equally valid runs differ, see the noise floor; "
+        "--requantize-f32 removes it");
   }
   report["weights"] = !quantised            ? "unquantised"
                       : settings.requantize ? "requantised to F32"
                                             : "quantised";
 
-  const std::string base = folder.File("base.kld");
-  RunPerplexity(settings, MakeCache("f32", {}), text, base, folder);
+  ReadText(settings, MakeCache("f32", {}), "base, f32 cache", {"-fa", "off"}, folder);
+  report["noise_floor"] = NoiseFloor(settings, folder);
   const Passcodes passcodes =
       HidePasscodes(prose, settings.passcode_words, settings.passcodes, settings.seed);
   for (const Cache& cache : caches) {
-    Json row = RunPerplexity(settings, cache, text, base, folder);
+    Json row = RunPerplexity(settings, cache, folder);
     row["passcodes"] =
         settings.passcodes > 0 ? RunPasscodes(settings, cache, passcodes, folder) : Json();
     report["results"].push_back(row);

@@ -12,8 +12,8 @@
 #include "http.h"
 #include "kv_options.h"
 #include "launch.h"
-#include "passcode.h"
 #include "report.h"
+#include "tasks.h"
 
 namespace sparkv {
 namespace {
@@ -21,11 +21,14 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
+constexpr size_t kAnswerTokens = 8;
+
 struct Settings {
   KvOptions kv;
   std::string model, file, baselines = "f16,q8_0,q4_0";
   int context = 2048, batch = 512, ubatch = 128, chunks = -1, threads = 0;
-  int passcodes = 8, passcode_words = 1000;
+  std::vector<std::string> tasks = {"passcode"};
+  int questions = 8, task_words = 1000;
   uint32_t seed = 1;
   bool requantize = false, json = false;
 };
@@ -149,46 +152,91 @@ Json RunPerplexity(const Settings& settings, const Cache& cache, const Temporary
   return result;
 }
 
-Json RunPasscodes(const Settings& settings, const Cache& cache, const Passcodes& passcodes,
-                  const TemporaryFolder& folder) {
-  Progress progress(cache.name + ", passcodes");
-  progress.Update("reading the text");
+// A task as the server takes it.
+struct TokenTask {
+  Task task;
+  Json text;
+  std::vector<Json> questions;
+  size_t longest = 0;  // tokens of the text, a question and the answer
+};
+
+std::vector<std::string> ServerArguments(const Settings& settings, size_t context) {
   std::vector<std::string> args = {
-      "-m",          settings.model,
-      "-c",          fmt::format("{}", 2 * settings.passcode_words + 512),
-      "-np",         "1",
-      "-fit",        "off",
-      "--cache-ram", "0"};
+      "-m",  settings.model, "-c", fmt::format("{}", context), "-np", "1", "-fit",
+      "off", "--cache-ram",  "0"};
   const auto sizes = Sizes(settings);
   args.insert(args.end(), sizes.begin(), sizes.end());
-  Server server(cache, args, folder.File(cache.name + ".log"), {});
+  return args;
+}
+
+// Once for all caches: their servers then get a context that fits.
+std::vector<TokenTask> Tokenise(const Settings& settings, const std::vector<Task>& tasks, int limit,
+                                const TemporaryFolder& folder) {
+  std::vector<TokenTask> out;
+  if (tasks.empty()) return out;
+  Server server(MakeCache("f16", {}), ServerArguments(settings, 256), folder.File("tokens.log"),
+                {});
   const auto tokens = [&](const std::string& text, bool first) {
     return server
         .Post("/tokenize", {{"content", text}, {"add_special", first}, {"parse_special", false}})
         .at("tokens");
   };
-  const Json text = tokens(passcodes.text, true);
-  Json request = {{"prompt", text},
+  for (const Task& task : tasks) {
+    TokenTask made{task, tokens(task.text, true), {}};
+    for (const auto& item : made.task.items) {
+      made.questions.push_back(tokens(item.question, false));
+      made.longest =
+          std::max(made.longest, made.text.size() + made.questions.back().size() + kAnswerTokens);
+    }
+    if (limit > 0 && made.longest > size_t(limit)) {
+      throw Error(kUsage, fmt::format("--task-words: '{}' takes {} tokens, the model is for {}",
+                                      made.task.name, made.longest, limit));
+    }
+    out.push_back(std::move(made));
+  }
+  return out;
+}
+
+Json RunTask(const TokenTask& task, Server* server, const std::string& cache) {
+  Progress progress(fmt::format("{}, {}", cache, task.task.name));
+  progress.Update(fmt::format("reading {} tokens", task.text.size()));
+  // Nothing of the task before is kept; its questions then keep what has been read.
+  Json request = {{"prompt", task.text},
                   {"n_predict", 1},
                   {"temperature", 0},
-                  {"cache_prompt", true},
+                  {"cache_prompt", false},
                   {"id_slot", 0}};
-  server.Post("/completion", request);
-  Json result = {{"tokens", text.size()}, {"answers", Json::array()}};
+  server->Post("/completion", request);
+  request["cache_prompt"] = true;
+  request["n_predict"] = kAnswerTokens;
+  Json result = {{"tokens", task.text.size()}, {"answers", Json::array()}};
   int right = 0;
-  for (const auto& item : passcodes.items) {
-    progress.Update(
-        fmt::format("question {} of {}", result["answers"].size() + 1, passcodes.items.size()));
-    request["prompt"] = text;
-    for (const auto& token : tokens(item.question, false)) request["prompt"].push_back(token);
-    request["n_predict"] = 8;
-    const std::string answer = server.Post("/completion", request).at("content");
-    const bool exact = AnswersCode(answer, item.code);
-    right += exact;
-    result["answers"].push_back({{"code", item.code}, {"answer", answer}, {"exact", exact}});
+  for (size_t i = 0; i < task.questions.size(); ++i) {
+    progress.Update(fmt::format("question {} of {}", i + 1, task.questions.size()));
+    request["prompt"] = task.text;
+    for (const auto& token : task.questions[i]) request["prompt"].push_back(token);
+    const std::string answer = server->Post("/completion", request).at("content");
+    const auto& item = task.task.items[i];
+    const bool is_right = IsRight(answer, item.expected);
+    right += is_right;
+    result["answers"].push_back({{"question", item.question},
+                                 {"expected", item.expected},
+                                 {"answer", answer},
+                                 {"right", is_right}});
   }
-  result["exact"] = right;
-  result["asked"] = passcodes.items.size();
+  result["right"] = right;
+  result["asked"] = task.questions.size();
+  return result;
+}
+
+Json RunTasks(const Settings& settings, const Cache& cache, const std::vector<TokenTask>& tasks,
+              const TemporaryFolder& folder) {
+  Json result = Json::object();
+  if (tasks.empty()) return result;
+  size_t context = 0;
+  for (const auto& task : tasks) context = std::max(context, task.longest);
+  Server server(cache, ServerArguments(settings, context), folder.File(cache.name + ".log"), {});
+  for (const auto& task : tasks) result[task.task.name] = RunTask(task, &server, cache.name);
   return result;
 }
 
@@ -196,20 +244,27 @@ void PrintTable(const Json& report) {
   fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off\n\n",
              report["model"].get<std::string>(), report["weights"].get<std::string>(),
              report["text"].get<std::string>(), report["context"].get<int>());
-  Table table({"cache", "bits/element", "perplexity", "x base", "mean KL", "median KL", "99 % KL",
-               "top-1", "passcodes"});
+  std::vector<std::string> header = {"cache",   "bits/element", "perplexity", "x base",
+                                     "mean KL", "median KL",    "99 % KL",    "top-1"};
+  for (const auto& task : report["tasks"]) header.push_back(task);
+  Table table(header);
   for (const auto& row : report["results"]) {
-    const Json& codes = row["passcodes"];
-    table.Add({row["cache"], fmt::format("{:.2f}", row["bits_per_element"].get<double>()),
-               fmt::format("{:.3f}", row["perplexity"].get<double>()),
-               fmt::format("{:.4f}", row["perplexity_ratio"].get<double>()),
-               fmt::format("{:.6f}", row["mean_kld"].get<double>()),
-               fmt::format("{:.6f}", row["median_kld"].get<double>()),
-               fmt::format("{:.5f}", row["kld_99"].get<double>()),
-               fmt::format("{:.3f}", row["top1_agreement"].get<double>()),
-               codes.is_null()
-                   ? "-"
-                   : fmt::format("{}/{}", codes["exact"].get<int>(), codes["asked"].get<int>())});
+    std::vector<std::string> cells = {row["cache"]};
+    const auto number = [&](const char* field, int digits) {
+      cells.push_back(fmt::format("{:.{}f}", row[field].get<double>(), digits));
+    };
+    number("bits_per_element", 2);
+    number("perplexity", 3);
+    number("perplexity_ratio", 4);
+    number("mean_kld", 6);
+    number("median_kld", 6);
+    number("kld_99", 5);
+    number("top1_agreement", 3);
+    for (const auto& task : report["tasks"]) {
+      const Json& done = row["tasks"][task.get<std::string>()];
+      cells.push_back(fmt::format("{}/{}", done["right"].get<int>(), done["asked"].get<int>()));
+    }
+    table.Add(cells);
   }
   table.PrintMarkdown();
   const Json& floor = report["noise_floor"];
@@ -225,13 +280,16 @@ int Eval(Settings settings) {
   const TemporaryFolder folder;
   const std::string prose = settings.file.empty() ? BuiltinText() : ReadFile(settings.file);
   WriteFile(folder.File("text.txt"), prose);
+  std::vector<Task> made =
+      MakeTasks(settings.tasks, prose, settings.task_words, settings.questions, settings.seed);
 
   Json report = {
       {"model", settings.model},     {"text", settings.file.empty() ? "built in" : settings.file},
       {"context", settings.context}, {"batch", settings.batch},
       {"ubatch", settings.ubatch},   {"seed", settings.seed},
       {"machine", Machine()},        {"results", Json::array()}};
-  const bool quantised = ReadModelShape(settings.model).Quantised();
+  const ModelShape shape = ReadModelShape(settings.model);
+  const bool quantised = shape.Quantised();
   if (quantised && settings.requantize) {
     settings.model = RequantizedModel(settings.model);
   } else if (quantised) {
@@ -243,14 +301,14 @@ int Eval(Settings settings) {
                       : settings.requantize ? "requantised to F32"
                                             : "quantised";
 
+  const auto tasks = Tokenise(settings, made, shape.context_length, folder);
+  report["tasks"] = Json::array();
+  for (const auto& task : tasks) report["tasks"].push_back(task.task.name);
   ReadText(settings, MakeCache("f32", {}), "base, f32 cache", {"-fa", "off"}, folder);
   report["noise_floor"] = NoiseFloor(settings, folder);
-  const Passcodes passcodes =
-      HidePasscodes(prose, settings.passcode_words, settings.passcodes, settings.seed);
   for (const Cache& cache : caches) {
     Json row = RunPerplexity(settings, cache, folder);
-    row["passcodes"] =
-        settings.passcodes > 0 ? RunPasscodes(settings, cache, passcodes, folder) : Json();
+    row["tasks"] = RunTasks(settings, cache, tasks, folder);
     report["results"].push_back(row);
   }
   if (settings.json) {
@@ -287,25 +345,35 @@ std::function<int()> AddEval(CLI::App* app) {
       ->check(CLI::Range(0, 1024));
   app->add_option("--baselines", settings->baselines, "llama.cpp caches to compare with")
       ->capture_default_str();
-  app->add_option("--passcodes", settings->passcodes, "passcodes to hide and ask for, 0: none")
-      ->check(CLI::Range(0, 16))
-      ->capture_default_str();
-  app->add_option("--passcode-words", settings->passcode_words, "words of the text that hide them")
+  app->add_option("--tasks", settings->tasks, "list of retrieval tasks, see below")
+      ->delimiter(',')
+      ->check(CLI::IsMember(TaskNames()))
+      ->type_name(fmt::format("{}", fmt::join(TaskNames(), "|")))
+      ->default_str("passcode");
+  app->add_option("--task-words", settings->task_words, "words of the text of a task")
       ->check(CLI::Range(100, 100000))
       ->capture_default_str();
-  app->add_option("-s,--seed", settings->seed, "seed of the passcodes")->capture_default_str();
+  app->add_option("--questions", settings->questions, "questions of a task, 0: no tasks")
+      ->check(CLI::Range(0, 16))
+      ->capture_default_str();
+  app->add_option("-s,--seed", settings->seed, "seed of the tasks")->capture_default_str();
   app->add_flag("--requantize-f32", settings->requantize,
                 "judge with F32 weights, made once and cached");
   app->add_flag("--json", settings->json, "JSON on stdout, with every answer");
   AddKvOptions(app, &settings->kv);
   app->footer(
-      "--kv-preset takes a list here. The base of all KL divergences is an f32 cache with -fa off. "
-      "The passcode\n"
-      "questions are asked after the text has been read and packed.\n\n"
+      "--kv-preset takes a list here. The base of all KL divergences is an f32 cache with -fa "
+      "off.\n"
+      "Tasks, each a text that is read and packed before its questions are asked, one by one:\n"
+      "  passcode   passcodes spread over the text of -f\n"
+      "  multikey   many keys of the same few words, some of them asked\n"
+      "  variables  VAR A = 12345, later VAR B = VAR A, later VAR C = VAR B: the value of C\n"
+      "  words      lists of words, the one that occurs most often in each\n\n"
       "Examples\n"
       "  sparkv eval -m model.gguf --requantize-f32\n"
       "  sparkv eval -m model.gguf -f book.txt -c 4096 --kv-preset spark-0.5-i8,spark-0.5-i5 "
-      "--json");
+      "--json\n"
+      "  sparkv eval -m model.gguf -f book.txt --tasks passcode,variables --task-words 12000");
   return [=] { return Eval(*settings); };
 }
 

@@ -63,7 +63,7 @@ int Main(std::vector<std::string> words) {
       [&](CLI::App* command) { return AddServe(command, &parts.host); });
   add("bench", "speed beside llama.cpp's own caches", AddBench);
   add("inspect", "bytes of a preset for a model; pictures of what was kept", AddInspect);
-  add("eval", "perplexity, KL divergence, agreement, passcodes", AddEval);
+  add("eval", "perplexity, KL divergence, agreement, retrieval tasks", AddEval);
 
   std::reverse(parts.own.begin(), parts.own.end());  // as CLI11 wants it
   try {

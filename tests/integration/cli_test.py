@@ -54,7 +54,7 @@ if "SPARKV_STATS" in env:
     json.dump({"bits_per_element": 4.5, "keys_bits_per_element": 4.6,
                "values_bits_per_element": 4.4, "resident_bytes": 1000, "config": "made up"},
               open(env["SPARKV_STATS"], "w"))
-if "--fail" in args:
+if os.environ.get("FAIL", "--fail") in args:
     sys.stderr.write("stand-in: something went wrong\n")
     sys.exit(7)
 if "--die" in args:
@@ -524,6 +524,92 @@ class Command(unittest.TestCase):
         self.assertEqual(self.calls(), [])  # before anything runs
         words = ["'passcode'", "the model is for 8192"]
         self.refuses(2, words, "eval", "-m", self.model, "--task-words", "2000")
+
+    def resumable(self, *words):
+        file = self.folder / "so-far.json"
+        return file, ["eval", "-m", self.model, "--resume", file, "--json", *words]
+
+    def perplexity_caches(self):
+        calls = [call["args"] for call in self.calls() if call["name"] == "llama-perplexity"]
+        (self.folder / "calls").unlink(missing_ok=True)
+        return [c[c.index("-ctk") + 1] if "-ctk" in c else "packed" for c in calls]
+
+    def test_eval_goes_on_where_it_was_stopped(self):
+        file, words = self.resumable()
+        done = self.run_sparkv(*words, FAIL="q8_0")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertEqual(self.perplexity_caches(), ["f32", "f32", "f32", "f16", "q8_0"])
+        self.assertEqual(list(json.loads(file.read_text())["results"]), ["f16", "noise floor"])
+
+        done = self.run_sparkv(*words)
+        self.assertIn("1 of 4 caches are done already", done.stderr)
+        self.assertEqual(self.perplexity_caches(), ["f32", "q8_0", "q4_0", "packed"])
+        whole = json.loads(self.succeeds(*words))
+        self.assertEqual(self.calls(), [])  # nothing was left to do
+        fresh = json.loads(self.succeeds("eval", "-m", self.model, "--json"))
+        for report in (whole, fresh, json.loads(done.stdout)):
+            del report["machine"]
+            self.assertEqual(report, whole)
+        # Another list of caches adds to the file.
+        self.perplexity_caches()
+        more = json.loads(self.succeeds(*words, "--kv-preset", "exact"))
+        self.assertEqual(self.perplexity_caches(), ["f32", "packed"])
+        self.assertEqual(more["results"][:3], whole["results"][:3])
+        self.assertEqual(list(self.folder.glob("*.partial")), [])
+
+    def test_eval_never_mixes_results_of_other_settings(self):
+        file, words = self.resumable("--baselines", "f16", "--kv-preset", "exact")
+        self.succeeds(*words)
+        kept = file.read_text()
+        other_text = self.write("text.txt", "Words of another text. " * 300)
+        for field, args in (
+            ("ctx-size 2048, not 1024", ["-c", "1024"]),
+            ("chunks -1, not 1", ["--chunks", "1"]),
+            ("seed 1, not 2", ["-s", "2"]),
+            ("tasks", ["--tasks", "words"]),
+            ("task-words", ["--task-words", "500"]),
+            ("questions", ["--questions", "2"]),
+            ("text", ["-f", other_text]),
+            ("kv options", ["--kv-window", "32"]),
+        ):
+            with self.subTest(field=field):
+                self.refuses(2, ["--resume", str(file), "with " + field], *words, *args)
+        os.utime(self.model, (1, 1))
+        self.refuses(2, ["with model"], *words)
+        os.utime(self.plugin, (1, 1))
+        self.refuses(2, ["with "], *words)
+        self.assertEqual(file.read_text(), kept)
+
+    def test_a_damaged_file_of_results_is_refused_by_its_field(self):
+        file, words = self.resumable("--baselines", "f16", "--kv-preset", "exact")
+        self.succeeds(*words)
+        whole = json.loads(file.read_text())
+
+        def without(name, *path):
+            data = json.loads(file_text)
+            entry = data["results"][name]
+            for key in path[:-1]:
+                entry = entry[key]
+            entry[path[-1]] = "?"
+            return json.dumps(data)
+
+        file_text = json.dumps(whole)
+        for expected, text in (
+            ("no JSON object", ""),
+            ("no JSON object", file_text[:-10]),
+            ("no JSON object", "[]"),
+            ("'settings'", "{}"),
+            ("'results'", json.dumps({**whole, "results": 1})),
+            ("'f16/mean_kld'", without("f16", "mean_kld")),
+            ("'exact/tasks/passcode/right'", without("exact", "tasks", "passcode", "right")),
+            ("'noise floor/same_run'", without("noise floor", "same_run")),
+            ("'f16/", json.dumps({**whole, "results": {"f16": 3}})),
+        ):
+            with self.subTest(expected=expected):
+                file.write_text(text)
+                self.refuses(1, [str(file), expected], *words)
+                self.assertEqual(file.read_text(), text)
+        self.refuses(1, ["/no/folder"], *words[:3], "--resume", "/no/folder/x.json")
 
     def test_eval_warns_of_quantised_weights_and_makes_f32_ones_once(self):
         model = self.write("quantised.gguf", gguf(changed("general.file_type", 3)))

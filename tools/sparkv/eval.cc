@@ -12,6 +12,7 @@
 #include "http.h"
 #include "kv_options.h"
 #include "launch.h"
+#include "partial.h"
 #include "report.h"
 #include "tasks.h"
 
@@ -25,7 +26,7 @@ constexpr size_t kAnswerTokens = 8;
 
 struct Settings {
   KvOptions kv;
-  std::string model, file, baselines = "f16,q8_0,q4_0";
+  std::string model, file, resume, baselines = "f16,q8_0,q4_0";
   int context = 2048, batch = 512, ubatch = 128, chunks = -1, threads = 0;
   std::vector<std::string> tasks = {"passcode"};
   int questions = 8, task_words = 1000;
@@ -138,7 +139,6 @@ Json NoiseFloor(const Settings& settings, const TemporaryFolder& folder) {
 
 Json RunPerplexity(const Settings& settings, const Cache& cache, const TemporaryFolder& folder) {
   Json result = ReadText(settings, cache, cache.name, {"--kl-divergence"}, folder);
-  result["cache"] = cache.name;
   result["top1_agreement"] = result["top1_agreement"].get<double>() / 100;
   result["bits_per_element"] = HostBits(cache.name);
   if (!cache.packed) return result;
@@ -240,26 +240,30 @@ Json RunTasks(const Settings& settings, const Cache& cache, const std::vector<To
   return result;
 }
 
+struct Column {
+  const char* field;
+  const char* header;
+  int digits;
+};
+
+constexpr Column kColumns[] = {
+    {"bits_per_element", "bits/element", 2}, {"perplexity", "perplexity", 3},
+    {"perplexity_ratio", "x base", 4},       {"mean_kld", "mean KL", 6},
+    {"median_kld", "median KL", 6},          {"kld_99", "99 % KL", 5},
+    {"top1_agreement", "top-1", 3}};
+
 void PrintTable(const Json& report) {
   fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off\n\n",
              report["model"].get<std::string>(), report["weights"].get<std::string>(),
              report["text"].get<std::string>(), report["context"].get<int>());
-  std::vector<std::string> header = {"cache",   "bits/element", "perplexity", "x base",
-                                     "mean KL", "median KL",    "99 % KL",    "top-1"};
+  std::vector<std::string> header = {"cache"};
+  for (const Column& column : kColumns) header.push_back(column.header);
   for (const auto& task : report["tasks"]) header.push_back(task);
   Table table(header);
   for (const auto& row : report["results"]) {
     std::vector<std::string> cells = {row["cache"]};
-    const auto number = [&](const char* field, int digits) {
-      cells.push_back(fmt::format("{:.{}f}", row[field].get<double>(), digits));
-    };
-    number("bits_per_element", 2);
-    number("perplexity", 3);
-    number("perplexity_ratio", 4);
-    number("mean_kld", 6);
-    number("median_kld", 6);
-    number("kld_99", 5);
-    number("top1_agreement", 3);
+    for (const Column& column : kColumns)
+      cells.push_back(fmt::format("{:.{}f}", row[column.field].get<double>(), column.digits));
     for (const auto& task : report["tasks"]) {
       const Json& done = row["tasks"][task.get<std::string>()];
       cells.push_back(fmt::format("{}/{}", done["right"].get<int>(), done["asked"].get<int>()));
@@ -274,42 +278,90 @@ void PrintTable(const Json& report) {
       floor["same_run"].get<double>(), floor["flash_attention"].get<double>());
 }
 
+// All that a number depends on but the cache itself: results of other settings are never mixed.
+Json ResumeSettings(const Settings& settings, const std::vector<Cache>& caches,
+                    const std::string& prose, const Json& tasks) {
+  const bool packed =
+      std::any_of(caches.begin(), caches.end(), [](const Cache& cache) { return cache.packed; });
+  return {{"version", sparkv_version()},
+          {"llama-perplexity", FileStamp(FindProgram("llama-perplexity"))},
+          {"plugin", packed ? FileStamp(FindPlugin()) : "none"},
+          {"cpu", Machine()["cpu"]},
+          {"model", FileStamp(settings.model)},
+          {"requantize-f32", settings.requantize},
+          {"text", TextHash(prose)},
+          {"ctx-size", settings.context},
+          {"batch-size", settings.batch},
+          {"ubatch-size", settings.ubatch},
+          {"chunks", settings.chunks},
+          {"threads", settings.threads},
+          {"tasks", tasks},
+          {"task-words", settings.task_words},
+          {"questions", settings.questions},
+          {"seed", settings.seed},
+          {"kv options", settings.kv.values}};
+}
+
 int Eval(Settings settings) {
   const std::vector<Cache> caches = MakeCaches(settings.baselines, settings.kv);
   RequireModel(settings.model);
   const TemporaryFolder folder;
   const std::string prose = settings.file.empty() ? BuiltinText() : ReadFile(settings.file);
   WriteFile(folder.File("text.txt"), prose);
-  std::vector<Task> made =
+  const std::vector<Task> tasks =
       MakeTasks(settings.tasks, prose, settings.task_words, settings.questions, settings.seed);
+  const ModelShape shape = ReadModelShape(settings.model);
 
   Json report = {
       {"model", settings.model},     {"text", settings.file.empty() ? "built in" : settings.file},
       {"context", settings.context}, {"batch", settings.batch},
       {"ubatch", settings.ubatch},   {"seed", settings.seed},
-      {"machine", Machine()},        {"results", Json::array()}};
-  const ModelShape shape = ReadModelShape(settings.model);
-  const bool quantised = shape.Quantised();
-  if (quantised && settings.requantize) {
-    settings.model = RequantizedModel(settings.model);
-  } else if (quantised) {
-    Note(
-        "the weights are quantised: equally valid runs differ, see the noise floor; "
-        "--requantize-f32 removes it");
+      {"machine", Machine()},        {"tasks", Json::array()}};
+  std::vector<std::string> numbers;
+  for (const Column& column : kColumns) numbers.push_back(fmt::format("/{}", column.field));
+  for (const Task& task : tasks) {
+    report["tasks"].push_back(task.name);
+    for (const char* field : {"right", "asked"})
+      numbers.push_back(fmt::format("/tasks/{}/{}", task.name, field));
   }
-  report["weights"] = !quantised            ? "unquantised"
+  report["weights"] = !shape.Quantised()    ? "unquantised"
                       : settings.requantize ? "requantised to F32"
                                             : "quantised";
 
-  const auto tasks = Tokenise(settings, made, shape.context_length, folder);
-  report["tasks"] = Json::array();
-  for (const auto& task : tasks) report["tasks"].push_back(task.task.name);
-  ReadText(settings, MakeCache("f32", {}), "base, f32 cache", {"-fa", "off"}, folder);
-  report["noise_floor"] = NoiseFloor(settings, folder);
-  for (const Cache& cache : caches) {
-    Json row = RunPerplexity(settings, cache, folder);
-    row["tasks"] = RunTasks(settings, cache, tasks, folder);
-    report["results"].push_back(row);
+  PartialResults partial(settings.resume, ResumeSettings(settings, caches, prose, report["tasks"]));
+  Json floor = partial.Find("noise floor", {"/same_run", "/flash_attention"});
+  std::vector<Json> rows;
+  for (const Cache& cache : caches) rows.push_back(partial.Find(cache.name, numbers));
+  const auto done =
+      std::count_if(rows.begin(), rows.end(), [](const Json& row) { return !row.is_null(); });
+  if (done > 0) {
+    Note(fmt::format("{}: {} of {} caches are done already", settings.resume, done, caches.size()));
+  }
+  if (floor.is_null() || done < static_cast<long>(caches.size())) {
+    if (shape.Quantised() && settings.requantize) {
+      settings.model = RequantizedModel(settings.model);
+    } else if (shape.Quantised()) {
+      Note(
+          "the weights are quantised: equally valid runs differ, see the noise floor; "
+          "--requantize-f32 removes it");
+    }
+    const auto token_tasks = Tokenise(settings, tasks, shape.context_length, folder);
+    ReadText(settings, MakeCache("f32", {}), "base, f32 cache", {"-fa", "off"}, folder);
+    if (floor.is_null()) {
+      floor = NoiseFloor(settings, folder);
+      partial.Add("noise floor", floor);
+    }
+    for (size_t i = 0; i < caches.size(); ++i) {
+      if (!rows[i].is_null()) continue;
+      rows[i] = RunPerplexity(settings, caches[i], folder);
+      rows[i]["tasks"] = RunTasks(settings, caches[i], token_tasks, folder);
+      partial.Add(caches[i].name, rows[i]);
+    }
+  }
+  report["noise_floor"] = floor;
+  for (size_t i = 0; i < caches.size(); ++i) {
+    rows[i]["cache"] = caches[i].name;
+    report["results"].push_back(rows[i]);
   }
   if (settings.json) {
     PrintJson(report);
@@ -357,6 +409,9 @@ std::function<int()> AddEval(CLI::App* app) {
       ->check(CLI::Range(0, 16))
       ->capture_default_str();
   app->add_option("-s,--seed", settings->seed, "seed of the tasks")->capture_default_str();
+  app->add_option("--resume", settings->resume,
+                  "file of the results so far; what it has is not measured again")
+      ->type_name("FILE");
   app->add_flag("--requantize-f32", settings->requantize,
                 "judge with F32 weights, made once and cached");
   app->add_flag("--json", settings->json, "JSON on stdout, with every answer");
@@ -373,7 +428,8 @@ std::function<int()> AddEval(CLI::App* app) {
       "  sparkv eval -m model.gguf --requantize-f32\n"
       "  sparkv eval -m model.gguf -f book.txt -c 4096 --kv-preset spark-0.5-i8,spark-0.5-i5 "
       "--json\n"
-      "  sparkv eval -m model.gguf -f book.txt --tasks passcode,variables --task-words 12000");
+      "  sparkv eval -m model.gguf -f book.txt --tasks passcode,variables --task-words 12000 "
+      "--resume so-far.json");
   return [=] { return Eval(*settings); };
 }
 

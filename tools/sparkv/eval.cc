@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <stdlib.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -11,8 +12,9 @@
 #include "http.h"
 #include "kv_options.h"
 #include "launch.h"
-#include "passcode.h"
+#include "partial.h"
 #include "report.h"
+#include "tasks.h"
 
 namespace sparkv {
 namespace {
@@ -20,11 +22,14 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
+constexpr size_t kAnswerTokens = 8;
+
 struct Settings {
   KvOptions kv;
-  std::string model, file, baselines = "f16,q8_0,q4_0";
+  std::string model, file, resume, baselines = "f16,q8_0,q4_0";
   int context = 2048, batch = 512, ubatch = 128, chunks = -1, threads = 0;
-  int passcodes = 8, passcode_words = 1000;
+  std::vector<std::string> tasks = {"passcode"};
+  int questions = 8, task_words = 1000;
   uint32_t seed = 1;
   bool requantize = false, json = false;
 };
@@ -75,33 +80,30 @@ std::optional<double> NumberAfter(const std::string& line, const std::string& la
   return strtod(line.c_str() + colon + 1, nullptr);
 }
 
-Json RunPerplexity(const Settings& settings, const Cache& cache, const std::string& text,
-                   const std::string& base, const TemporaryFolder& folder) {
-  std::vector<std::string> args = {"-m", settings.model, "-f",
-                                   text, "-c",           fmt::format("{}", settings.context)};
+// One reading of the text: without "--kl-divergence" among `flags` it writes the base, with it the
+// reading is judged against that base.
+Json ReadText(const Settings& settings, const Cache& cache, const std::string& label,
+              const std::vector<std::string>& flags, const TemporaryFolder& folder) {
+  std::vector<std::string> args = {"-m", settings.model,
+                                   "-f", folder.File("text.txt"),
+                                   "-c", fmt::format("{}", settings.context)};
   const auto sizes = Sizes(settings);
   args.insert(args.end(), sizes.begin(), sizes.end());
-  args.insert(args.end(),
-              {"--chunks", fmt::format("{}", settings.chunks), "--kl-divergence-base", base});
-  const bool makes_base = cache.name == "f32";
-  if (makes_base) {
-    args.insert(args.end(), {"-fa", "off"});
-  } else {
-    args.push_back("--kl-divergence");
-  }
+  args.insert(args.end(), {"--chunks", fmt::format("{}", settings.chunks), "--kl-divergence-base",
+                           folder.File("base.kld")});
+  args.insert(args.end(), flags.begin(), flags.end());
   Command command = MakeCommand("llama-perplexity", cache, args);
-  const std::string stats = folder.File(cache.name + ".json");
-  if (cache.packed) command.environment.push_back("SPARKV_STATS=" + stats);
+  if (cache.packed) {
+    command.environment.push_back("SPARKV_STATS=" + folder.File(cache.name + ".json"));
+  }
 
-  Json result = {{"cache", cache.name}};
-  Progress progress(makes_base ? "base, f32 cache" : cache.name);
+  Json result = Json::object();
+  Progress progress(label);
   progress.Update("reading the text");
   const std::pair<const char*, const char*> fields[] = {
-      {"Mean PPL(Q) ", "perplexity"},
-      {"Mean PPL(Q)/PPL(base)", "perplexity_ratio"},
-      {"Mean    KLD", "mean_kld"},
-      {"99.0%   KLD", "kld_99"},
-      {"Same top p", "top1_agreement"}};
+      {"Mean PPL(Q) ", "perplexity"}, {"Mean PPL(Q)/PPL(base)", "perplexity_ratio"},
+      {"Mean    KLD", "mean_kld"},    {"Median  KLD", "median_kld"},
+      {"99.0%   KLD", "kld_99"},      {"Same top p", "top1_agreement"}};
   RunToEnd(
       command,
       [&](const std::string& line) {
@@ -113,18 +115,34 @@ Json RunPerplexity(const Settings& settings, const Cache& cache, const std::stri
         }
       },
       nullptr);
-  if (makes_base) return result;
-  if (!result.contains("mean_kld") || !result.contains("top1_agreement")) {
-    throw Error(
-        kRuntime,
-        fmt::format(
-            "llama-perplexity: no KL divergence in its output ({}); is the text longer than "
-            "2 x {} tokens?",
-            cache.name, settings.context));
+  if (std::find(flags.begin(), flags.end(), "--kl-divergence") == flags.end()) return result;
+  for (const auto& [label, field] : fields) {
+    if (result.contains(field)) continue;
+    throw Error(kRuntime,
+                fmt::format("llama-perplexity: no '{}' in its output ({}); is the text longer than "
+                            "2 x {} tokens?",
+                            label, cache.name, settings.context));
   }
+  return result;
+}
+
+// Two exact readings beside the base, the bounds of what the other numbers can tell: the same one
+// again, and one that computes attention as the compared caches do.
+Json NoiseFloor(const Settings& settings, const TemporaryFolder& folder) {
+  const Cache f32 = MakeCache("f32", {});
+  const auto mean = [&](const char* label, const std::vector<std::string>& flags) {
+    return ReadText(settings, f32, label, flags, folder)["mean_kld"];
+  };
+  return {{"same_run", mean("f32 cache again", {"-fa", "off", "--kl-divergence"})},
+          {"flash_attention", mean("f32 cache, -fa on", {"--kl-divergence"})}};
+}
+
+Json RunPerplexity(const Settings& settings, const Cache& cache, const TemporaryFolder& folder) {
+  Json result = ReadText(settings, cache, cache.name, {"--kl-divergence"}, folder);
   result["top1_agreement"] = result["top1_agreement"].get<double>() / 100;
   result["bits_per_element"] = HostBits(cache.name);
   if (!cache.packed) return result;
+  const std::string stats = folder.File(cache.name + ".json");
   const Json measured = Json::parse(ReadFile(stats), nullptr, false);
   if (!measured.is_object()) throw Error(kRuntime, fmt::format("{}: not a JSON object", stats));
   for (const char* field : {"bits_per_element", "keys_bits_per_element", "values_bits_per_element",
@@ -134,68 +152,154 @@ Json RunPerplexity(const Settings& settings, const Cache& cache, const std::stri
   return result;
 }
 
-Json RunPasscodes(const Settings& settings, const Cache& cache, const Passcodes& passcodes,
-                  const TemporaryFolder& folder) {
-  Progress progress(cache.name + ", passcodes");
-  progress.Update("reading the text");
+// A task as the server takes it.
+struct TokenTask {
+  Task task;
+  Json text;
+  std::vector<Json> questions;
+  size_t longest = 0;  // tokens of the text, a question and the answer
+};
+
+std::vector<std::string> ServerArguments(const Settings& settings, size_t context) {
   std::vector<std::string> args = {
-      "-m",          settings.model,
-      "-c",          fmt::format("{}", 2 * settings.passcode_words + 512),
-      "-np",         "1",
-      "-fit",        "off",
-      "--cache-ram", "0"};
+      "-m",  settings.model, "-c", fmt::format("{}", context), "-np", "1", "-fit",
+      "off", "--cache-ram",  "0"};
   const auto sizes = Sizes(settings);
   args.insert(args.end(), sizes.begin(), sizes.end());
-  Server server(cache, args, folder.File(cache.name + ".log"), {});
+  return args;
+}
+
+// Once for all caches: their servers then get a context that fits.
+std::vector<TokenTask> Tokenise(const Settings& settings, const std::vector<Task>& tasks, int limit,
+                                const TemporaryFolder& folder) {
+  std::vector<TokenTask> out;
+  if (tasks.empty()) return out;
+  Server server(MakeCache("f16", {}), ServerArguments(settings, 256), folder.File("tokens.log"),
+                {});
   const auto tokens = [&](const std::string& text, bool first) {
     return server
         .Post("/tokenize", {{"content", text}, {"add_special", first}, {"parse_special", false}})
         .at("tokens");
   };
-  const Json text = tokens(passcodes.text, true);
-  Json request = {{"prompt", text},
+  for (const Task& task : tasks) {
+    TokenTask made{task, tokens(task.text, true), {}};
+    for (const auto& item : made.task.items) {
+      made.questions.push_back(tokens(item.question, false));
+      made.longest =
+          std::max(made.longest, made.text.size() + made.questions.back().size() + kAnswerTokens);
+    }
+    if (limit > 0 && made.longest > size_t(limit)) {
+      throw Error(kUsage, fmt::format("--task-words: '{}' takes {} tokens, the model is for {}",
+                                      made.task.name, made.longest, limit));
+    }
+    out.push_back(std::move(made));
+  }
+  return out;
+}
+
+Json RunTask(const TokenTask& task, Server* server, const std::string& cache) {
+  Progress progress(fmt::format("{}, {}", cache, task.task.name));
+  progress.Update(fmt::format("reading {} tokens", task.text.size()));
+  // Nothing of the task before is kept; its questions then keep what has been read.
+  Json request = {{"prompt", task.text},
                   {"n_predict", 1},
                   {"temperature", 0},
-                  {"cache_prompt", true},
+                  {"cache_prompt", false},
                   {"id_slot", 0}};
-  server.Post("/completion", request);
-  Json result = {{"tokens", text.size()}, {"answers", Json::array()}};
+  server->Post("/completion", request);
+  request["cache_prompt"] = true;
+  request["n_predict"] = kAnswerTokens;
+  Json result = {{"tokens", task.text.size()}, {"answers", Json::array()}};
   int right = 0;
-  for (const auto& item : passcodes.items) {
-    progress.Update(
-        fmt::format("question {} of {}", result["answers"].size() + 1, passcodes.items.size()));
-    request["prompt"] = text;
-    for (const auto& token : tokens(item.question, false)) request["prompt"].push_back(token);
-    request["n_predict"] = 8;
-    const std::string answer = server.Post("/completion", request).at("content");
-    const bool exact = AnswersCode(answer, item.code);
-    right += exact;
-    result["answers"].push_back({{"code", item.code}, {"answer", answer}, {"exact", exact}});
+  for (size_t i = 0; i < task.questions.size(); ++i) {
+    progress.Update(fmt::format("question {} of {}", i + 1, task.questions.size()));
+    request["prompt"] = task.text;
+    for (const auto& token : task.questions[i]) request["prompt"].push_back(token);
+    const std::string answer = server->Post("/completion", request).at("content");
+    const auto& item = task.task.items[i];
+    const bool is_right = IsRight(answer, item.expected);
+    right += is_right;
+    result["answers"].push_back({{"question", item.question},
+                                 {"expected", item.expected},
+                                 {"answer", answer},
+                                 {"right", is_right}});
   }
-  result["exact"] = right;
-  result["asked"] = passcodes.items.size();
+  result["right"] = right;
+  result["asked"] = task.questions.size();
   return result;
 }
+
+Json RunTasks(const Settings& settings, const Cache& cache, const std::vector<TokenTask>& tasks,
+              const TemporaryFolder& folder) {
+  Json result = Json::object();
+  if (tasks.empty()) return result;
+  size_t context = 0;
+  for (const auto& task : tasks) context = std::max(context, task.longest);
+  Server server(cache, ServerArguments(settings, context), folder.File(cache.name + ".log"), {});
+  for (const auto& task : tasks) result[task.task.name] = RunTask(task, &server, cache.name);
+  return result;
+}
+
+struct Column {
+  const char* field;
+  const char* header;
+  int digits;
+};
+
+constexpr Column kColumns[] = {
+    {"bits_per_element", "bits/element", 2}, {"perplexity", "perplexity", 3},
+    {"perplexity_ratio", "x base", 4},       {"mean_kld", "mean KL", 6},
+    {"median_kld", "median KL", 6},          {"kld_99", "99 % KL", 5},
+    {"top1_agreement", "top-1", 3}};
 
 void PrintTable(const Json& report) {
   fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off\n\n",
              report["model"].get<std::string>(), report["weights"].get<std::string>(),
              report["text"].get<std::string>(), report["context"].get<int>());
-  Table table({"cache", "bits/element", "perplexity", "x base", "mean KL", "99 % KL", "top-1",
-               "passcodes"});
+  std::vector<std::string> header = {"cache"};
+  for (const Column& column : kColumns) header.push_back(column.header);
+  for (const auto& task : report["tasks"]) header.push_back(task);
+  Table table(header);
   for (const auto& row : report["results"]) {
-    const Json& codes = row["passcodes"];
-    table.Add({row["cache"], fmt::format("{:.2f}", row["bits_per_element"].get<double>()),
-               fmt::format("{:.3f}", row["perplexity"].get<double>()),
-               fmt::format("{:.4f}", row["perplexity_ratio"].get<double>()),
-               fmt::format("{:.6f}", row["mean_kld"].get<double>()),
-               fmt::format("{:.5f}", row["kld_99"].get<double>()),
-               fmt::format("{:.3f}", row["top1_agreement"].get<double>()),
-               codes.is_null()
-                   ? "-"
-                   : fmt::format("{}/{}", codes["exact"].get<int>(), codes["asked"].get<int>())});
+    std::vector<std::string> cells = {row["cache"]};
+    for (const Column& column : kColumns)
+      cells.push_back(fmt::format("{:.{}f}", row[column.field].get<double>(), column.digits));
+    for (const auto& task : report["tasks"]) {
+      const Json& done = row["tasks"][task.get<std::string>()];
+      cells.push_back(fmt::format("{}/{}", done["right"].get<int>(), done["asked"].get<int>()));
+    }
+    table.Add(cells);
   }
   table.PrintMarkdown();
+  const Json& floor = report["noise_floor"];
+  fmt::print(
+      "\nnoise floor, mean KL of an exact f32 cache: {:.6f} the same run again, {:.6f} with -fa on "
+      "as all rows have it\n",
+      floor["same_run"].get<double>(), floor["flash_attention"].get<double>());
+}
+
+// All that a number depends on but the cache itself: results of other settings are never mixed.
+Json ResumeSettings(const Settings& settings, const std::vector<Cache>& caches,
+                    const std::string& prose, const Json& tasks) {
+  const bool packed =
+      std::any_of(caches.begin(), caches.end(), [](const Cache& cache) { return cache.packed; });
+  return {{"version", sparkv_version()},
+          {"llama-perplexity", FileStamp(FindProgram("llama-perplexity"))},
+          {"plugin", packed ? FileStamp(FindPlugin()) : "none"},
+          {"cpu", Machine()["cpu"]},
+          {"model", FileStamp(settings.model)},
+          {"requantize-f32", settings.requantize},
+          {"text", TextHash(prose)},
+          {"ctx-size", settings.context},
+          {"batch-size", settings.batch},
+          {"ubatch-size", settings.ubatch},
+          {"chunks", settings.chunks},
+          {"threads", settings.threads},
+          {"tasks", tasks},
+          {"task-words", settings.task_words},
+          {"questions", settings.questions},
+          {"seed", settings.seed},
+          {"kv options", settings.kv.values}};
 }
 
 int Eval(Settings settings) {
@@ -203,35 +307,61 @@ int Eval(Settings settings) {
   RequireModel(settings.model);
   const TemporaryFolder folder;
   const std::string prose = settings.file.empty() ? BuiltinText() : ReadFile(settings.file);
-  const std::string text = folder.File("text.txt");
-  WriteFile(text, prose);
+  WriteFile(folder.File("text.txt"), prose);
+  const std::vector<Task> tasks =
+      MakeTasks(settings.tasks, prose, settings.task_words, settings.questions, settings.seed);
+  const ModelShape shape = ReadModelShape(settings.model);
 
   Json report = {
       {"model", settings.model},     {"text", settings.file.empty() ? "built in" : settings.file},
       {"context", settings.context}, {"batch", settings.batch},
       {"ubatch", settings.ubatch},   {"seed", settings.seed},
-      {"machine", Machine()},        {"results", Json::array()}};
-  const bool quantised = ReadModelShape(settings.model).Quantised();
-  if (quantised && settings.requantize) {
-    settings.model = RequantizedModel(settings.model);
-  } else if (quantised) {
-    Note(
-        "the weights are quantised: equally valid runs differ by about .0065 in mean KL; "
-        "--requantize-f32 removes that floor");
+      {"machine", Machine()},        {"tasks", Json::array()}};
+  std::vector<std::string> numbers;
+  for (const Column& column : kColumns) numbers.push_back(fmt::format("/{}", column.field));
+  for (const Task& task : tasks) {
+    report["tasks"].push_back(task.name);
+    for (const char* field : {"right", "asked"})
+      numbers.push_back(fmt::format("/tasks/{}/{}", task.name, field));
   }
-  report["weights"] = !quantised            ? "unquantised"
+  report["weights"] = !shape.Quantised()    ? "unquantised"
                       : settings.requantize ? "requantised to F32"
                                             : "quantised";
 
-  const std::string base = folder.File("base.kld");
-  RunPerplexity(settings, MakeCache("f32", {}), text, base, folder);
-  const Passcodes passcodes =
-      HidePasscodes(prose, settings.passcode_words, settings.passcodes, settings.seed);
-  for (const Cache& cache : caches) {
-    Json row = RunPerplexity(settings, cache, text, base, folder);
-    row["passcodes"] =
-        settings.passcodes > 0 ? RunPasscodes(settings, cache, passcodes, folder) : Json();
-    report["results"].push_back(row);
+  PartialResults partial(settings.resume, ResumeSettings(settings, caches, prose, report["tasks"]));
+  Json floor = partial.Find("noise floor", {"/same_run", "/flash_attention"});
+  std::vector<Json> rows;
+  for (const Cache& cache : caches) rows.push_back(partial.Find(cache.name, numbers));
+  const auto done =
+      std::count_if(rows.begin(), rows.end(), [](const Json& row) { return !row.is_null(); });
+  if (done > 0) {
+    Note(fmt::format("{}: {} of {} caches are done already", settings.resume, done, caches.size()));
+  }
+  if (floor.is_null() || done < static_cast<long>(caches.size())) {
+    if (shape.Quantised() && settings.requantize) {
+      settings.model = RequantizedModel(settings.model);
+    } else if (shape.Quantised()) {
+      Note(
+          "the weights are quantised: equally valid runs differ, see the noise floor; "
+          "--requantize-f32 removes it");
+    }
+    const auto token_tasks = Tokenise(settings, tasks, shape.context_length, folder);
+    ReadText(settings, MakeCache("f32", {}), "base, f32 cache", {"-fa", "off"}, folder);
+    if (floor.is_null()) {
+      floor = NoiseFloor(settings, folder);
+      partial.Add("noise floor", floor);
+    }
+    for (size_t i = 0; i < caches.size(); ++i) {
+      if (!rows[i].is_null()) continue;
+      rows[i] = RunPerplexity(settings, caches[i], folder);
+      rows[i]["tasks"] = RunTasks(settings, caches[i], token_tasks, folder);
+      partial.Add(caches[i].name, rows[i]);
+    }
+  }
+  report["noise_floor"] = floor;
+  for (size_t i = 0; i < caches.size(); ++i) {
+    rows[i]["cache"] = caches[i].name;
+    report["results"].push_back(rows[i]);
   }
   if (settings.json) {
     PrintJson(report);
@@ -267,25 +397,39 @@ std::function<int()> AddEval(CLI::App* app) {
       ->check(CLI::Range(0, 1024));
   app->add_option("--baselines", settings->baselines, "llama.cpp caches to compare with")
       ->capture_default_str();
-  app->add_option("--passcodes", settings->passcodes, "passcodes to hide and ask for, 0: none")
-      ->check(CLI::Range(0, 16))
-      ->capture_default_str();
-  app->add_option("--passcode-words", settings->passcode_words, "words of the text that hide them")
+  app->add_option("--tasks", settings->tasks, "list of retrieval tasks, see below")
+      ->delimiter(',')
+      ->check(CLI::IsMember(TaskNames()))
+      ->type_name(fmt::format("{}", fmt::join(TaskNames(), "|")))
+      ->default_str("passcode");
+  app->add_option("--task-words", settings->task_words, "words of the text of a task")
       ->check(CLI::Range(100, 100000))
       ->capture_default_str();
-  app->add_option("-s,--seed", settings->seed, "seed of the passcodes")->capture_default_str();
+  app->add_option("--questions", settings->questions, "questions of a task, 0: no tasks")
+      ->check(CLI::Range(0, 16))
+      ->capture_default_str();
+  app->add_option("-s,--seed", settings->seed, "seed of the tasks")->capture_default_str();
+  app->add_option("--resume", settings->resume,
+                  "file of the results so far; what it has is not measured again")
+      ->type_name("FILE");
   app->add_flag("--requantize-f32", settings->requantize,
                 "judge with F32 weights, made once and cached");
   app->add_flag("--json", settings->json, "JSON on stdout, with every answer");
   AddKvOptions(app, &settings->kv);
   app->footer(
-      "--kv-preset takes a list here. The base of all KL divergences is an f32 cache with -fa off. "
-      "The passcode\n"
-      "questions are asked after the text has been read and packed.\n\n"
+      "--kv-preset takes a list here. The base of all KL divergences is an f32 cache with -fa "
+      "off.\n"
+      "Tasks, each a text that is read and packed before its questions are asked, one by one:\n"
+      "  passcode   passcodes spread over the text of -f\n"
+      "  multikey   many keys of the same few words, some of them asked\n"
+      "  variables  VAR A = 12345, later VAR B = VAR A, later VAR C = VAR B: the value of C\n"
+      "  words      lists of words, the one that occurs most often in each\n\n"
       "Examples\n"
       "  sparkv eval -m model.gguf --requantize-f32\n"
       "  sparkv eval -m model.gguf -f book.txt -c 4096 --kv-preset spark-0.5-i8,spark-0.5-i5 "
-      "--json");
+      "--json\n"
+      "  sparkv eval -m model.gguf -f book.txt --tasks passcode,variables --task-words 12000 "
+      "--resume so-far.json");
   return [=] { return Eval(*settings); };
 }
 

@@ -66,7 +66,7 @@ int Main(std::vector<std::string> words) {
   add("bench", "speed beside llama.cpp's own caches", AddBench);
   add("inspect", "bytes of a preset for a model; pictures of what was kept", AddInspect);
   add("fit", "the longest context that a memory holds, by preset", AddFit);
-  add("eval", "perplexity, KL divergence, agreement, passcodes", AddEval);
+  add("eval", "perplexity, KL divergence, agreement, retrieval tasks", AddEval);
 
   std::reverse(parts.own.begin(), parts.own.end());  // as CLI11 wants it
   try {

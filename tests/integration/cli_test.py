@@ -217,7 +217,7 @@ class Command(unittest.TestCase):
         return done.stdout
 
     def test_every_sub_command_explains_itself_with_examples(self):
-        for command in ([], ["run"], ["serve"], ["bench"], ["inspect"], ["fit"], ["eval"]):
+        for command in ([], ["run"], ["serve"], ["bench"], ["inspect"], ["fit"], ["eval"], ["report"]):
             text = self.succeeds(*command, "--help")
             self.assertIn("Examples", text)
             self.assertIn("sparkv " + command[0] if command else "sparkv run", text)
@@ -638,6 +638,72 @@ class Command(unittest.TestCase):
             )
         names = [call["name"] for call in self.calls()]
         self.assertEqual(names.count("llama-quantize"), 1)
+
+    EVALUATION = {
+        "model": "a<b>.gguf",
+        "text": "built in",
+        "weights": "unquantised",
+        "context": 2048,
+        "noise_floor": {"same_run": 0, "flash_attention": 1e-6},
+        "tasks": ["passcode"],
+        "results": [
+            {
+                "cache": name,
+                "bits_per_element": bits,
+                "mean_kld": kld,
+                "median_kld": kld,
+                "kld_99": kld,
+                "perplexity_ratio": 1,
+                "top1_agreement": 0.97,
+                "tasks": {"passcode": {"right": right, "asked": 8}},
+            }
+            for name, bits, kld, right in (
+                ("f16", 16, 0, 8),
+                ("q4_0", 4.5, 0.06, 4),
+                ("spark-0.5-i5", 4.57, 0.005, 7),
+                ("<script>", 3, 2, 0),
+            )
+        ],
+    }
+
+    def test_report_draws_an_evaluation(self):
+        results = self.write("eval.json", json.dumps(self.EVALUATION).encode())
+        page, table = self.folder / "r.html", self.folder / "r.csv"
+        out = self.succeeds("report", results, "-o", page, "--csv", table)
+        self.assertEqual(out.split(), [str(page), str(table)])
+        html = page.read_text()
+        self.assertEqual((html.count("<svg"), html.count("<circle")), (2, 8))
+        self.assertIn("a&lt;b&gt;.gguf", html)
+        self.assertIn("<td>7/8</td>", html)
+        self.assertNotIn("<script>", html)
+        self.assertNotIn("nan", html)
+        rows = table.read_text().splitlines()
+        self.assertEqual(rows[0].split(",")[:3], ["cache", "kind", "bits_per_element"])
+        self.assertEqual(rows[3].split(",")[:4], ["spark-0.5-i5", "sparkv", "4.57", "0.005"])
+        self.assertEqual(rows[2].split(",")[1], "llama.cpp")
+
+    def test_report_refuses_what_is_no_evaluation_and_writes_nothing(self):
+        page = self.folder / "none.html"
+
+        def changed(change):
+            copy = json.loads(json.dumps(self.EVALUATION))
+            change(copy)
+            return json.dumps(copy)
+
+        for words, text in (
+            (["not a JSON object"], "[1, 2"),
+            (["/model", "missing"], "{}"),
+            (["/results", "empty"], changed(lambda e: e.update(results=[]))),
+            (["/results/1/mean_kld"], changed(lambda e: e["results"][1].update(mean_kld="x"))),
+            (["/results/0/tasks/passcode"], changed(lambda e: e["results"][0].update(tasks={}))),
+            (["/tasks", "names"], changed(lambda e: e.update(tasks=["a/~b"]))),
+            (["bits_per_element"], changed(lambda e: e["results"][0].update(bits_per_element=0))),
+        ):
+            with self.subTest(words=words):
+                results = self.write("bad.json", text.encode())
+                self.refuses(2, ["bad.json", *words], "report", results, "-o", page)
+                self.assertFalse(page.exists())
+        self.refuses(1, ["/no/eval.json"], "report", "/no/eval.json", "-o", page)
 
     def test_inspect_gives_the_bytes_of_every_layer(self):
         report = json.loads(

@@ -10,6 +10,7 @@
 #include "completion.h"
 #include "eval.h"
 #include "fit.h"
+#include "frontier.h"
 #include "inspect.h"
 #include "report.h"
 #include "run.h"
@@ -67,6 +68,7 @@ int Main(std::vector<std::string> words) {
   add("inspect", "bytes of a preset for a model; pictures of what was kept", AddInspect);
   add("fit", "the longest context that a memory holds, by preset", AddFit);
   add("eval", "perplexity, KL divergence, agreement, retrieval tasks", AddEval);
+  add("report", "an evaluation as a page with its frontier, and as CSV", AddReport);
 
   std::reverse(parts.own.begin(), parts.own.end());  // as CLI11 wants it
   try {
@@ -83,7 +85,7 @@ int Main(std::vector<std::string> words) {
     if (command->parsed()) return action();
   }
   throw Error(kUsage,
-              "no sub-command: one of run, serve, bench, inspect, fit, eval (--help explains)");
+              "no sub-command: one of run, serve, bench, inspect, fit, eval, report (--help explains)");
 }
 
 }  // namespace

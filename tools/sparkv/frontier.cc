@@ -1,0 +1,292 @@
+#include "frontier.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "kv_options.h"
+#include "report.h"
+
+namespace sparkv {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr double kWidth = 880, kHeight = 400, kLeft = 70, kRight = 130, kTop = 40, kBottom = 50;
+constexpr const char* kBlue = "#1f6fb2";  // ours
+constexpr const char* kSand = "#b5793a";  // llama.cpp's own
+constexpr double kLeastKl = 1e-7;         // what is drawn for none
+
+struct Settings {
+  std::string results, page, csv;
+};
+
+struct Column {
+  const char* field;
+  const char* header;
+  int digits;
+};
+constexpr Column kColumns[] = {{"bits_per_element", "bits per element", 3},
+                               {"mean_kld", "mean KL", 6},
+                               {"median_kld", "median KL", 6},
+                               {"kld_99", "99 % KL", 5},
+                               {"perplexity_ratio", "perplexity x", 4},
+                               {"top1_agreement", "same top token", 4}};
+
+// One cache of an evaluation.
+struct Row {
+  std::string cache;
+  bool ours = false;
+  double numbers[std::size(kColumns)] = {};
+  std::vector<std::pair<int, int>> tasks;  // right, asked
+
+  double bits() const { return numbers[0]; }
+  double kl() const { return std::max(numbers[1], kLeastKl); }
+  double right() const {
+    int right = 0, asked = 0;
+    for (const auto& [r, a] : tasks) right += r, asked += a;
+    return asked == 0 ? 0.0 : double(right) / asked;
+  }
+};
+
+struct Evaluation {
+  std::string model, text, weights;
+  double context = 0, floor = 0;
+  std::vector<std::string> tasks;
+  std::vector<Row> rows;
+};
+
+// The evaluation in a file that anyone may have written.
+class Reader {
+  using Name = std::string;
+  static constexpr const char* kLetters = "abcdefghijklmnopqrstuvwxyz";
+
+ public:
+  explicit Reader(std::string source) : source_(std::move(source)) {}
+
+  Evaluation Read() const {
+    const Json json = Json::parse(ReadFile(source_), nullptr, false);
+    if (!json.is_object()) throw Error(kUsage, fmt::format("{}: not a JSON object", source_));
+    Evaluation out;
+    out.model = String(json, "/model");
+    out.text = String(json, "/text");
+    out.weights = String(json, "/weights");
+    out.context = Number(json, "/context");
+    out.floor = Number(json, "/noise_floor/flash_attention");
+    for (const Json& task : Array(json, "/tasks")) {
+      if (!task.is_string() || task.get<std::string>().find_first_not_of(kLetters) != Name::npos)
+        Refuse("/tasks", "holds something else than names");
+      out.tasks.push_back(task);
+    }
+    const Json rows = Array(json, "/results");
+    if (rows.empty()) Refuse("/results", "is empty");
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const std::string at = fmt::format("/results/{}", i);
+      Row row;
+      row.cache = String(json, at + "/cache");
+      row.ours = MakesPacked(row.cache);
+      for (size_t c = 0; c < std::size(kColumns); ++c)
+        row.numbers[c] = Number(json, at + "/" + kColumns[c].field);
+      if (row.bits() <= 0 || row.bits() > 64) Refuse(at + "/bits_per_element", "is not in 0..64");
+      for (const auto& task : out.tasks) {
+        const double right = Number(json, at + "/tasks/" + task + "/right"),
+                     asked = Number(json, at + "/tasks/" + task + "/asked");
+        if (!(right >= 0 && right <= asked && asked <= 1e6))
+          Refuse(at + "/tasks/" + task, "is odd");
+        row.tasks.emplace_back(int(right), int(asked));
+      }
+      out.rows.push_back(row);
+    }
+    return out;
+  }
+
+ private:
+  [[noreturn]] void Refuse(const std::string& field, const char* why) const {
+    throw Error(kUsage, fmt::format("{}: {} {}; is it what 'sparkv eval --json' wrote?", source_,
+                                    Printable(field), why));
+  }
+  const Json& Field(const Json& json, const std::string& pointer) const {
+    const Json::json_pointer at(pointer);
+    if (!json.contains(at)) Refuse(pointer, "is missing");
+    return json.at(at);
+  }
+  std::string String(const Json& json, const std::string& pointer) const {
+    const Json& field = Field(json, pointer);
+    if (!field.is_string()) Refuse(pointer, "is no text");
+    return Printable(field);
+  }
+  double Number(const Json& json, const std::string& pointer) const {
+    const Json& field = Field(json, pointer);
+    if (!field.is_number()) Refuse(pointer, "is no number");
+    return field;
+  }
+  Json Array(const Json& json, const std::string& pointer) const {
+    const Json& field = Field(json, pointer);
+    if (!field.is_array()) Refuse(pointer, "is no list");
+    return field;
+  }
+  static bool MakesPacked(const std::string& name) {
+    try {
+      return MakeCache(name, {}).packed;
+    } catch (const Error&) {
+      return false;  // of another version
+    }
+  }
+
+  std::string source_;
+};
+
+std::string Escape(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    out += c == '<'   ? "&lt;"
+           : c == '>' ? "&gt;"
+           : c == '&' ? "&amp;"
+           : c == '"' ? "&quot;"
+                      : std::string(1, c);
+  }
+  return out;
+}
+
+std::string Text(double x, double y, const std::string& text, const char* more = "") {
+  return fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" {}>{}</text>\n", x, y, more, Escape(text));
+}
+
+// Bits from left to right; `up` in 0..1 says how high.
+template <typename Up>
+std::string Plot(const Evaluation& e, const std::string& title,
+                 const std::vector<std::pair<double, std::string>>& marks, const Up& up) {
+  double most = 0;
+  for (const Row& row : e.rows) most = std::max(most, row.bits());
+  most = std::ceil(most / 2) * 2;
+  const double width = kWidth - kLeft - kRight, height = kHeight - kTop - kBottom;
+  const auto x = [&](double bits) { return kLeft + width * bits / most; };
+  const auto y = [&](double share) { return kTop + height * (1 - share); };
+  std::string out = fmt::format(
+      "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {}\" "
+      "font-family=\"system-ui, sans-serif\" font-size=\"12\" fill=\"#333a44\">\n",
+      kWidth, kHeight);
+  out += Text(kLeft, 20, title, "font-size=\"15\" font-weight=\"600\"");
+  const double step = most > 8 ? 2 : 1;
+  for (double bits = 0; bits <= most; bits += step) {
+    out +=
+        Text(x(bits), kHeight - kBottom + 18, fmt::format("{:g}", bits), "text-anchor=\"middle\"");
+  }
+  out += Text(kLeft + width / 2, kHeight - 10, "bits per element of keys and values, all counted",
+              "text-anchor=\"middle\"");
+  for (const auto& [share, label] : marks) {
+    out += fmt::format(
+        "<line x1=\"{0}\" x2=\"{1}\" y1=\"{2:.1f}\" y2=\"{2:.1f}\" stroke=\"#dde1e6\"/>\n", kLeft,
+        kLeft + width, y(share));
+    out += Text(kLeft - 8, y(share) + 4, label, "text-anchor=\"end\"");
+  }
+  for (const Row& row : e.rows) {
+    const double at = x(row.bits()), height_at = y(up(row));
+    out += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"5\" fill=\"{}\"/>\n", at, height_at,
+                       row.ours ? kBlue : kSand);
+    out += Text(at + 8, height_at + 4, row.cache);
+  }
+  return out + "</svg>\n";
+}
+
+std::string KlPlot(const Evaluation& e) {
+  double low = 0, high = -20;  // decades
+  for (const Row& row : e.rows) {
+    low = std::min(low, std::floor(std::log10(row.kl())));
+    high = std::max(high, std::ceil(std::log10(row.kl())));
+  }
+  high = std::max(high, low + 1);
+  const auto share = [&](double kl) { return (std::log10(kl) - low) / (high - low); };
+  std::vector<std::pair<double, std::string>> marks;
+  for (double decade = low; decade <= high; ++decade)
+    marks.emplace_back(share(std::pow(10.0, decade)), fmt::format("{:g}", std::pow(10.0, decade)));
+  return Plot(e, "Mean KL divergence from an f32 cache: lower is better", marks,
+              [&](const Row& row) { return share(row.kl()); });
+}
+
+std::string TaskPlot(const Evaluation& e) {
+  std::vector<std::pair<double, std::string>> marks;
+  for (int i = 0; i <= 4; ++i) marks.emplace_back(i / 4.0, fmt::format("{} %", 25 * i));
+  return Plot(
+      e, fmt::format("Questions answered rightly ({}): higher is better", fmt::join(e.tasks, ", ")),
+      marks, [](const Row& row) { return row.right(); });
+}
+
+std::string TableOf(const Evaluation& e) {
+  std::string out = "<table><tr><th>cache</th>";
+  for (const Column& column : kColumns) out += fmt::format("<th>{}</th>", column.header);
+  for (const auto& task : e.tasks) out += fmt::format("<th>{}</th>", Escape(task));
+  out += "</tr>\n";
+  for (const Row& row : e.rows) {
+    out += fmt::format("<tr><td>{}</td>", Escape(row.cache));
+    for (size_t c = 0; c < std::size(kColumns); ++c)
+      out += fmt::format("<td>{:.{}f}</td>", row.numbers[c], kColumns[c].digits);
+    for (const auto& [right, asked] : row.tasks) out += fmt::format("<td>{}/{}</td>", right, asked);
+    out += "</tr>\n";
+  }
+  return out + "</table>\n";
+}
+
+std::string Page(const Evaluation& e) {
+  std::string out =
+      "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>sparkv: bytes and "
+      "quality</title>\n<style>body{margin:2rem auto;max-width:960px;font-family:system-ui,"
+      "sans-serif;color:#333a44}table{border-collapse:collapse;font-size:.9rem}td,th{padding:.2rem "
+      ".7rem;border-bottom:1px solid #dde1e6;text-align:right}td:first-child,th:first-child{"
+      "text-align:left}</style></head><body>\n<h1>Bytes and quality of KV caches</h1>\n";
+  out += fmt::format(
+      "<p>{}, {} weights; text {}, contexts of {:g} tokens. <span "
+      "style=\"color:{}\">&#9679;</span> "
+      "sparkv <span style=\"color:{}\">&#9679;</span> llama.cpp. An exact f32 cache that is read "
+      "in "
+      "another order of sums comes to a mean KL of {:.6f}: differences below that mean "
+      "nothing.</p>\n",
+      Escape(e.model), Escape(e.weights), Escape(e.text), e.context, kBlue, kSand, e.floor);
+  out += KlPlot(e);
+  if (!e.tasks.empty()) out += TaskPlot(e);
+  return out + TableOf(e) + "</body></html>\n";
+}
+
+std::string Csv(const Evaluation& e) {
+  std::string out = "cache,kind";
+  for (const Column& column : kColumns) out += fmt::format(",{}", column.field);
+  for (const auto& task : e.tasks) out += fmt::format(",{0}_right,{0}_asked", task);
+  out += "\n";
+  for (const Row& row : e.rows) {
+    out += fmt::format("{},{}", row.cache, row.ours ? "sparkv" : "llama.cpp");
+    for (const double number : row.numbers) out += fmt::format(",{}", number);
+    for (const auto& [right, asked] : row.tasks) out += fmt::format(",{},{}", right, asked);
+    out += "\n";
+  }
+  return out;
+}
+
+int Report(const Settings& settings) {
+  const Evaluation evaluation = Reader(settings.results).Read();
+  WriteFile(settings.page, Page(evaluation));
+  fmt::print("{}\n", settings.page);
+  if (settings.csv.empty()) return kOk;
+  WriteFile(settings.csv, Csv(evaluation));
+  fmt::print("{}\n", settings.csv);
+  return kOk;
+}
+
+}  // namespace
+
+std::function<int()> AddReport(CLI::App* app) {
+  auto settings = std::make_shared<Settings>();
+  settings->page = "report.html";
+  app->add_option("results", settings->results, "what 'sparkv eval --json' wrote")->required();
+  app->add_option("-o,--output", settings->page, "the page")->capture_default_str();
+  app->add_option("--csv", settings->csv, "the table as CSV too");
+  app->footer(
+      "Examples\n"
+      "  sparkv eval -m model.gguf --kv-preset spark-0.5-i5,spark-0.5-i8 --json > results.json\n"
+      "  sparkv report results.json -o report.html --csv report.csv");
+  return [=] { return Report(*settings); };
+}
+
+}  // namespace sparkv

@@ -52,7 +52,8 @@ def value(flag):
 packed = "SPARKV" in args
 if "SPARKV_STATS" in env:
     json.dump({"bits_per_element": 4.5, "keys_bits_per_element": 4.6,
-               "values_bits_per_element": 4.4, "resident_bytes": 1000, "config": "made up"},
+               "values_bits_per_element": 4.4, "resident_bytes": 1000,
+               "peak_bytes": 1500, "config": "made up"},
               open(env["SPARKV_STATS"], "w"))
 if os.environ.get("FAIL", "--fail") in args:
     sys.stderr.write("stand-in: something went wrong\n")
@@ -103,7 +104,10 @@ elif name == "llama-server" and "--port" in args:
             tell({"name": self.path, **body})
             answer = solve(body["prompt"])
             self.reply({"content": " x0" + answer if packed
-                        else ' "' + answer.capitalize() + '".\n\nQuestion 2'})
+                        else ' "' + answer.capitalize() + '".\n\nQuestion 2',
+                        "timings": {} if packed else {
+                            "prompt_n": 50 if answer else 100, "prompt_ms": 500.0,
+                            "predicted_n": 5 if answer else 1, "predicted_ms": 80.0}})
     http.server.HTTPServer(("127.0.0.1", int(value("--port"))), Handler).serve_forever()
 else:
     print("Paris. [end of text]")
@@ -494,6 +498,24 @@ class Command(unittest.TestCase):
         self.assertRegex(table, r"\| passcode \| +words \|")
         self.assertRegex(table, r"\| f16 .*\| +8/8 \| +8/8 \|")
 
+    def test_eval_tells_speed_and_memory_of_the_tasks_server(self):
+        report = self.eval_tasks("--questions", "3", "--tasks", "passcode,words")
+        plain, packed = report["results"]
+        self.assertEqual(plain["prefill_tokens_per_s"], 200)  # two texts of 100 tokens, each 0.5 s
+        self.assertEqual(plain["decode_tokens_per_s"], 50)  # four steps in 0.08 s
+        self.assertGreater(plain["process_resident_mib"], 1)
+        self.assertGreaterEqual(plain["process_peak_mib"], plain["process_resident_mib"])
+        self.assertIsNone(packed["decode_tokens_per_s"])  # a server that does not tell
+        self.assertEqual((packed["resident_bytes"], packed["peak_bytes"]), (1000, 1500))
+        table = self.succeeds("eval", "-m", self.model, "--baselines", "f16")
+        self.assertRegex(table, r"resident MiB \| peak MiB \| prefill t/s \| decode t/s \|\n")
+        self.assertRegex(table, r"\| f16 .* \| +200.0 \| +50.0 \|\n")
+        self.assertRegex(table, r"\| +- \| +- \|\n")
+        self.assertNotIn(
+            "decode t/s",
+            self.succeeds("eval", "-m", self.model, "--baselines", "f16", "--questions", "0"),
+        )
+
     def test_eval_asks_different_questions_after_one_reading_of_each_text(self):
         self.eval_tasks("--questions", "3", "--tasks", self.ALL_TASKS, "--kv-preset", "f16")
         asked = [call for call in self.calls() if call["name"] == "/completion"]
@@ -565,13 +587,16 @@ class Command(unittest.TestCase):
         self.assertEqual(self.calls(), [])  # nothing was left to do
         fresh = json.loads(self.succeeds("eval", "-m", self.model, "--json"))
         for report in (whole, fresh, json.loads(done.stdout)):
-            del report["machine"]
+            report.pop("machine", None)
+            for row in report["results"]:
+                for field in ("resident", "peak"):  # differ by pages from run to run
+                    row.pop(f"process_{field}_mib", None)
             self.assertEqual(report, whole)
         # Another list of caches adds to the file.
         self.perplexity_caches()
         more = json.loads(self.succeeds(*words, "--kv-preset", "exact"))
         self.assertEqual(self.perplexity_caches(), ["f32", "packed"])
-        self.assertEqual(more["results"][:3], whole["results"][:3])
+        self.assertEqual(more["results"][0]["tasks"], whole["results"][0]["tasks"])
         self.assertEqual(list(self.folder.glob("*.partial")), [])
 
     def test_eval_never_mixes_results_of_other_settings(self):

@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <filesystem>
+#include <fstream>
 
 #include "report.h"
 
@@ -168,6 +169,16 @@ int Child::Wait() {
 
 void Child::Terminate() {
   if (pid_ > 0) kill(pid_, SIGTERM);
+}
+
+Memory Child::MemoryUse() const {
+  Memory memory;
+  std::ifstream status(fmt::format("/proc/{}/status", pid_));
+  for (std::string name, value; status >> name && std::getline(status, value);) {
+    if (name == "VmRSS:") memory.resident = strtoull(value.c_str(), nullptr, 10) * 1024;
+    if (name == "VmHWM:") memory.peak = strtoull(value.c_str(), nullptr, 10) * 1024;
+  }
+  return memory;
 }
 
 void ThrowIfInterrupted() {

@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <cstdint>
 #include <deque>
 #include <functional>
 #include <string>
@@ -15,6 +16,11 @@ struct Command {
   std::string program;                   // path
   std::vector<std::string> args;         // without the program
   std::vector<std::string> environment;  // "NAME=value", complete
+};
+
+// Bytes of a process: now, and the most so far; 0 where the system does not tell.
+struct Memory {
+  uint64_t resident = 0, peak = 0;
 };
 
 using LineHandler = std::function<void(const std::string& line)>;
@@ -41,6 +47,7 @@ class Child {
   int Wait();
   bool Running();
   void Terminate();
+  Memory MemoryUse() const;
 
   const std::deque<std::string>& log() const { return log_; }
 

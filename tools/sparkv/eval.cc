@@ -146,7 +146,7 @@ Json RunPerplexity(const Settings& settings, const Cache& cache, const Temporary
   const Json measured = Json::parse(ReadFile(stats), nullptr, false);
   if (!measured.is_object()) throw Error(kRuntime, fmt::format("{}: not a JSON object", stats));
   for (const char* field : {"bits_per_element", "keys_bits_per_element", "values_bits_per_element",
-                            "resident_bytes", "config"}) {
+                            "resident_bytes", "peak_bytes", "config"}) {
     result[field] = measured.value(field, Json());
   }
   return result;
@@ -197,7 +197,17 @@ std::vector<TokenTask> Tokenise(const Settings& settings, const std::vector<Task
   return out;
 }
 
-Json RunTask(const TokenTask& task, Server* server, const std::string& cache) {
+// Tokens and their time as the server reports them, over all requests.
+struct Speed {
+  double tokens = 0, ms = 0;
+  Json PerSecond() const { return tokens > 0 && ms > 0 ? Json(1000 * tokens / ms) : Json(); }
+};
+
+struct Speeds {
+  Speed prefill, decode;
+};
+
+Json RunTask(const TokenTask& task, Server* server, const std::string& cache, Speeds* speeds) {
   Progress progress(fmt::format("{}, {}", cache, task.task.name));
   progress.Update(fmt::format("reading {} tokens", task.text.size()));
   // Nothing of the task before is kept; its questions then keep what has been read.
@@ -206,7 +216,14 @@ Json RunTask(const TokenTask& task, Server* server, const std::string& cache) {
                   {"temperature", 0},
                   {"cache_prompt", false},
                   {"id_slot", 0}};
-  server->Post("/completion", request);
+  const auto ask = [&](Speed* speed, const std::string& kind, int untimed) {
+    Json reply = server->Post("/completion", request);
+    const Json timings = reply.value("timings", Json::object());
+    speed->tokens += std::max(0.0, timings.value(kind + "_n", 0.0) - untimed);
+    speed->ms += timings.value(kind + "_ms", 0.0);
+    return reply.at("content").get<std::string>();
+  };
+  ask(&speeds->prefill, "prompt", 0);
   request["cache_prompt"] = true;
   request["n_predict"] = kAnswerTokens;
   Json result = {{"tokens", task.text.size()}, {"answers", Json::array()}};
@@ -215,7 +232,8 @@ Json RunTask(const TokenTask& task, Server* server, const std::string& cache) {
     progress.Update(fmt::format("question {} of {}", i + 1, task.questions.size()));
     request["prompt"] = task.text;
     for (const auto& token : task.questions[i]) request["prompt"].push_back(token);
-    const std::string answer = server->Post("/completion", request).at("content");
+    // The first token of an answer comes with its question: no step of its own.
+    const std::string answer = ask(&speeds->decode, "predicted", 1);
     const auto& item = task.task.items[i];
     const bool is_right = IsRight(answer, item.expected);
     right += is_right;
@@ -229,15 +247,24 @@ Json RunTask(const TokenTask& task, Server* server, const std::string& cache) {
   return result;
 }
 
-Json RunTasks(const Settings& settings, const Cache& cache, const std::vector<TokenTask>& tasks,
-              const TemporaryFolder& folder) {
-  Json result = Json::object();
-  if (tasks.empty()) return result;
+// Adds to a row what the tasks tell: answers, speed, and the memory of the server after the last
+// answer and at most, weights included.
+void RunTasks(const Settings& settings, const Cache& cache, const std::vector<TokenTask>& tasks,
+              const TemporaryFolder& folder, Json* row) {
+  Json& results = (*row)["tasks"] = Json::object();
+  if (tasks.empty()) return;
   size_t context = 0;
   for (const auto& task : tasks) context = std::max(context, task.longest);
   Server server(cache, ServerArguments(settings, context), folder.File(cache.name + ".log"), {});
-  for (const auto& task : tasks) result[task.task.name] = RunTask(task, &server, cache.name);
-  return result;
+  Speeds speeds;
+  for (const auto& task : tasks)
+    results[task.task.name] = RunTask(task, &server, cache.name, &speeds);
+  (*row)["prefill_tokens_per_s"] = speeds.prefill.PerSecond();
+  (*row)["decode_tokens_per_s"] = speeds.decode.PerSecond();
+  const Memory memory = server.MemoryUse();
+  if (memory.peak == 0) return;
+  (*row)["process_resident_mib"] = memory.resident / 1048576.0;
+  (*row)["process_peak_mib"] = memory.peak / 1048576.0;
 }
 
 struct Column {
@@ -251,6 +278,11 @@ constexpr Column kColumns[] = {
     {"perplexity_ratio", "x base", 4},       {"mean_kld", "mean KL", 6},
     {"median_kld", "median KL", 6},          {"kld_99", "99 % KL", 5},
     {"top1_agreement", "top-1", 3}};
+// Of the tasks' server; missing without tasks.
+constexpr Column kServerColumns[] = {{"process_resident_mib", "resident MiB", 1},
+                                     {"process_peak_mib", "peak MiB", 1},
+                                     {"prefill_tokens_per_s", "prefill t/s", 1},
+                                     {"decode_tokens_per_s", "decode t/s", 1}};
 
 void PrintTable(const Json& report) {
   fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off\n\n",
@@ -259,6 +291,9 @@ void PrintTable(const Json& report) {
   std::vector<std::string> header = {"cache"};
   for (const Column& column : kColumns) header.push_back(column.header);
   for (const auto& task : report["tasks"]) header.push_back(task);
+  if (!report["tasks"].empty()) {
+    for (const Column& column : kServerColumns) header.push_back(column.header);
+  }
   Table table(header);
   for (const auto& row : report["results"]) {
     std::vector<std::string> cells = {row["cache"]};
@@ -267,6 +302,12 @@ void PrintTable(const Json& report) {
     for (const auto& task : report["tasks"]) {
       const Json& done = row["tasks"][task.get<std::string>()];
       cells.push_back(fmt::format("{}/{}", done["right"].get<int>(), done["asked"].get<int>()));
+    }
+    for (const Column& column : kServerColumns) {
+      if (report["tasks"].empty()) break;
+      const Json value = row.value(column.field, Json());
+      cells.push_back(value.is_number() ? fmt::format("{:.{}f}", value.get<double>(), column.digits)
+                                        : "-");
     }
     table.Add(cells);
   }
@@ -354,7 +395,7 @@ int Eval(Settings settings) {
     for (size_t i = 0; i < caches.size(); ++i) {
       if (!rows[i].is_null()) continue;
       rows[i] = RunPerplexity(settings, caches[i], folder);
-      rows[i]["tasks"] = RunTasks(settings, caches[i], token_tasks, folder);
+      RunTasks(settings, caches[i], token_tasks, folder, &rows[i]);
       partial.Add(caches[i].name, rows[i]);
     }
   }

@@ -18,6 +18,7 @@ class Server {
   Server(const Cache& cache, const std::vector<std::string>& args, const std::string& log,
          const std::vector<std::string>& environment);
   nlohmann::json Post(const std::string& path, const nlohmann::json& body);
+  Memory MemoryUse() const { return child_.MemoryUse(); }
 
  private:
   // Status and body; status 0 when nobody answers.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "config/config.h"
+#include "config/layers.h"
 #include "format/row_layout.h"
 
 namespace sparkv {

@@ -6,6 +6,7 @@
 #include "base/half.h"
 #include "cache/budget.h"
 #include "config/config.h"
+#include "config/layers.h"
 
 namespace sparkv {
 

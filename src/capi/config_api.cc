@@ -2,6 +2,7 @@
 
 #include "capi/guard.h"
 #include "config/config.h"
+#include "config/layers.h"
 
 namespace sparkv {
 namespace {

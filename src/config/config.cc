@@ -5,7 +5,9 @@
 #include <charconv>
 #include <cstring>
 #include <span>
-#include <system_error>
+
+#include "config/layers.h"
+#include "config/parse.h"
 
 namespace sparkv {
 namespace {
@@ -93,24 +95,7 @@ std::string NumberText(double number, std::chars_format format = std::chars_form
   return error == std::errc() ? std::string(text, end) : std::string();
 }
 
-std::string Outside(std::string_view key, std::string_view value, std::string_view low,
-                    std::string_view high) {
-  return std::string(key) + ": " + std::string(value) + " is outside [" + std::string(low) + ", " +
-         std::string(high) + "]";
-}
-
 bool RatioAllowed(double ratio) { return ratio >= 0.0 && ratio <= 1.0; }
-
-// The whole of `text` as a number; "inf" and "nan" are numbers to from_chars and fail the range
-// instead.
-enum class Parse { kOk, kNotANumber, kOutOfRange };
-template <typename Number, typename... Format>
-Parse ParseNumber(std::string_view text, Number* number, Format... format) {
-  const char* end = text.data() + text.size();
-  const auto [stop, error] = std::from_chars(text.data(), end, *number, format...);
-  if (stop != end || error == std::errc::invalid_argument) return Parse::kNotANumber;
-  return error == std::errc() ? Parse::kOk : Parse::kOutOfRange;
-}
 
 Status SetRatio(std::string_view value, sparkv_config* config) {
   double ratio = 0.0;
@@ -121,139 +106,6 @@ Status SetRatio(std::string_view value, sparkv_config* config) {
     return Status::Invalid(Outside("ratio", value.substr(0, 64), "0", "1"));
   }
   config->ratio = ratio + 0.0;  // -0 becomes 0
-  return Status::Ok();
-}
-
-constexpr int kMaxLayer = 9999;
-
-// "3" or "0-4", inside 0..kMaxLayer.
-bool ParseLayers(std::string_view text, int* first, int* last) {
-  const size_t dash = text.find('-');
-  if (ParseNumber(text.substr(0, dash), first) != Parse::kOk) return false;
-  *last = *first;
-  if (dash != std::string_view::npos && ParseNumber(text.substr(dash + 1), last) != Parse::kOk)
-    return false;
-  return *first >= 0 && *first <= *last && *last <= kMaxLayer;
-}
-
-// Calls body(entry) for each entry of a list with commas, until one fails.
-template <typename Body>
-Status ForEachEntry(std::string_view list, Body&& body) {
-  for (size_t at = 0; !list.empty() && at <= list.size();) {
-    const size_t end = std::min(list.find(',', at), list.size());
-    if (Status s = body(list.substr(at, end - at)); !s.ok()) return s;
-    at = end + 1;
-  }
-  return Status::Ok();
-}
-
-template <size_t kSize>
-std::string_view TextOf(const char (&text)[kSize]) {
-  return {text, strnlen(text, kSize)};
-}
-
-// *text as it was when `value` does not fit.
-template <size_t kSize>
-Status SetText(std::string_view key, std::string_view value, char (*text)[kSize]) {
-  if (value.size() >= kSize) {
-    return Status::Invalid(std::string(key) + ": " + std::to_string(value.size()) +
-                           " characters, at most " + std::to_string(kSize - 1) + " fit");
-  }
-  std::memset(*text, 0, kSize);
-  std::memcpy(*text, value.data(), value.size());
-  return Status::Ok();
-}
-
-// An entry of config.layers: from `first` to `last` the rows of `rows`.
-struct LayerRule {
-  int first = 0, last = 0;
-  sparkv_config rows = {};
-};
-
-Status ParseLayerRule(std::string_view text, LayerRule* rule) {
-  const auto wrong = [&](const std::string& why) {
-    return Status::Invalid("layers: " + Quote(text) + " " + why);
-  };
-  const size_t equals = text.find('=');
-  if (equals == std::string_view::npos) return wrong("is not LAYER=PRESET or FIRST-LAST=PRESET");
-  if (!ParseLayers(text.substr(0, equals), &rule->first, &rule->last))
-    return wrong("names no layers in 0.." + std::to_string(kMaxLayer));
-  std::string_view preset = text.substr(equals + 1), values;
-  if (const size_t plus = preset.find('+'); plus != std::string_view::npos) {
-    values = preset.substr(plus + 1);
-    preset = preset.substr(0, plus);
-    if (values.empty()) return wrong("has no values behind the +");
-  }
-  if (preset.empty()) return wrong("names no preset");
-  rule->rows.struct_size = sizeof(rule->rows);
-  if (Status s = SetPreset(preset, &rule->rows); !s.ok()) return s;
-  return values.empty() ? Status::Ok() : SetParameter("values", values, &rule->rows);
-}
-
-// Calls body(rule) for each entry, in order.
-template <typename Body>
-Status ForEachLayerRule(std::string_view layers, Body&& body) {
-  return ForEachEntry(layers, [&](std::string_view entry) -> Status {
-    LayerRule rule;
-    if (Status s = ParseLayerRule(entry, &rule); !s.ok()) return s;
-    body(rule);
-    return Status::Ok();
-  });
-}
-
-Status SetLayers(std::string_view value, sparkv_config* config) {
-  if (Status s = ForEachLayerRule(value, [](const LayerRule&) {}); !s.ok()) return s;
-  return SetText("layers", value, &config->layers);
-}
-
-// Calls body(first, last, sensitivity) for each entry, in order.
-template <typename Body>
-Status ForEachSensitivity(std::string_view list, Body&& body) {
-  return ForEachEntry(list, [&](std::string_view entry) -> Status {
-    const size_t colon = entry.find(':');
-    int first = 0, last = 0;
-    double x = 0.0;
-    if (colon == std::string_view::npos || !ParseLayers(entry.substr(0, colon), &first, &last) ||
-        ParseNumber(entry.substr(colon + 1), &x) != Parse::kOk || !(x >= 0.0) || x > 1e9) {
-      return Status::Invalid("sensitivity: " + Quote(entry) +
-                             " is not LAYER:NUMBER or FIRST-LAST:NUMBER, 0 to 1e9");
-    }
-    body(first, last, x);
-    return Status::Ok();
-  });
-}
-
-Status SetSensitivity(std::string_view value, sparkv_config* config) {
-  if (Status s = ForEachSensitivity(value, [](int, int, double) {}); !s.ok()) return s;
-  return SetText("sensitivity", value, &config->sensitivity);
-}
-
-Status SetBudget(std::string_view value, sparkv_config* config) {
-  Budget budget;
-  if (Status s = ParseBudget(value, &budget); !s.ok()) return s;
-  return SetText("budget", value, &config->budget);
-}
-
-// "first:2,last:1", either alone, or nothing.
-Status SetProtect(std::string_view value, sparkv_config* config) {
-  int32_t first = 0, last = 0;
-  const Status s = ForEachEntry(value, [&](std::string_view part) -> Status {
-    int32_t* count = part.starts_with("first:")  ? &first
-                     : part.starts_with("last:") ? &last
-                                                 : nullptr;
-    const Parse parse =
-        count == nullptr ? Parse::kNotANumber : ParseNumber(part.substr(part.find(':') + 1), count);
-    if (parse == Parse::kNotANumber)
-      return Status::Invalid("protect: " + Quote(value) + " is not first:N, last:N or both");
-    if (parse == Parse::kOutOfRange || *count < 0 || *count > kMaxLayer) {
-      return Status::Invalid("protect: " + Quote(part) + " is outside 0.." +
-                             std::to_string(kMaxLayer));
-    }
-    return Status::Ok();
-  });
-  if (!s.ok()) return s;
-  config->protect_first = first;
-  config->protect_last = last;
   return Status::Ok();
 }
 
@@ -388,92 +240,7 @@ Status CheckConfig(const sparkv_config& config) {
       }
     }
   }
-  const auto endless = [](std::string_view text, size_t size) { return text.size() == size; };
-  for (const auto& [key, open] :
-       {std::pair("layers", endless(TextOf(config.layers), sizeof(config.layers))),
-        std::pair("budget", endless(TextOf(config.budget), sizeof(config.budget))),
-        std::pair("sensitivity",
-                  endless(TextOf(config.sensitivity), sizeof(config.sensitivity)))}) {
-    if (open) return Status::Invalid(std::string(key) + ": the text has no end");
-  }
-  Budget budget;
-  if (Status s = ParseBudget(TextOf(config.budget), &budget); !s.ok()) return s;
-  if (Status s = ForEachSensitivity(TextOf(config.sensitivity), [](int, int, double) {}); !s.ok())
-    return s;
-  return ForEachLayerRule(TextOf(config.layers), [](const LayerRule&) {});
-}
-
-Status ParseBudget(std::string_view text, Budget* budget) {
-  *budget = {};
-  if (text.empty()) return Status::Ok();
-  if (text == "auto") {
-    budget->kind = Budget::kAuto;
-    return Status::Ok();
-  }
-  constexpr struct {
-    std::string_view name;
-    double bytes;
-  } kUnits[] = {{"bpe", 0},      {"B", 1},    {"KiB", 0x1p10}, {"MiB", 0x1p20},
-                {"GiB", 0x1p30}, {"KB", 1e3}, {"MB", 1e6},     {"GB", 1e9}};
-  size_t at = 0;
-  while (at < text.size() && (text[at] == '.' || (text[at] >= '0' && text[at] <= '9'))) ++at;
-  double number = 0.0;
-  if (ParseNumber(text.substr(0, at), &number) == Parse::kOk && number > 0.0 && number <= 1e15) {
-    for (const auto& unit : kUnits) {
-      if (text.substr(at) != unit.name) continue;
-      budget->kind = unit.bytes == 0 ? Budget::kBits : Budget::kBytes;
-      budget->amount = unit.bytes == 0 ? number : number * unit.bytes;
-      return Status::Ok();
-    }
-  }
-  return Status::Invalid(
-      "budget: " + Quote(text) +
-      " is not auto, bits such as 4bpe or bytes such as 512MiB (B, KiB, MiB, GiB,"
-      " KB, MB, GB)");
-}
-
-double SensitivityOf(const sparkv_config& config, int32_t layer) {
-  double sensitivity = 1.0;
-  (void)ForEachSensitivity(TextOf(config.sensitivity), [&](int first, int last, double x) {
-    if (layer >= first && layer <= last) sensitivity = x;
-  });
-  return sensitivity;
-}
-
-bool HasRule(const sparkv_config& config, int32_t layer, int32_t n_layers) {
-  bool has = layer < config.protect_first || layer >= n_layers - config.protect_last;
-  (void)ForEachLayerRule(TextOf(config.layers), [&](const LayerRule& rule) {
-    has = has || (layer >= rule.first && layer <= rule.last);
-  });
-  return has;
-}
-
-Status SetLayer(int32_t layer, int32_t n_layers, sparkv_config* config) {
-  if (layer < 0 || layer > kMaxLayer) {
-    return Status::Invalid(Outside("layer", std::to_string(layer), "0", std::to_string(kMaxLayer)));
-  }
-  sparkv_config next = *config;
-  int beyond = -1;
-  const Status s = ForEachLayerRule(TextOf(config->layers), [&](const LayerRule& rule) {
-    if (rule.first >= n_layers) beyond = rule.first;
-    if (layer < rule.first || layer > rule.last) return;
-    next.ratio = rule.rows.ratio;
-    next.kept = rule.rows.kept;
-    next.values = rule.rows.values;
-  });
-  if (!s.ok()) return s;
-  if (beyond >= 0) {
-    return Status::Invalid("layers: " + std::to_string(beyond) + " is none of the model's " +
-                           std::to_string(n_layers) + " layers");
-  }
-  if (layer < config->protect_first || layer >= n_layers - config->protect_last) {
-    next.ratio = 0.0;
-    next.kept = next.values = SPARKV_INT8;
-  }
-  next.protect_first = next.protect_last = 0;
-  std::memset(next.layers, 0, sizeof(next.layers));
-  *config = next;
-  return Status::Ok();
+  return CheckLayers(config);
 }
 
 std::string ConfigText(const sparkv_config& config) {

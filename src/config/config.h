@@ -22,20 +22,6 @@ inline int KeptChannels(double ratio, int head_dim) {
 Status SetPreset(std::string_view name, sparkv_config* config);
 Status SetParameter(std::string_view key, std::string_view value, sparkv_config* config);
 
-// What counts for one layer of the model (sparkv_config_layer).
-Status SetLayer(int32_t layer, int32_t n_layers, sparkv_config* config);
-
-struct Budget {
-  enum { kNone, kAuto, kBits, kBytes } kind = kNone;
-  double amount = 0.0;  // bits per element, or bytes
-};
-Status ParseBudget(std::string_view text, Budget* budget);
-
-// Of a configuration that was checked: what a lost bit costs in this layer, and whether the layer
-// has rows of its own or is protected.
-double SensitivityOf(const sparkv_config& config, int32_t layer);
-bool HasRule(const sparkv_config& config, int32_t layer, int32_t n_layers);
-
 // A configuration may come from C as plain numbers: every field inside its range, or the first one
 // that is not.
 Status CheckConfig(const sparkv_config& config);

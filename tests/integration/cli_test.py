@@ -240,6 +240,8 @@ class Command(unittest.TestCase):
             (["--kv-colour"], ["run", "-m", self.model, "--kv-colour", "red"]),
             (["--kv-preset"], ["bench", "-m", self.model, "--kv-preset", "exact,,exact"]),
             (["--baselines", "q9_9"], ["eval", "-m", self.model, "--baselines", "q9_9"]),
+            (["'q8_0/q9_9'"], ["eval", "-m", self.model, "--baselines", "f16,q8_0/q9_9"]),
+            (["'q8_0/'"], ["bench", "-m", self.model, "--baselines", "q8_0/"]),
             (["-m"], ["run", "-p", "hello"]),
             (["--json"], ["run", "-m", self.model, "--json"]),
             (["--bogus"], ["bench", "--bogus"]),
@@ -465,6 +467,18 @@ class Command(unittest.TestCase):
             [a for f, a in zip(base["args"], base["args"][1:]) if f == "-fa"][-1], "off"
         )
 
+    def test_baselines_may_have_keys_and_values_apart(self):
+        report = self.eval_tasks("--baselines", "q8_0/q4_0,f16/q5_1,q8_0/q8_0,q8_0")
+        self.assertEqual(
+            [(row["cache"], row["bits_per_element"]) for row in report["results"][:-1]],
+            [("q8_0/q4_0", 6.5), ("f16/q5_1", 11), ("q8_0", 8.5)],
+        )
+        called = [c for c in self.calls() if "q8_0" in c.get("args", [])]
+        self.assertEqual(
+            [(c["name"], c["args"][c["args"].index("-ctv") + 1]) for c in called[:2]],
+            [("llama-perplexity", "q4_0"), ("llama-server", "q4_0")],
+        )
+
     def test_eval_measures_its_noise_floor_with_two_exact_runs(self):
         words = ["eval", "-m", self.model, "--questions", "0", "--baselines", "f32"]
         report = json.loads(self.succeeds(*words, "--json"))
@@ -478,9 +492,9 @@ class Command(unittest.TestCase):
     ALL_TASKS = "passcode,multikey,variables,words"
 
     def eval_tasks(self, *words):
-        return json.loads(
-            self.succeeds("eval", "-m", self.model, "--json", "--baselines", "f16", *words)
-        )
+        if "--baselines" not in words:
+            words += ("--baselines", "f16")
+        return json.loads(self.succeeds("eval", "-m", self.model, "--json", *words))
 
     def test_eval_counts_an_answer_only_when_it_begins_with_what_is_expected(self):
         report = self.eval_tasks("--questions", "5", "--tasks", self.ALL_TASKS)

@@ -182,7 +182,8 @@ std::function<int()> AddBench(CLI::App* app) {
   app->add_option("-b,--batch-size", settings->batch, "logical batch")->capture_default_str();
   app->add_option("--ubatch-size", settings->ubatch, "physical batch (-ub)")->capture_default_str();
   app->add_option("--baselines", settings->baselines,
-                  "llama.cpp caches to compare with; ratios are to the first")
+                  "llama.cpp caches to compare with; ratios are to the first; q8_0/q4_0: keys and "
+                  "values apart")
       ->capture_default_str();
   app->add_option("-o,--output", settings->format, "how the result is written")
       ->type_name("md|csv|json|jsonl")

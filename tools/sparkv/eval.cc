@@ -255,7 +255,7 @@ void RunTasks(const Settings& settings, const Cache& cache, const std::vector<To
   if (tasks.empty()) return;
   size_t context = 0;
   for (const auto& task : tasks) context = std::max(context, task.longest);
-  Server server(cache, ServerArguments(settings, context), folder.File(cache.name + ".log"), {});
+  Server server(cache, ServerArguments(settings, context), folder.File("server.log"), {});
   Speeds speeds;
   for (const auto& task : tasks)
     results[task.task.name] = RunTask(task, &server, cache.name, &speeds);
@@ -436,7 +436,8 @@ std::function<int()> AddEval(CLI::App* app) {
       ->capture_default_str();
   app->add_option("-t,--threads", settings->threads, "threads; 0: as llama.cpp chooses")
       ->check(CLI::Range(0, 1024));
-  app->add_option("--baselines", settings->baselines, "llama.cpp caches to compare with")
+  app->add_option("--baselines", settings->baselines,
+                  "llama.cpp caches to compare with; q8_0/q4_0: keys and values apart")
       ->capture_default_str();
   app->add_option("--tasks", settings->tasks, "list of retrieval tasks, see below")
       ->delimiter(',')
@@ -467,8 +468,7 @@ std::function<int()> AddEval(CLI::App* app) {
       "  words      lists of words, the one that occurs most often in each\n\n"
       "Examples\n"
       "  sparkv eval -m model.gguf --requantize-f32\n"
-      "  sparkv eval -m model.gguf -f book.txt -c 4096 --kv-preset spark-0.5-i8,spark-0.5-i5 "
-      "--json\n"
+      "  sparkv eval -m model.gguf -f book.txt -c 4096 --baselines q8_0,q5_1,q8_0/q4_0 --json\n"
       "  sparkv eval -m model.gguf -f book.txt --tasks passcode,variables --task-words 12000 "
       "--resume so-far.json");
   return [=] { return Eval(*settings); };

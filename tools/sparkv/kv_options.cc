@@ -49,6 +49,17 @@ const HostType* FindHostType(const std::string& name) {
   return found == std::end(kHostTypes) ? nullptr : found;
 }
 
+// The types of keys and of values in "q8_0/q4_0"; in "q8_0" both are the same.
+std::pair<std::string, std::string> KeysAndValues(const std::string& name) {
+  const size_t slash = name.find('/');
+  return {name.substr(0, slash), slash == std::string::npos ? name : name.substr(slash + 1)};
+}
+
+bool IsHostCache(const std::string& name) {
+  const auto [keys, values] = KeysAndValues(name);
+  return FindHostType(keys) && FindHostType(values);
+}
+
 // The library names the field; the user typed an option.
 [[noreturn]] void Refuse(const std::string& field, const char* text) {
   std::string reason = text;
@@ -100,13 +111,18 @@ void AddKvOptions(CLI::App* app, KvOptions* options) {
 
 std::vector<std::string> Cache::Flags() const {
   if (packed) return {"-dev", "SPARKV", "-ngl", "99", "-fa", "on"};
-  return {"-dev", "none", "-fa", "on", "-ctk", name, "-ctv", name};
+  const auto [keys, values] = KeysAndValues(name);
+  return {"-dev", "none", "-fa", "on", "-ctk", keys, "-ctv", values};
 }
 
 Cache MakeCache(const std::string& name, const KvOptions& options) {
   Cache cache;
   cache.name = name;
-  if (FindHostType(name)) return cache;
+  if (IsHostCache(name)) {
+    const auto [keys, values] = KeysAndValues(name);
+    if (keys == values) cache.name = keys;
+    return cache;
+  }
   cache.packed = true;
   cache.config.struct_size = sizeof(cache.config);
   sparkv_error error = {};
@@ -130,7 +146,7 @@ std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& opt
     if (!known) caches.push_back(std::move(cache));
   };
   for (const auto& name : SplitList("--baselines", baselines)) {
-    if (!FindHostType(name))
+    if (!IsHostCache(name))
       throw Error(kUsage, fmt::format("--baselines: '{}' is not a cache type of llama.cpp", name));
     add(MakeCache(name, {}));
   }
@@ -142,8 +158,9 @@ std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& opt
 }
 
 double HostBits(const std::string& name) {
-  const HostType* type = FindHostType(name);
-  return type ? type->bits : 0;
+  if (!IsHostCache(name)) return 0;
+  const auto [keys, values] = KeysAndValues(name);
+  return (FindHostType(keys)->bits + FindHostType(values)->bits) / 2;
 }
 
 }  // namespace sparkv

@@ -18,7 +18,8 @@ struct KvOptions {
 
 void AddKvOptions(CLI::App* app, KvOptions* options);
 
-// One way to keep the cache: a type of llama.cpp's own (f16, q8_0, q4_0, ...) or a sparkv preset.
+// One way to keep the cache: a type of llama.cpp's own (f16, q8_0, q4_0, ..., or q8_0/q4_0 for keys
+// and values apart) or a sparkv preset.
 struct Cache {
   std::string name;
   bool packed = false;                     // needs the plugin
@@ -32,7 +33,8 @@ Cache MakeCache(const std::string& name, const KvOptions& options);
 // What bench and eval compare: `baselines`, a list of llama.cpp's types, then the presets of
 // `options`, each once.
 std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& options);
-// Stored bits per element of llama.cpp's own types, by their block layout.
+// Stored bits per element of llama.cpp's own types, by their block layout; 0 for other caches. Keys
+// and values count alike.
 double HostBits(const std::string& name);
 
 }  // namespace sparkv

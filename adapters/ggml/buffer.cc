@@ -128,8 +128,7 @@ Buffer::~Buffer() {
   const std::lock_guard lock(registry.mutex);
   registry.live.erase(std::find(registry.live.begin(), registry.live.end(), this));
   if (cache_) {
-    CacheReport report = MakeReport(cache_, Shapes());
-    report.budget_layers = budget_layers_;
+    const CacheReport report = MakeReport(cache_, Shapes(), budget_layers_);
     SaveFiles();
     KeepWeights(cache_, &registry.weights);
     sparkv_cache_free(cache_);
@@ -399,8 +398,7 @@ void Buffer::SaveFiles() {
 bool Buffer::ReportAtExit(CacheReport* report) {
   const std::unique_lock lock(mutex, std::try_to_lock);  // a thread may still be computing
   if (!lock.owns_lock() || !cache_) return false;
-  *report = MakeReport(cache_, Shapes());
-  report->budget_layers = budget_layers_;
+  *report = MakeReport(cache_, Shapes(), budget_layers_);
   SaveFiles();
   if (report->memory.tokens > 0) Log(LogLevel::kInfo, "%s", ReportLine(*report).c_str());
   return true;

@@ -120,8 +120,10 @@ bool WriteAll(int file, const std::string& bytes) {
 
 }  // namespace
 
-CacheReport MakeReport(const sparkv_cache* cache, const std::vector<sparkv_layer_shape>& layers) {
+CacheReport MakeReport(const sparkv_cache* cache, const std::vector<sparkv_layer_shape>& layers,
+                       const std::string& budget_layers) {
   CacheReport report;
+  report.budget_layers = budget_layers;
   report.memory.struct_size = sizeof(report.memory);
   sparkv_cache_high_water(cache, &report.memory);
   report.n_layers = static_cast<int>(layers.size());

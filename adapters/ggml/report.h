@@ -17,7 +17,8 @@ struct CacheReport {
   int64_t value_elements = 0;  // per token, all layers
 };
 
-CacheReport MakeReport(const sparkv_cache* cache, const std::vector<sparkv_layer_shape>& layers);
+CacheReport MakeReport(const sparkv_cache* cache, const std::vector<sparkv_layer_shape>& layers,
+                       const std::string& budget_layers);
 std::string ReportLine(const CacheReport& report);
 std::string StatsJson(const Options& options, const std::string& isa,
                       const std::vector<CacheReport>& reports);

@@ -94,7 +94,7 @@ typedef struct sparkv_config {
   int32_t protect_first; /* the model's first and last layers that are protected: nothing pruned, */
   int32_t protect_last;  /* 8-bit numbers; [0, 9999] */
   char preset[32];  /* the name the configuration started from, for reports */
-  char layers[2048]; /* layers of their own: "0-1=spark-0-i8,29=spark-0.5-i6+q8", empty for none */
+  char layers[2048]; /* layers of their own: "0-1=spark-0-i8,29=spark-0.5-i6+q8"; empty: none */
   char budget[32];   /* what all rows may take: "4bpe" (bits per element, dense rows and weights
                         counted), "512MiB", "auto" (what `config` takes without it), empty for none */
   char sensitivity[512]; /* what a budget takes from which layer: "0-4:0.5,15-19:7.1", layers that
@@ -213,8 +213,8 @@ typedef struct sparkv_shape {
   int32_t n_model_layers; /* layers of the model, for protect; 0: the highest number and one */
 } sparkv_shape;
 
-/* *out = `config` with config->budget turned into layers of their own: of all layers of the `n_shapes`
- * caches (1..64, no layer twice) those with most to lose per byte get more bits until the budget is
+/* *out = `config` with config->budget turned into layers of their own: of all layers of the
+ * `n_shapes` caches (1..64, no layer twice) those with most to lose per byte get more bits until the budget is
  * spent, at full caches. Layers that config->layers names and protected ones stay as they are and
  * count. SPARKV_INVALID when the cheapest rows take more than the budget. Without a budget *out is
  * `config`; `out` may be `config`. Ours. */

@@ -13,8 +13,8 @@ namespace sparkv {
 namespace {
 
 // Kinds of rows by falling loss: mean KL divergence with these keys and f16 values, or these values
-// and dense keys (docs/results.md, "grid"; keys at ratio .8 are worse than the rest at every size).
-// Only the ratios of losses count.
+// and dense keys (docs/results.md, "grid"; with more than 4 bits at ratio .8 they cost more and
+// lose nearly as much). Only the ratios of losses count.
 struct KeyKind {
   const char* preset;
   double ratio;

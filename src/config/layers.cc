@@ -71,6 +71,10 @@ Status ParseLayerRule(std::string_view text, LayerRule* rule) {
   return values.empty() ? Status::Ok() : SetParameter("values", values, &rule->rows);
 }
 
+bool Protected(const sparkv_config& config, int32_t layer, int32_t n_layers) {
+  return layer < config.protect_first || layer >= n_layers - config.protect_last;
+}
+
 // Calls body(rule) for each entry, in order.
 template <typename Body>
 Status ForEachLayerRule(std::string_view layers, Body&& body) {
@@ -194,7 +198,7 @@ double SensitivityOf(const sparkv_config& config, int32_t layer) {
 }
 
 bool HasRule(const sparkv_config& config, int32_t layer, int32_t n_layers) {
-  bool has = layer < config.protect_first || layer >= n_layers - config.protect_last;
+  bool has = Protected(config, layer, n_layers);
   (void)ForEachLayerRule(TextOf(config.layers), [&](const LayerRule& rule) {
     has = has || (layer >= rule.first && layer <= rule.last);
   });
@@ -219,7 +223,7 @@ Status SetLayer(int32_t layer, int32_t n_layers, sparkv_config* config) {
     return Status::Invalid("layers: " + std::to_string(beyond) + " is none of the model's " +
                            std::to_string(n_layers) + " layers");
   }
-  if (layer < config->protect_first || layer >= n_layers - config->protect_last) {
+  if (Protected(*config, layer, n_layers)) {
     next.ratio = 0.0;
     next.kept = next.values = SPARKV_INT8;
   }

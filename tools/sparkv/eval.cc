@@ -291,9 +291,10 @@ void PrintTable(const Json& report) {
   std::vector<std::string> header = {"cache"};
   for (const Column& column : kColumns) header.push_back(column.header);
   for (const auto& task : report["tasks"]) header.push_back(task);
-  if (!report["tasks"].empty()) {
-    for (const Column& column : kServerColumns) header.push_back(column.header);
-  }
+  std::vector<Column> server_columns;
+  if (!report["tasks"].empty())
+    server_columns.assign(std::begin(kServerColumns), std::end(kServerColumns));
+  for (const Column& column : server_columns) header.push_back(column.header);
   Table table(header);
   for (const auto& row : report["results"]) {
     std::vector<std::string> cells = {row["cache"]};
@@ -303,8 +304,7 @@ void PrintTable(const Json& report) {
       const Json& done = row["tasks"][task.get<std::string>()];
       cells.push_back(fmt::format("{}/{}", done["right"].get<int>(), done["asked"].get<int>()));
     }
-    for (const Column& column : kServerColumns) {
-      if (report["tasks"].empty()) break;
+    for (const Column& column : server_columns) {
       const Json value = row.value(column.field, Json());
       cells.push_back(value.is_number() ? fmt::format("{:.{}f}", value.get<double>(), column.digits)
                                         : "-");

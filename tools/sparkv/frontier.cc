@@ -9,6 +9,7 @@
 
 #include "kv_options.h"
 #include "report.h"
+#include "svg.h"
 
 namespace sparkv {
 namespace {
@@ -61,7 +62,6 @@ struct Evaluation {
 
 // The evaluation in a file that anyone may have written.
 class Reader {
-  using Name = std::string;
   static constexpr const char* kLetters = "abcdefghijklmnopqrstuvwxyz";
 
  public:
@@ -77,11 +77,12 @@ class Reader {
     out.context = Number(json, "/context");
     out.floor = Number(json, "/noise_floor/flash_attention");
     for (const Json& task : Array(json, "/tasks")) {
-      if (!task.is_string() || task.get<std::string>().find_first_not_of(kLetters) != Name::npos)
+      if (!task.is_string() ||
+          task.get<std::string>().find_first_not_of(kLetters) != std::string::npos)
         Refuse("/tasks", "holds something else than names");
       out.tasks.push_back(task);
     }
-    const Json rows = Array(json, "/results");
+    const Json& rows = Array(json, "/results");
     if (rows.empty()) Refuse("/results", "is empty");
     for (size_t i = 0; i < rows.size(); ++i) {
       const std::string at = fmt::format("/results/{}", i);
@@ -123,7 +124,7 @@ class Reader {
     if (!field.is_number()) Refuse(pointer, "is no number");
     return field;
   }
-  Json Array(const Json& json, const std::string& pointer) const {
+  const Json& Array(const Json& json, const std::string& pointer) const {
     const Json& field = Field(json, pointer);
     if (!field.is_array()) Refuse(pointer, "is no list");
     return field;
@@ -139,22 +140,6 @@ class Reader {
   std::string source_;
 };
 
-std::string Escape(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    out += c == '<'   ? "&lt;"
-           : c == '>' ? "&gt;"
-           : c == '&' ? "&amp;"
-           : c == '"' ? "&quot;"
-                      : std::string(1, c);
-  }
-  return out;
-}
-
-std::string Text(double x, double y, const std::string& text, const char* more = "") {
-  return fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" {}>{}</text>\n", x, y, more, Escape(text));
-}
-
 // Bits from left to right; `up` in 0..1 says how high.
 template <typename Up>
 std::string Plot(const Evaluation& e, const std::string& title,
@@ -169,25 +154,25 @@ std::string Plot(const Evaluation& e, const std::string& title,
       "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {}\" "
       "font-family=\"system-ui, sans-serif\" font-size=\"12\" fill=\"#333a44\">\n",
       kWidth, kHeight);
-  out += Text(kLeft, 20, title, "font-size=\"15\" font-weight=\"600\"");
+  out += SvgText(kLeft, 20, title, "font-size=\"15\" font-weight=\"600\"");
   const double step = most > 8 ? 2 : 1;
   for (double bits = 0; bits <= most; bits += step) {
-    out +=
-        Text(x(bits), kHeight - kBottom + 18, fmt::format("{:g}", bits), "text-anchor=\"middle\"");
+    out += SvgText(x(bits), kHeight - kBottom + 18, fmt::format("{:g}", bits),
+                   "text-anchor=\"middle\"");
   }
-  out += Text(kLeft + width / 2, kHeight - 10, "bits per element of keys and values, all counted",
-              "text-anchor=\"middle\"");
+  out += SvgText(kLeft + width / 2, kHeight - 10,
+                 "bits per element of keys and values, all counted", "text-anchor=\"middle\"");
   for (const auto& [share, label] : marks) {
     out += fmt::format(
         "<line x1=\"{0}\" x2=\"{1}\" y1=\"{2:.1f}\" y2=\"{2:.1f}\" stroke=\"#dde1e6\"/>\n", kLeft,
         kLeft + width, y(share));
-    out += Text(kLeft - 8, y(share) + 4, label, "text-anchor=\"end\"");
+    out += SvgText(kLeft - 8, y(share) + 4, label, "text-anchor=\"end\"");
   }
   for (const Row& row : e.rows) {
     const double at = x(row.bits()), height_at = y(up(row));
     out += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"5\" fill=\"{}\"/>\n", at, height_at,
                        row.ours ? kBlue : kSand);
-    out += Text(at + 8, height_at + 4, row.cache);
+    out += SvgText(at + 8, height_at + 4, row.cache);
   }
   return out + "</svg>\n";
 }

@@ -84,8 +84,9 @@ int Main(std::vector<std::string> words) {
   for (const auto& [command, action] : commands) {
     if (command->parsed()) return action();
   }
-  throw Error(kUsage,
-              "no sub-command: one of run, serve, bench, inspect, fit, eval, report (--help explains)");
+  throw Error(
+      kUsage,
+      "no sub-command: one of run, serve, bench, inspect, fit, eval, report (--help explains)");
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "report.h"
+#include "svg.h"
 
 namespace sparkv {
 namespace {
@@ -137,10 +138,6 @@ class Cells {
   std::vector<const char*> colour_;  // [rows][columns_]
 };
 
-std::string Text(double x, double y, const std::string& text, const char* style = "") {
-  return fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" {}>{}</text>\n", x, y, style, text);
-}
-
 std::string Frame(double y, double height) {
   return fmt::format(
       "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" fill=\"none\" stroke=\"#8a93a0\" "
@@ -150,12 +147,13 @@ std::string Frame(double y, double height) {
 
 std::string ChannelAxis(double y, double height, int head_dim) {
   const double middle = y + height / 2;
-  return Text(kLeft - 8, y + 10, "0", "text-anchor=\"end\"") +
-         Text(kLeft - 8, y + height - 2, fmt::format("{}", head_dim - 1), "text-anchor=\"end\"") +
-         Text(kLeft - 14, middle, "channel",
-              fmt::format("text-anchor=\"middle\" transform=\"rotate(-90 {} {})\"", kLeft - 14,
-                          middle)
-                  .c_str());
+  return SvgText(kLeft - 8, y + 10, "0", "text-anchor=\"end\"") +
+         SvgText(kLeft - 8, y + height - 2, fmt::format("{}", head_dim - 1),
+                 "text-anchor=\"end\"") +
+         SvgText(kLeft - 14, middle, "channel",
+                 fmt::format("text-anchor=\"middle\" transform=\"rotate(-90 {} {})\"", kLeft - 14,
+                             middle)
+                     .c_str());
 }
 
 std::string TokenAxis(double y, int first, int last) {
@@ -164,7 +162,7 @@ std::string TokenAxis(double y, int first, int last) {
   for (int i = 0; i <= kTicks; ++i) {
     const double x = kLeft + double(kWidth) * i / kTicks;
     const char* anchor = i == 0 ? "start" : i == kTicks ? "end" : "middle";
-    out += Text(
+    out += SvgText(
         x, y,
         fmt::format("{}{}", i == 0 ? "token " : "", first + (last - first) * int64_t(i) / kTicks),
         fmt::format("text-anchor=\"{}\"", anchor).c_str());
@@ -181,7 +179,7 @@ std::string Legend(double x, double y, const std::array<const char*, kShades>& c
     out += fmt::format("<rect x=\"{:.1f}\" y=\"{:.1f}\" width=\"12\" height=\"10\" fill=\"{}\"/>",
                        x + 12 * i, y - 9, colours[i]);
   }
-  return out + Text(x + 12 * kShades + 6, y, label);
+  return out + SvgText(x + 12 * kShades + 6, y, label);
 }
 
 std::string Overview(const Head& head, double y, double height) {
@@ -240,30 +238,30 @@ std::string DrawSaliency(const std::string& json, const std::string& source) {
       "font-family=\"system-ui, sans-serif\" font-size=\"12\" fill=\"#333a44\">\n<rect "
       "width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n",
       kLeft + kWidth + 20, total);
-  out += Text(kLeft, 22, fmt::format("Keys of layer {}, KV head {}", head.layer, head.head),
-              "font-size=\"16\" font-weight=\"600\"");
-  out += Text(
+  out += SvgText(kLeft, 22, fmt::format("Keys of layer {}, KV head {}", head.layer, head.head),
+                 "font-size=\"16\" font-weight=\"600\"");
+  out += SvgText(
       kLeft, 42,
       fmt::format(
           "{} tokens x {} channels; {} tokens dense (sinks and window), {} packed{}", head.tokens,
           head.head_dim, dense, packed,
           packed ? fmt::format(" with {:.1f} channels kept each", double(kept) / packed) : ""));
-  out += Text(kLeft, overview - 6, "All tokens", "font-weight=\"600\"");
+  out += SvgText(kLeft, overview - 6, "All tokens", "font-weight=\"600\"");
   out += Legend(kLeft + kWidth - 262, overview - 6, kBlue, "share of tokens that keep it");
   out += Overview(head, overview, height) + Frame(overview, height) +
          ChannelAxis(overview, height, head.head_dim);
   out += TokenAxis(overview + height + 16, 0, head.tokens - 1);
 
-  out += Text(kLeft, zoom - 26, fmt::format("Tokens {} to {}", first, first + count - 1),
-              "font-weight=\"600\"");
+  out += SvgText(kLeft, zoom - 26, fmt::format("Tokens {} to {}", first, first + count - 1),
+                 "font-weight=\"600\"");
   out += Legend(kLeft, zoom - 6, kBlue, "kept, darker = more salient");
   out += Legend(kLeft + 320, zoom - 6, kSand, "pruned, darker = more salient");
   out += Zoom(head, first, count, zoom, height) + Frame(zoom, height) +
          ChannelAxis(zoom, height, head.head_dim);
   out += TokenAxis(zoom + height + 16, first, first + count - 1);
-  out += Text(kLeft, total - 12,
-              "Saliency = |key| x channel weight of the queries, scaled to the largest of its "
-              "token, square root.");
+  out += SvgText(kLeft, total - 12,
+                 "Saliency = |key| x channel weight of the queries, scaled to the largest of its "
+                 "token, square root.");
   return out + "</svg>\n";
 }
 

@@ -45,9 +45,7 @@ typedef struct sparkv_error {
 
 SPARKV_API const char* sparkv_version(void);
 
-/* ---- configuration
- * -------------------------------------------------------------------------------------------------
- */
+/* ---- configuration */
 
 /* How a pruned channel is restored (docs/method.md, section 4). */
 typedef enum sparkv_recover {
@@ -124,8 +122,7 @@ SPARKV_API sparkv_status sparkv_config_layer(const sparkv_config* config, int32_
  * stream". Always zero-terminated; returns the length it needed. */
 SPARKV_API size_t sparkv_config_text(const sparkv_config* config, char* text, size_t size);
 
-/* ---- the method, one step per function (f32 in, f32 out; docs/method.md)
- * ------------------------------------------- */
+/* ---- the method, one step per function (f32 in, f32 out; docs/method.md) */
 /* how: sparkv_group in sparkv_channel_weight, else sparkv_recover; enumerations cross as int32_t,
  * so any value is an error and never undefined. */
 
@@ -163,8 +160,7 @@ SPARKV_API sparkv_status sparkv_think(const float* q, int32_t group, int32_t n_q
                                       const float* k, int32_t n_tokens, int32_t head_dim,
                                       double ratio, uint8_t* mask, sparkv_error* error);
 
-/* ---- packed rows (docs/format.md)
- * ---------------------------------------------------------------------------------- */
+/* ---- packed rows (docs/format.md) */
 
 /* Bytes of one packed key or value row of one head; 0 when the shape is not allowed
  * (head_dim 32..512 in steps of 8). */
@@ -190,9 +186,7 @@ SPARKV_API sparkv_status sparkv_unpack_value(const sparkv_config* config, const 
                                              size_t row_size, int32_t head_dim, uint16_t* v,
                                              sparkv_error* error);
 
-/* ---- cache
- * ---------------------------------------------------------------------------------------------------------
- */
+/* ---- cache */
 
 typedef struct sparkv_cache sparkv_cache;
 

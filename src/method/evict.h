@@ -1,5 +1,5 @@
 // Eviction: which rows a KV head keeps of a prompt. Scores say what a row is worth; the highest
-// stay (docs/method.md, section 7).
+// stay (docs/method.md, section 12).
 #pragma once
 
 #include <cstdint>

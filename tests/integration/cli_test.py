@@ -908,6 +908,7 @@ class Command(unittest.TestCase):
         for words, text in (
             (["not a JSON object"], "[1, 2"),
             (["/model", "missing"], "{}"),
+            (["/ask", "no text"], changed(lambda e: e.update(ask=3))),
             (["/results", "empty"], changed(lambda e: e.update(results=[]))),
             (["/results/1/mean_kld"], changed(lambda e: e["results"][1].update(mean_kld="x"))),
             (["/results/0/tasks/passcode"], changed(lambda e: e["results"][0].update(tasks={}))),

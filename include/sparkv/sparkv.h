@@ -97,6 +97,9 @@ typedef struct sparkv_config {
                         counted), "512MiB", "auto" (what `config` takes without it), empty for none */
   char sensitivity[512]; /* what a budget takes from which layer: "0-4:0.5,15-19:7.1", layers that
                             are not named count 1; empty: all count alike */
+  char baseline[32]; /* for comparison only: rows that are packed are coded and decoded as this codec
+                        of others would and stored dense; kivi-2, turboquant-3, think-0.5, ... go
+                        with preset "exact" alone; empty: none */
 } sparkv_config;
 
 /* Fills `config` from a preset: "exact", "spark-R" (f16 kept, f16 values) or "spark-R-iB" (B in 8,
@@ -105,8 +108,8 @@ typedef struct sparkv_config {
 SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name,
                                               sparkv_error* error);
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,
- * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity) from text. Unknown
- * names and bad values are SPARKV_INVALID and leave `config` as it was. */
+ * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, baseline)
+ * from text. Unknown names and bad values are SPARKV_INVALID and leave `config` as it was. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
                                            const char* value, sparkv_error* error);
 /* *out = `config` as it counts for layer `layer` of a model with n_layers, 0..9999. Entries of
@@ -326,7 +329,8 @@ typedef struct sparkv_memory {
   uint64_t peak;      /* largest resident so far */
   uint64_t f16_bytes; /* what the live tokens would take as dense f16 */
   double key_bits, value_bits,
-      bits; /* per element of live tokens; all kinds but workspace, shared kinds split by size */
+      bits; /* per element of live tokens; all kinds but workspace, shared kinds split by size.
+               With a baseline: what its codec would store, dense rows as f16, nothing shared */
 } sparkv_memory;
 
 SPARKV_API void sparkv_cache_memory(const sparkv_cache* cache, sparkv_memory* memory);

@@ -17,6 +17,7 @@
 #include "cache/dense_store.h"
 #include "cache/packed_store.h"
 #include "cache/weight_tables.h"
+#include "config/baseline_name.h"
 #include "ops/op_table.h"
 
 namespace sparkv {
@@ -54,6 +55,7 @@ class KvCache {
     int32_t slot;
     uint16_t table;  // weights it is packed with in this step
     bool sealing;
+    int64_t block = 0;  // with a baseline: its keys are coded with those of the same number
   };
   struct NewTable {
     uint16_t id;
@@ -123,6 +125,12 @@ class KvCache {
   void KeepDense(int layer);
   const uint16_t* ColumnNumbers(const LayerLayout& layer, const Column& column, bool keys) const;
 
+  // seal_baseline.cc
+  int32_t PackedFrom(int32_t rank) const;
+  void MakeChannels(const LayerLayout& layer, const NewTable& table, const float* u);
+  void SealBaseline(const LayerLayout& layer);
+  void CountBaseline(sparkv_memory* m) const;
+
   // attend.cc
   void AttendLayer(const sparkv_attend_args& args);
 
@@ -157,6 +165,8 @@ class KvCache {
   uint64_t Fingerprint() const;
 
   sparkv_config config_{};
+  Baseline baseline_;
+  int key_block_ = 1;  // tokens whose keys are coded together, with a baseline
   CacheLayout layout_;
   const OpTable* ops_ = nullptr;
   ThreadPool pool_;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <span>
 
+#include "config/baseline_name.h"
 #include "config/layers.h"
 #include "config/parse.h"
 
@@ -188,6 +189,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
   if (key == "protect") return SetProtect(value, config);
   if (key == "budget") return SetBudget(value, config);
   if (key == "sensitivity") return SetSensitivity(value, config);
+  if (key == "baseline") return SetBaseline(value, config);
   for (const EnumField& field : kEnumFields) {
     if (key != field.key) continue;
     for (const Name& name : field.names) {
@@ -211,7 +213,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
     config->*field.field = count;
     return Status::Ok();
   }
-  std::string known = "ratio, layers, protect, budget, sensitivity";
+  std::string known = "ratio, layers, protect, budget, sensitivity, baseline";
   for (const EnumField& field : kEnumFields) known += ", " + std::string(field.key);
   for (const CountField& field : kCountFields) known += ", " + std::string(field.key);
   return Status::Invalid("parameter: " + Quote(key) + " is unknown (" + known + ")");
@@ -240,7 +242,8 @@ Status CheckConfig(const sparkv_config& config) {
       }
     }
   }
-  return CheckLayers(config);
+  if (Status s = CheckLayers(config); !s.ok()) return s;
+  return CheckBaseline(config);
 }
 
 std::string ConfigText(const sparkv_config& config) {
@@ -268,6 +271,7 @@ std::string ConfigText(const sparkv_config& config) {
   }
   if (!TextOf(config.budget).empty()) add("budget", TextOf(config.budget));
   if (!TextOf(config.sensitivity).empty()) add("sensitivity", TextOf(config.sensitivity));
+  if (!TextOf(config.baseline).empty()) add("baseline", TextOf(config.baseline));
   return text;
 }
 

@@ -1004,6 +1004,7 @@ class Command(unittest.TestCase):
             ("sparkv bench --kv-pre", "--kv-preset"),
             ("sparkv bench --kv-recover m", "mean"),
             ("sparkv run --kv-preset spark-0.8", "spark-0.8"),
+            ("sparkv eval --baselines kivi", "kivi-2 kivi-4"),
             ("sparkv run -m mod", ""),  # the shell offers files
         ):
             ask = f'COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); _sparkv; '

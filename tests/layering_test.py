@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Reads every #include of ours and fails on an arrow that points up.
 
-Bottom to top: include/sparkv, base, config, method, format, ops, cache, capi. Adapters, tools and
-the reference have shorter lists of their own; tests and bench may see all, and nobody sees them.
+Bottom to top: include/sparkv, base, config, method, format, ops, baselines, cache, capi. Adapters,
+tools and the reference have shorter lists of their own; tests and bench may see all, and nobody
+sees them.
 """
 
 import re
@@ -17,7 +18,8 @@ BELOW = {
     "method": ("include", "base", "config"),
     "format": ("include", "base", "config", "method"),
     "ops": ("include", "base", "config", "method", "format"),
-    "cache": ("include", "base", "config", "method", "format", "ops"),
+    "baselines": ("include", "base", "config", "method", "format", "ops"),
+    "cache": ("include", "base", "config", "method", "format", "ops", "baselines"),
     "capi": ("include", "base", "config", "method", "format", "ops", "cache"),
     "reference": ("include", "base"),
     "adapters": ("include",),

@@ -171,6 +171,12 @@ std::string Load(const void* caller, Plugin* plugin) {
   sparkv_config_text(&config, text.data(), text.size());
   plugin->description = std::string("SparK KV cache ") + config.preset + ", " + plugin->isa;
   Log(LogLevel::kInfo, "%s, %s, version %s", text.c_str(), plugin->isa.c_str(), sparkv_version());
+  if (config.baseline[0] != '\0') {
+    Log(LogLevel::kWarn,
+        "baseline %s is a simulation for comparison: bits are what that codec would store, memory "
+        "is what preset exact takes",
+        config.baseline);
+  }
   std::atexit(ReportAllAtExit);
   return "";
 }

@@ -106,12 +106,15 @@ typedef struct sparkv_config {
   char preset[32];  /* the name the configuration started from, for reports */
   char layers[2048]; /* layers of their own: "0-1=spark-0-i8,29=spark-0.5-i6+q8"; empty: none */
   char budget[32];   /* what all rows may take: "4bpe" (bits per element, dense rows and weights
-                        counted), "512MiB", "auto" (what `config` takes without it), empty for none */
+                        counted), "512MiB", "auto" (what `config` takes without it); empty: none */
   char sensitivity[512]; /* what a budget takes from which layer: "0-4:0.5,15-19:7.1", layers that
                             are not named count 1; empty: all count alike */
   int32_t evict;        /* sparkv_evict */
   int32_t evict_tokens; /* tokens that stay in a KV head, dense ones counted (a mean over layers for
                            PyramidKV); above sinks + window, 0 without eviction */
+  char baseline[32]; /* for comparison only: rows that are packed are coded and decoded as this
+                        codec of others would and stored dense; kivi-2, turboquant-3, think-0.5, ... go
+                        with preset "exact" alone; empty: none */
 } sparkv_config;
 
 /* Fills `config` from a preset: "exact", "spark-R" (f16 kept, f16 values) or "spark-R-iB" (B in 8,
@@ -120,8 +123,9 @@ typedef struct sparkv_config {
 SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name,
                                               sparkv_error* error);
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,
- * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, evict: "snapkv:512" or "none") from text. Unknown
- * names and bad values are SPARKV_INVALID and leave `config` as it was. */
+ * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, evict: "snapkv:512"
+ * or "none", baseline) from text. Unknown names and bad values are SPARKV_INVALID and leave `config`
+ * as it was. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
                                            const char* value, sparkv_error* error);
 /* *out = `config` as it counts for layer `layer` of a model with n_layers, 0..9999. Entries of
@@ -223,8 +227,8 @@ typedef struct sparkv_shape {
 } sparkv_shape;
 
 /* *out = `config` with config->budget turned into layers of their own: of all layers of the
- * `n_shapes` caches (1..64, no layer twice) those with most to lose per byte get more bits until the budget is
- * spent, at full caches. Layers that config->layers names and protected ones stay as they are and
+ * `n_shapes` caches (1..64, no layer twice) those with most to lose per byte get more bits until
+ * the budget is spent, at full caches. Layers that config->layers names and protected ones stay as they are and
  * count. SPARKV_INVALID when the cheapest rows take more than the budget. Without a budget *out is
  * `config`; `out` may be `config`. Ours. */
 SPARKV_API sparkv_status sparkv_config_budget(const sparkv_config* config,
@@ -341,7 +345,8 @@ typedef struct sparkv_memory {
   uint64_t peak;      /* largest resident so far */
   uint64_t f16_bytes; /* what the live tokens would take as dense f16 */
   double key_bits, value_bits,
-      bits; /* per element of live tokens; all kinds but workspace, shared kinds split by size */
+      bits; /* per element of live tokens; all kinds but workspace, shared kinds split by size.
+               With a baseline: what its codec would store, dense rows as f16, nothing shared */
   int64_t evicted; /* live tokens that only some heads keep, or none */
 } sparkv_memory;
 

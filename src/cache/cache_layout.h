@@ -24,11 +24,12 @@ struct LayerLayout {
   size_t v_row() const { return size_t(n_kv_heads) * size_t(value.head_dim); }
   size_t head_group_bytes() const { return size_t(kGroupCells) * (key.bytes + value.bytes); }
 
-  size_t packed_at = 0;   // byte offset in a group
-  size_t dense_at = 0;    // offset in a dense slot, f16 numbers: key row, then value row
-  size_t channel_at = 0;  // offset in an observation row, channels
-  size_t head_at = 0;     // heads of the layers before it
-  size_t table_at = 0;    // offset in a weight table, f16 numbers [n_kv_heads][k_dim]
+  size_t packed_at = 0;    // byte offset in a group
+  size_t dense_at = 0;     // offset in a dense slot, f16 numbers: key row, then value row
+  size_t channel_at = 0;   // offset in an observation row, channels
+  size_t head_at = 0;      // heads of the layers before it
+  bool has_table = false;  // weights, or a baseline's channels, of its own
+  size_t table_at = 0;     // offset in a weight table, f16 numbers [n_kv_heads][k_dim]
   size_t table_row() const {
     return size_t(n_kv_heads) * size_t(kWeightParts) * size_t(key.head_dim);
   }  // f32, expanded

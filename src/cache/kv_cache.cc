@@ -4,9 +4,11 @@
 #include <cstring>
 
 #include "base/half.h"
+#include "baselines/baseline.h"
 #include "cache/budget.h"
 #include "config/config.h"
 #include "config/layers.h"
+#include "config/parse.h"
 
 namespace sparkv {
 
@@ -17,6 +19,9 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   std::unique_ptr<KvCache> c(new KvCache());
   c->config_ = config;
   if (Status s = SolveBudget({&shape, 1}, &c->config_); !s.ok()) return s;
+  if (Status s = ParseBaseline(TextOf(config.baseline), &c->baseline_); !s.ok()) return s;
+  c->key_block_ = KeyBlock(c->baseline_);
+  if (NeedsChannels(c->baseline_)) c->config_.group = SPARKV_GROUP_ENERGY;  // ThinK's mean of q^2
   c->ops_ = CpuOps(sparkv_simd(config.simd));
   if (c->ops_ == nullptr) {
     return Status::Unsupported(std::string("simd: this CPU has no ") +
@@ -39,6 +44,7 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
     layer.key = KeyLayout::Make(s.k_dim, KeptChannels(rows.ratio, s.k_dim),
                                 sparkv_number(rows.kept), sparkv_recover(rows.recover));
     layer.value = ValueLayout::Make(s.v_dim, sparkv_number(rows.values));
+    layer.has_table = layer.key.needs_table() || NeedsChannels(c->baseline_);
     layer.packed_at = l.group_bytes;
     layer.dense_at = l.dense_slot_numbers;
     layer.channel_at = l.channels;
@@ -48,8 +54,8 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
     l.dense_slot_numbers += layer.k_row() + layer.v_row();
     l.heads += size_t(s.n_kv_heads);
     l.channels += layer.k_row();
-    l.table_numbers += layer.key.needs_table() ? layer.k_row() : 0;
-    c->needs_weights_ |= layer.key.needs_table();
+    l.table_numbers += layer.has_table ? layer.k_row() : 0;
+    c->needs_weights_ |= layer.has_table;
     l.layers.push_back(layer);
   }
   const size_t n_groups = size_t(l.groups_per_stream()) * size_t(l.n_streams);
@@ -342,6 +348,7 @@ void KvCache::Memory(sparkv_memory* m) const {
         8.0 * (keys + double(m->tables) + shared * share) / (double(m->tokens) * double(k_row));
     m->value_bits = 8.0 * (values + shared * (1.0 - share)) / (double(m->tokens) * double(v_row));
     m->bits = (m->key_bits * double(k_row) + m->value_bits * double(v_row)) / double(k_row + v_row);
+    if (baseline_.codec != Codec::kNone) CountBaseline(m);
   }
 }
 

@@ -18,6 +18,7 @@
 #include "cache/kept_rows.h"
 #include "cache/packed_store.h"
 #include "cache/weight_tables.h"
+#include "config/baseline_name.h"
 #include "ops/op_table.h"
 
 namespace sparkv {
@@ -55,6 +56,7 @@ class KvCache {
     int32_t slot;
     uint16_t table;  // weights it is packed with in this step
     bool sealing;
+    int64_t block = 0;  // with a baseline: its keys are coded with those of the same number
   };
   struct NewTable {
     uint16_t id;
@@ -158,6 +160,12 @@ class KvCache {
   uint8_t* PackedKey(const LayerLayout& layer, int head, int64_t cell) const;
   uint8_t* PackedValue(const LayerLayout& layer, int head, int64_t cell) const;
 
+  // seal_baseline.cc
+  int32_t PackedFrom(int32_t rank) const;
+  void MakeChannels(const LayerLayout& layer, const NewTable& table, const float* u);
+  void SealBaseline(const LayerLayout& layer);
+  void CountBaseline(sparkv_memory* m) const;
+
   // attend.cc
   void AttendLayer(const sparkv_attend_args& args);
 
@@ -203,6 +211,8 @@ class KvCache {
   uint64_t Fingerprint() const;
 
   sparkv_config config_{};
+  Baseline baseline_;
+  int key_block_ = 1;  // tokens whose keys are coded together, with a baseline
   CacheLayout layout_;
   const OpTable* ops_ = nullptr;
   ThreadPool pool_;

@@ -22,7 +22,7 @@ const uint16_t* KvCache::ColumnNumbers(const LayerLayout& layer, const Column& c
 // in order of rank, so weights do not depend on how the queries arrived.
 void KvCache::MakeTables(const sparkv_attend_args& args) {
   const LayerLayout& layer = layout_.layers[size_t(args.layer)];
-  if (!layer.key.needs_table()) return;
+  if (!layer.has_table) return;
   const int dim = layer.k_dim(), group = args.n_heads / layer.n_kv_heads;
   const auto energy = [&](int64_t cell, float* out) {
     const int64_t flight = flight_at_.at(cell);
@@ -49,6 +49,10 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
       for (size_t j = 0; j < n; ++j) u[j] += e[j];
     }
     for (float& x : u) x = std::sqrt(x);
+    if (!layer.key.needs_table()) {
+      MakeChannels(layer, table, u.data());
+      continue;
+    }
     for (int h = 0; h < layer.n_kv_heads; ++h) {
       const size_t at = size_t(h) * size_t(dim);
       MakeTable(layer.key.recover, u.data() + at, dim,
@@ -65,6 +69,7 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
 // ExpandTables(layer) was called.
 void KvCache::SealLayer(int layer_index) {
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  if (baseline_.codec != Codec::kNone) return SealBaseline(layer);
   const int64_t n = int64_t(step_.sealing.size());
   constexpr int64_t kChunk = 16;
   const auto body = [&](int64_t chunk, int) {

@@ -301,13 +301,15 @@ void KvCache::PlanSeals(const sparkv_attend_args& args, int stream_index, const 
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       const TokenPlan& plan = tokens[size_t(t)];
       const bool ready = needs_weights_ ? plan.table != 0 : !prefill_end || plan.alone;
-      if (!ready || plan.rank - column.rank < config_.window) continue;
+      if (!ready || plan.rank < PackedFrom(column.rank)) continue;
       if ((seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >>
                (i % 64) &
            1) == 0)
         continue;
       column.table = plan.table;
       column.sealing = true;
+      column.block =
+          ((stream_index * args.n_tokens + t) << 32) + (column.rank - config_.sinks) / key_block_;
       step_.sealing.push_back(column);
       break;
     }
@@ -400,7 +402,7 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
         if ((see[i / 64] & bit) == 0) continue;
         // A row packed in this step is still dense for the queries that have it in their window,
         // and for those that come before their sequence has weights.
-        if (column.sealing && plan.rank - column.rank >= config_.window &&
+        if (column.sealing && plan.rank >= PackedFrom(column.rank) &&
             (plan.table != 0 || column.table == 0))
           continue;
         packed[i / 64] &= ~bit;

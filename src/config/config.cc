@@ -6,6 +6,7 @@
 #include <cstring>
 #include <span>
 
+#include "config/baseline_name.h"
 #include "config/layers.h"
 #include "config/parse.h"
 
@@ -236,6 +237,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
   if (key == "budget") return SetBudget(value, config);
   if (key == "sensitivity") return SetSensitivity(value, config);
   if (key == "evict") return SetEvict(value, config);
+  if (key == "baseline") return SetBaseline(value, config);
   for (const EnumField& field : kEnumFields) {
     if (key != field.key) continue;
     for (const Name& name : field.names) {
@@ -259,7 +261,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
     config->*field.field = count;
     return Status::Ok();
   }
-  std::string known = "ratio, layers, protect, budget, sensitivity, evict";
+  std::string known = "ratio, layers, protect, budget, sensitivity, evict, baseline";
   for (const EnumField& field : kEnumFields) known += ", " + std::string(field.key);
   for (const CountField& field : kCountFields) known += ", " + std::string(field.key);
   return Status::Invalid("parameter: " + Quote(key) + " is unknown (" + known + ")");
@@ -289,7 +291,8 @@ Status CheckConfig(const sparkv_config& config) {
     }
   }
   if (Status s = CheckEvict(config); !s.ok()) return s;
-  return CheckLayers(config);
+  if (Status s = CheckLayers(config); !s.ok()) return s;
+  return CheckBaseline(config);
 }
 
 std::string ConfigText(const sparkv_config& config) {
@@ -321,6 +324,7 @@ std::string ConfigText(const sparkv_config& config) {
     add("evict",
         std::string(NameOf(kEvictNames, config.evict)) + ":" + std::to_string(config.evict_tokens));
   }
+  if (!TextOf(config.baseline).empty()) add("baseline", TextOf(config.baseline));
   return text;
 }
 

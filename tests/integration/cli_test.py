@@ -253,6 +253,8 @@ class Command(unittest.TestCase):
             (["--ask", "during"], ["eval", "-m", self.model, "--ask", "during"]),
             (["--baselines", "q9_9"], ["eval", "-m", self.model, "--baselines", "q9_9"]),
             (["'q8_0/q9_9'"], ["eval", "-m", self.model, "--baselines", "f16,q8_0/q9_9"]),
+            (["'kivi-3'", "kivi-2"], ["eval", "-m", self.model, "--baselines", "f16,kivi-3"]),
+            (["'kivi-2'"], ["bench", "-m", self.model, "--baselines", "kivi-2"]),
             (["'q8_0/'"], ["bench", "-m", self.model, "--baselines", "q8_0/"]),
             (["-m"], ["run", "-p", "hello"]),
             (["--json"], ["run", "-m", self.model, "--json"]),
@@ -491,6 +493,16 @@ class Command(unittest.TestCase):
             [(c["name"], c["args"][c["args"].index("-ctv") + 1]) for c in called[:2]],
             [("llama-perplexity", "q4_0"), ("llama-server", "q4_0")],
         )
+
+    def test_codecs_of_others_are_rows_that_the_plugin_stands_in_for(self):
+        report = self.eval_tasks("--baselines", "kivi-2,think-0.25", "--questions", "0")
+        self.assertEqual(
+            [(row["cache"], row["bits_per_element"]) for row in report["results"][:-1]],
+            [("kivi-2", 4.5), ("think-0.25", 4.5)],  # from the plugin's statistics
+        )
+        env = next(c["env"] for c in self.calls() if "SPARKV_BASELINE" in c.get("env", {}))
+        self.assertEqual((env["SPARKV_PRESET"], env["SPARKV_WINDOW"]), ("exact", "96"))
+        self.assertEqual(env["SPARKV_BASELINE"], "kivi-2")
 
     def test_eval_measures_its_noise_floor_with_two_exact_runs(self):
         words = ["eval", "-m", self.model, "--questions", "0", "--baselines", "f32"]
@@ -1172,6 +1184,7 @@ class Command(unittest.TestCase):
             ("sparkv bench --kv-pre", "--kv-preset"),
             ("sparkv bench --kv-recover m", "mean"),
             ("sparkv run --kv-preset spark-0.8", "spark-0.8"),
+            ("sparkv eval --baselines kivi", "kivi-2 kivi-4"),
             ("sparkv run -m mod", ""),  # the shell offers files
         ):
             ask = f'COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); _sparkv; '

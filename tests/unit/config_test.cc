@@ -170,7 +170,7 @@ TEST(Config, UnknownNamesListTheKnownOnes) {
   EXPECT_EQ(SetError("seal", ""), "seal: \"\" is unknown (stream, prefill-end)");
   EXPECT_EQ(SetError("raito", "1"),
             "parameter: \"raito\" is unknown (ratio, layers, protect, budget, sensitivity, evict, "
-            "recover, group, kept, values, seal, simd, sinks, window, observe, threads)");
+            "baseline, recover, group, kept, values, seal, simd, sinks, window, observe, threads)");
 }
 
 TEST(Config, EvictionNamesAMethodAndTokens) {

@@ -20,6 +20,10 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr size_t kAnswerTokens = 8;
+// What the completion offers for --baselines.
+constexpr char kBaselineNames[] =
+    "f16|q8_0|q5_1|q4_0|q8_0/q4_0|kivi-2|kivi-4|turboquant-2|turboquant-3|turboquant-4|think-0.5|"
+    "mustafar-0.5|q8_0-rows|q5_1-rows|q4_0-rows";
 
 struct Settings : Reading {
   KvOptions kv;
@@ -260,7 +264,7 @@ Json ResumeSettings(const Settings& settings, const std::vector<Cache>& caches,
 }
 
 int Eval(Settings settings) {
-  const std::vector<Cache> caches = MakeCaches(settings.baselines, settings.kv);
+  const std::vector<Cache> caches = MakeCaches(settings.baselines, settings.kv, true);
   RequireModel(settings.model);
   const TemporaryFolder folder;
   const std::string prose = settings.file.empty() ? BuiltinText() : ReadFile(settings.file);
@@ -344,8 +348,11 @@ std::function<int()> AddEval(CLI::App* app) {
       ->capture_default_str();
   app->add_option("-t,--threads", settings->threads, "threads; 0: as llama.cpp chooses")
       ->check(CLI::Range(0, 1024));
-  app->add_option("--baselines", settings->baselines,
-                  "llama.cpp caches to compare with; q8_0/q4_0: keys and values apart")
+  app->add_option(
+         "--baselines", settings->baselines,
+         "list of llama.cpp caches (q8_0/q4_0: keys and values apart) and codecs of others "
+         "to compare with, see below")
+      ->type_name(kBaselineNames)
       ->capture_default_str();
   app->add_option("--tasks", settings->tasks, "list of retrieval tasks, see below")
       ->delimiter(',')
@@ -380,9 +387,18 @@ std::function<int()> AddEval(CLI::App* app) {
       "  multikey   many keys of the same few words, some of them asked\n"
       "  variables  VAR A = 12345, later VAR B = VAR A, later VAR C = VAR B: the value of C\n"
       "  words      lists of words, the one that occurs most often in each\n\n"
+      "Codecs of others among the baselines: kivi-B (B: 2, 4), turboquant-B (2, 3, 4), think-R, "
+      "mustafar-R\n"
+      "(R pruned, 0 to 1) and llama.cpp's q8_0-rows, q5_1-rows, q4_0-rows. The plugin codes and "
+      "decodes rows,\n"
+      "with the sinks and the window of the default preset or as --kv-sinks and --kv-window say; "
+      "bits are the\n"
+      "codec's, memory and speed are not.\n\n"
       "Examples\n"
       "  sparkv eval -m model.gguf --requantize-f32\n"
       "  sparkv eval -m model.gguf -f book.txt -c 4096 --baselines q8_0,q5_1,q8_0/q4_0 --json\n"
+      "  sparkv eval -m model.gguf --requantize-f32 --baselines q4_0,kivi-4,turboquant-4 "
+      "--questions 0\n"
       "  sparkv eval -m model.gguf -f book.txt --tasks passcode,variables --task-words 12000 "
       "--resume so-far.json");
   return [=] { return Eval(*settings); };

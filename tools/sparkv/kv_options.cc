@@ -86,6 +86,27 @@ std::string VariableOf(std::string key) {
   return "SPARKV_" + key;
 }
 
+// A codec of others, for comparison: the plugin codes and decodes rows and stores them dense. What
+// stays dense and when rows are packed is as for the presets.
+Cache MakeCodec(const std::string& name, const KvOptions& options) {
+  KvOptions same;
+  same.values["window"] = fmt::format("{}", MakeCache("", {}).config.window);
+  for (const char* key : {"sinks", "window", "observe", "seal", "simd", "threads"}) {
+    if (options.values.count(key) != 0) same.values[key] = options.values.at(key);
+  }
+  Cache cache = MakeCache("exact", same);
+  cache.name = name;
+  sparkv_error error = {};
+  if (sparkv_config_set(&cache.config, "baseline", name.c_str(), &error) != SPARKV_OK) {
+    throw Error(kUsage,
+                fmt::format("--baselines: '{}' is neither a cache type of llama.cpp nor a codec "
+                            "(kivi-2, turboquant-3, think-0.5, q4_0-rows, ...)",
+                            name));
+  }
+  cache.environment.push_back("SPARKV_BASELINE=" + name);
+  return cache;
+}
+
 }  // namespace
 
 void AddKvOptions(CLI::App* app, KvOptions* options) {
@@ -139,7 +160,7 @@ Cache MakeCache(const std::string& name, const KvOptions& options) {
   return cache;
 }
 
-std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& options) {
+std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& options, bool codecs) {
   std::vector<Cache> caches;
   const auto add = [&](Cache cache) {
     const bool known = std::any_of(caches.begin(), caches.end(),
@@ -147,9 +168,9 @@ std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& opt
     if (!known) caches.push_back(std::move(cache));
   };
   for (const auto& name : SplitList("--baselines", baselines)) {
-    if (!IsHostCache(name))
+    if (!IsHostCache(name) && !codecs)
       throw Error(kUsage, fmt::format("--baselines: '{}' is not a cache type of llama.cpp", name));
-    add(MakeCache(name, {}));
+    add(IsHostCache(name) ? MakeCache(name, {}) : MakeCodec(name, options));
   }
   if (options.preset.empty())
     add(MakeCache("", options));

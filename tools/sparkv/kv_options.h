@@ -30,9 +30,10 @@ struct Cache {
 
 // Checks preset and parameters; throws Error(kUsage) naming the option and the value.
 Cache MakeCache(const std::string& name, const KvOptions& options);
-// What bench and eval compare: `baselines`, a list of llama.cpp's types, then the presets of
-// `options`, each once.
-std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& options);
+// What bench and eval compare: `baselines`, a list of llama.cpp's types and, with `codecs`, of
+// codecs of others, then the presets of `options`, each once.
+std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& options,
+                              bool codecs = false);
 // Stored bits per element of llama.cpp's own types, by their block layout; 0 for other caches. Keys
 // and values count alike.
 double HostBits(const std::string& name);

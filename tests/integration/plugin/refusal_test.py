@@ -38,7 +38,7 @@ class Refused(unittest.TestCase):
                             ("SPARKV_RECOVER", "median"), ("SPARKV_LOG", "loud"),
                             ("SPARKV_LAYERS", "3"), ("SPARKV_LAYERS", "3=spark-2"),
                             ("SPARKV_BUDGET", "4"), ("SPARKV_BUDGET", "-1bpe"),
-                            ("SPARKV_SENSITIVITY", "3"),
+                            ("SPARKV_SENSITIVITY", "3"), ("SPARKV_BASELINE", "kivi-3"),
                             ("SPARKV_PROTECT", "first"), ("SPARKV_PROTECT", "last:-1"),
                             ("SPARKV_FOO", "1")):
             with self.subTest(**{name: value}):

@@ -113,8 +113,8 @@ typedef struct sparkv_config {
   int32_t evict_tokens; /* tokens that stay in a KV head, dense ones counted (a mean over layers for
                            PyramidKV); above sinks + window, 0 without eviction */
   char baseline[32]; /* for comparison only: rows that are packed are coded and decoded as this
-                        codec of others would and stored dense; kivi-2, turboquant-3, think-0.5, ... go
-                        with preset "exact" alone; empty: none */
+                        codec of others would and stored dense; kivi-2, turboquant-3, think-0.5,
+                        ... go with preset "exact" alone; empty: none */
 } sparkv_config;
 
 /* Fills `config` from a preset: "exact", "spark-R" (f16 kept, f16 values) or "spark-R-iB" (B in 8,
@@ -124,8 +124,8 @@ SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char*
                                               sparkv_error* error);
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,
  * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, evict: "snapkv:512"
- * or "none", baseline) from text. Unknown names and bad values are SPARKV_INVALID and leave `config`
- * as it was. */
+ * or "none", baseline) from text. Unknown names and bad values are SPARKV_INVALID and leave
+ * `config` as it was. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
                                            const char* value, sparkv_error* error);
 /* *out = `config` as it counts for layer `layer` of a model with n_layers, 0..9999. Entries of
@@ -228,8 +228,8 @@ typedef struct sparkv_shape {
 
 /* *out = `config` with config->budget turned into layers of their own: of all layers of the
  * `n_shapes` caches (1..64, no layer twice) those with most to lose per byte get more bits until
- * the budget is spent, at full caches. Layers that config->layers names and protected ones stay as they are and
- * count. SPARKV_INVALID when the cheapest rows take more than the budget. Without a budget *out is
+ * the budget is spent, at full caches. Layers that config->layers names and protected ones stay
+ * as they are and count. SPARKV_INVALID when the cheapest rows take more than the budget. Without a budget *out is
  * `config`; `out` may be `config`. Ours. */
 SPARKV_API sparkv_status sparkv_config_budget(const sparkv_config* config,
                                               const sparkv_shape* shapes, int32_t n_shapes,

@@ -118,7 +118,7 @@ typedef struct sparkv_config {
 } sparkv_config;
 
 /* Fills `config` from a preset: "exact", "spark-R" (f16 kept, f16 values) or "spark-R-iB" (B in 8,
- * 6, 5, 4; rotated 4-bit values for B <= 5, 8-bit above), R a ratio such as 0.5. NULL or "" gives
+ * 6, 5, 4; rotated 4-bit values for B <= 6, 8-bit above), R a ratio such as 0.5. NULL or "" gives
  * the default preset, "spark-0.5-i5". */
 SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name,
                                               sparkv_error* error);
@@ -229,8 +229,8 @@ typedef struct sparkv_shape {
 /* *out = `config` with config->budget turned into layers of their own: of all layers of the
  * `n_shapes` caches (1..64, no layer twice) those with most to lose per byte get more bits until
  * the budget is spent, at full caches. Layers that config->layers names and protected ones stay
- * as they are and count. SPARKV_INVALID when the cheapest rows take more than the budget. Without a budget *out is
- * `config`; `out` may be `config`. Ours. */
+ * as they are and count. SPARKV_INVALID when the cheapest rows take more than the budget. Without a
+ * budget *out is `config`; `out` may be `config`. Ours. */
 SPARKV_API sparkv_status sparkv_config_budget(const sparkv_config* config,
                                               const sparkv_shape* shapes, int32_t n_shapes,
                                               sparkv_config* out, sparkv_error* error);

@@ -76,7 +76,7 @@ TEST(Config, PaperPresetsAreThePaper) {
 
 TEST(Config, IntegerPresetsChooseTheirValues) {
   EXPECT_EQ(Preset("spark-0.5-i8").values, SPARKV_INT8);
-  EXPECT_EQ(Preset("spark-0.5-i6").values, SPARKV_INT8);
+  EXPECT_EQ(Preset("spark-0.5-i6").values, SPARKV_INT4);
   EXPECT_EQ(Preset("spark-0.5-i5").values, SPARKV_INT4);
   EXPECT_EQ(Preset("spark-0.5-i4").values, SPARKV_INT4);
   EXPECT_EQ(Preset("spark-0.5-i6").kept, SPARKV_INT6);

@@ -43,10 +43,11 @@ std::string Fields(const CacheReport& report) {
   return Format(
       "\"keys_bits_per_element\": %.4f, \"values_bits_per_element\": %.4f, \"bits_per_element\": "
       "%.4f, "
-      "\"resident_bytes\": %llu, \"peak_bytes\": %llu, \"f16_bytes\": %llu, \"tokens\": %lld",
+      "\"resident_bytes\": %llu, \"peak_bytes\": %llu, \"f16_bytes\": %llu, \"tokens\": %lld, "
+      "\"evicted\": %lld",
       m.key_bits, m.value_bits, m.bits, static_cast<unsigned long long>(m.resident),
       static_cast<unsigned long long>(m.peak), static_cast<unsigned long long>(m.f16_bytes),
-      static_cast<long long>(m.tokens));
+      static_cast<long long>(m.tokens), static_cast<long long>(m.evicted));
 }
 
 std::string Kinds(const sparkv_memory& m) {
@@ -81,6 +82,7 @@ CacheReport Total(const std::vector<CacheReport>& reports) {
   for (const CacheReport& report : reports) {
     const sparkv_memory& m = report.memory;
     total.memory.tokens += m.tokens;
+    total.memory.evicted += m.evicted;
     total.memory.resident += m.resident;
     total.memory.peak += m.peak;
     total.memory.f16_bytes += m.f16_bytes;

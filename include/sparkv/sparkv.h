@@ -74,6 +74,18 @@ typedef enum sparkv_simd {
   SPARKV_SIMD_NEON = 4
 } sparkv_simd;
 
+/* Which rows of a KV head leave when a prompt has ended, and again whenever 64 more are packed. All
+ * keep the dense rows (sinks, window). */
+typedef enum sparkv_evict {
+  SPARKV_EVICT_NONE = 0,
+  SPARKV_EVICT_STREAMINGLLM = 1, /* all but the newest (arXiv 2309.17453) */
+  SPARKV_EVICT_TOVA = 2,      /* least read by the newest query, of all heads (arXiv 2401.06104) */
+  SPARKV_EVICT_KNORM = 3,     /* largest keys (arXiv 2406.11430) */
+  SPARKV_EVICT_KEYDIFF = 4,   /* keys most like the mean key (arXiv 2504.15364) */
+  SPARKV_EVICT_SNAPKV = 5,    /* least read by the newest `observe` queries (arXiv 2404.14469) */
+  SPARKV_EVICT_PYRAMIDKV = 6  /* SnapKV, more tokens in lower layers (arXiv 2406.02069) */
+} sparkv_evict;
+
 typedef struct sparkv_config {
   uint32_t struct_size;
   int32_t recover; /* sparkv_recover */
@@ -97,6 +109,9 @@ typedef struct sparkv_config {
                         counted), "512MiB", "auto" (what `config` takes without it), empty for none */
   char sensitivity[512]; /* what a budget takes from which layer: "0-4:0.5,15-19:7.1", layers that
                             are not named count 1; empty: all count alike */
+  int32_t evict;        /* sparkv_evict */
+  int32_t evict_tokens; /* tokens that stay in a KV head, dense ones counted (a mean over layers for
+                           PyramidKV); above sinks + window, 0 without eviction */
   char baseline[32]; /* for comparison only: rows that are packed are coded and decoded as this codec
                         of others would and stored dense; kivi-2, turboquant-3, think-0.5, ... go
                         with preset "exact" alone; empty: none */
@@ -108,8 +123,9 @@ typedef struct sparkv_config {
 SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name,
                                               sparkv_error* error);
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,
- * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, baseline)
- * from text. Unknown names and bad values are SPARKV_INVALID and leave `config` as it was. */
+ * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, evict: "snapkv:512"
+ * or "none", baseline) from text. Unknown names and bad values are SPARKV_INVALID and leave
+ * `config` as it was. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
                                            const char* value, sparkv_error* error);
 /* *out = `config` as it counts for layer `layer` of a model with n_layers, 0..9999. Entries of
@@ -317,7 +333,7 @@ SPARKV_API sparkv_status sparkv_cache_rotate_keys(sparkv_cache* cache, int32_t l
 typedef struct sparkv_memory {
   uint32_t struct_size;
   int64_t tokens;                                      /* live cells */
-  int64_t sealed;                                      /* of them packed */
+  int64_t sealed;                                      /* of them packed in all heads */
   uint64_t key_masks, key_signs, key_scales, key_kept; /* packed key rows */
   uint64_t value_scales, value_codes;                  /* packed value rows */
   uint64_t dense_keys, dense_values; /* sinks, window, rows that must stay dense */
@@ -331,6 +347,7 @@ typedef struct sparkv_memory {
   double key_bits, value_bits,
       bits; /* per element of live tokens; all kinds but workspace, shared kinds split by size.
                With a baseline: what its codec would store, dense rows as f16, nothing shared */
+  int64_t evicted; /* live tokens that only some heads keep, or none */
 } sparkv_memory;
 
 SPARKV_API void sparkv_cache_memory(const sparkv_cache* cache, sparkv_memory* memory);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "cache/kv_cache.h"
 #include "cache/visible.h"
@@ -35,12 +36,16 @@ Status KvCache::Attend(const sparkv_attend_args& args) {
   }
   const bool first =
       step_.open && layer_done_[size_t(args.layer)] == 0 && arena_layer_ == args.layer;
-  if (first) MakeTables(args);
+  if (first) {
+    MakeTables(args);
+    KeepQueries(args);
+  }
   // No tile asks for weights while nothing is packed.
-  if (n_sealed_ > 0 || !step_.sealing.empty()) ExpandTables(args.layer);
+  if (n_sealed_ > 0 || n_evicted_ > 0 || !step_.sealing.empty()) ExpandTables(args.layer);
   if (first) SealLayer(args.layer);
   AttendLayer(args);
   if (first) {
+    EvictLayer(args);
     KeepDense(args.layer);
     layer_done_[size_t(args.layer)] = 1;
     if (std::all_of(layer_done_.begin(), layer_done_.end(), [](uint8_t done) { return done != 0; }))
@@ -221,6 +226,64 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     }
   };
 
+  // The rows that the head keeps of evicted cells, in tiles of their own.
+  const auto attend_kept = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
+                               const AttentionState& state) {
+    if (view_.evicted_bits.empty()) return;
+    const KeptRows& kept = Kept(args.first_stream + stream, layer, head);
+    const QueryBlock block = query_block(head, n * group, space.q);
+    const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
+    uint64_t visible[kBlockTokens], all[kBlockTokens];
+    const uint16_t* mask[kBlockTokens];
+    uint16_t gathered[kBlockTokens][kTile];
+    int64_t cells[kTile];
+    for (int64_t t = 0; t < n; ++t) mask[t] = gathered[t];
+    int64_t at = 0;
+    const float* table = nullptr;
+    bool prepared = false;
+    const auto attend_tile = [&](int64_t n_rows) {
+      PackedTile tile;
+      uint64_t any = 0;
+      for (int64_t t = 0; t < n; ++t) {
+        all[t] = 0;
+        const uint64_t* sees =
+            &view_.evicted_bits[size_t(stream * args.n_tokens + first + t) * view_.packed_words];
+        for (int64_t i = 0; i < n_rows; ++i) {
+          all[t] |= (sees[cells[i] / 64] >> (cells[i] % 64) & 1) << i;
+          if (block.slope != nullptr) gathered[t][i] = mask_row(stream, first + t)[cells[i]];
+        }
+        any |= all[t];
+      }
+      for (int64_t i = 0; i < n_rows; i += kGroupCells) {
+        tile.key[i / kGroupCells] = kept.key(layer, at + i);
+        tile.value[i / kGroupCells] = kept.value(layer, at + i);
+      }
+      at += n_rows;
+      for (uint64_t left = any; left != 0; left &= ~tile.rows) {
+        const uint16_t id = cells_.table(stream_cell + cells[std::countr_zero(left)]);
+        tile.rows = 0;
+        ForEachBit(&left, 1, [&](int64_t i) {
+          if (cells_.table(stream_cell + cells[i]) == id) tile.rows |= uint64_t{1} << i;
+        });
+        for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & tile.rows;
+        tile.table = HeadTable(layer, id, head);
+        if (!prepared || tile.table != table)
+          ops_->prepare_queries(layer.key, tile.table, block, space.scratch);
+        prepared = true;
+        table = tile.table;
+        ops_->attend_packed(layer.key, layer.value, block, tile, visible, mask, space.scratch,
+                            state);
+      }
+    };
+    int64_t n_rows = 0;
+    const size_t words = std::min(kept.cells.size(), view_.packed_words);
+    ForEachBit(kept.cells.data(), words, [&](int64_t i) {
+      cells[n_rows++] = i;
+      if (n_rows == kTile) attend_tile(std::exchange(n_rows, 0));
+    });
+    if (n_rows > 0) attend_tile(n_rows);
+  };
+
   const auto attend_dense = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
                                 const AttentionState& state) {
     const QueryBlock block = query_block(head, n * group, space.q);
@@ -317,6 +380,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       reset(state);
       gather_queries(stream, head, first, n, space.q);
       attend_packed(stream, head, first, n, 0, n_tiles, space, state);
+      attend_kept(stream, head, first, n, space, state);
       finish(stream, head, first, n, space, state);
     });
     return;
@@ -334,6 +398,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     gather_queries(stream, head, 0, args.n_tokens, space.q);
     attend_packed(stream, head, 0, args.n_tokens, split * kSplitTiles,
                   std::min(n_tiles, (split + 1) * kSplitTiles), space, state);
+    if (split == 0) attend_kept(stream, head, 0, args.n_tokens, space, state);
   });
   for (int stream = 0; stream < args.n_streams; ++stream) {
     for (int head = 0; head < n_heads; ++head) {

@@ -27,6 +27,7 @@ struct LayerLayout {
   size_t packed_at = 0;    // byte offset in a group
   size_t dense_at = 0;     // offset in a dense slot, f16 numbers: key row, then value row
   size_t channel_at = 0;   // offset in an observation row, channels
+  size_t head_at = 0;      // heads of the layers before it
   bool has_table = false;  // weights, or a baseline's channels, of its own
   size_t table_at = 0;     // offset in a weight table, f16 numbers [n_kv_heads][k_dim]
   size_t table_row() const {
@@ -40,6 +41,7 @@ struct CacheLayout {
   int n_streams = 0;
   size_t group_bytes = 0;
   size_t dense_slot_numbers = 0;
+  size_t heads = 0;          // KV heads of all layers
   size_t channels = 0;       // of an observation row
   size_t table_numbers = 0;  // of a weight table
 

@@ -9,9 +9,10 @@ namespace sparkv {
 
 enum class CellState : uint8_t {
   kEmpty = 0,
-  kFlight,  // written in the current micro-batch, not yet placed
-  kDense,   // f16 rows in a dense slot
-  kSealed,  // packed rows
+  kFlight,   // written in the current micro-batch, not yet placed
+  kDense,    // f16 rows in a dense slot
+  kSealed,   // packed rows
+  kEvicted,  // packed rows in the heads that keep them (kept_rows.h)
 };
 
 class CellTable {

@@ -48,9 +48,11 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
     layer.packed_at = l.group_bytes;
     layer.dense_at = l.dense_slot_numbers;
     layer.channel_at = l.channels;
+    layer.head_at = l.heads;
     layer.table_at = l.table_numbers;
     l.group_bytes += size_t(s.n_kv_heads) * layer.head_group_bytes();
     l.dense_slot_numbers += layer.k_row() + layer.v_row();
+    l.heads += size_t(s.n_kv_heads);
     l.channels += layer.k_row();
     l.table_numbers += layer.has_table ? layer.k_row() : 0;
     c->needs_weights_ |= layer.has_table;
@@ -68,6 +70,9 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   if (Status s = c->packed_.Map(l.group_bytes, int64_t(n_groups)); !s.ok()) return s;
   c->tables_.Init(l.table_numbers);
   c->sealed_bits_.assign(size_t(l.words_per_stream() * l.n_streams), 0);
+  c->evicted_bits_ = c->sealed_bits_;
+  c->kept_.resize(l.heads * size_t(l.n_streams));
+  c->kept_rows_.assign(l.layers.size(), 0);
   c->dense_cells_.resize(size_t(l.n_streams));
   c->used_end_.assign(size_t(l.n_streams), 0);
   c->layer_written_.assign(l.layers.size(), 0);
@@ -90,6 +95,7 @@ void KvCache::Clear() {
   flight_at_.clear();
   arena_layer_ = -1;
   observed_.clear();
+  queries_.clear();
   restore_ = {};
   copy_ = {};
   cells_.Release();
@@ -99,12 +105,10 @@ void KvCache::Clear() {
   std::fill(sealed_bits_.begin(), sealed_bits_.end(), 0);
   for (auto& list : dense_cells_) list.clear();
   std::fill(used_end_.begin(), used_end_.end(), 0);
-  n_sealed_ = n_dense_ = 0;
-}
-
-uint64_t& KvCache::SealedWord(int64_t cell) {
-  return sealed_bits_[size_t(layout_.stream_of(cell) * layout_.words_per_stream() +
-                             layout_.index_of(cell) / 64)];
+  std::fill(evicted_bits_.begin(), evicted_bits_.end(), 0);
+  for (KeptRows& rows : kept_) rows = {};
+  CountKept();
+  n_sealed_ = n_dense_ = n_evicted_ = 0;
 }
 
 // Memory and bit of a packed row; the cell's state is the caller's.
@@ -148,9 +152,12 @@ void KvCache::ReleaseCell(int64_t cell) {
   } else if (state == CellState::kSealed) {
     RemovePacked(cell);
     --n_sealed_;
+  } else if (state == CellState::kEvicted) {
+    ForgetEvicted(cell);
   }
   tables_.Unref(cells_.table(cell));
   observed_.erase(cell);
+  queries_.erase(cell);
   cells_.set_state(cell, CellState::kEmpty);
   cells_.table(cell) = 0;
   cells_.pinned(cell) = 0;
@@ -200,19 +207,18 @@ const float* KvCache::HeadTable(const LayerLayout& layer, uint16_t id, int head)
   return table_of_[id] + size_t(head * kWeightParts * layer.k_dim());
 }
 
-// key, value: f16 rows of all heads; either may be NULL. ExpandTables(layer) was called.
+// key, value: f16 rows of all heads; either may be NULL. Heads that evicted the cell take nothing.
+// ExpandTables(layer) was called.
 void KvCache::PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id,
                       const uint16_t* key, const uint16_t* value) {
   for (int h = 0; h < layer.n_kv_heads; ++h) {
-    if (key != nullptr) {
+    uint8_t* to = key != nullptr ? PackedKey(layer, h, cell) : nullptr;
+    if (to != nullptr) {
       ops_->pack_key(layer.key, HeadTable(layer, table_id, h),
-                     key + size_t(h) * size_t(layer.k_dim()),
-                     packed_.data() + layout_.key_at(layer, h, cell));
+                     key + size_t(h) * size_t(layer.k_dim()), to);
     }
-    if (value != nullptr) {
-      ops_->pack_value(layer.value, value + size_t(h) * size_t(layer.v_dim()),
-                       packed_.data() + layout_.value_at(layer, h, cell));
-    }
+    to = value != nullptr ? PackedValue(layer, h, cell) : nullptr;
+    if (to != nullptr) ops_->pack_value(layer.value, value + size_t(h) * size_t(layer.v_dim()), to);
   }
 }
 
@@ -232,16 +238,21 @@ void KvCache::ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16
     case CellState::kDense:
       std::memcpy(out, DenseRow(layer, cells_.slot(cell), keys), row * 2);
       break;
-    case CellState::kSealed: {
+    case CellState::kSealed:
+    case CellState::kEvicted: {
       const uint16_t id = cells_.table(cell);
+      const bool partly = restore_.evicted.count(cell) != 0;
       for (int h = 0; h < layer.n_kv_heads; ++h) {
-        if (keys) {
-          ops_->unpack_key(layer.key, HeadTable(layer, id, h),
-                           packed_.data() + layout_.key_at(layer, h, cell),
-                           out + size_t(h) * size_t(layer.k_dim()));
+        const int dim = keys ? layer.k_dim() : layer.v_dim();
+        uint16_t* head = out + size_t(h) * size_t(dim);
+        const uint8_t* packed = keys ? PackedKey(layer, h, cell) : PackedValue(layer, h, cell);
+        if (packed == nullptr) {
+          keys ? WriteNoRow(head, dim) : void(std::fill(head, head + dim, uint16_t{0}));
+        } else if (keys) {
+          ops_->unpack_key(layer.key, HeadTable(layer, id, h), packed, head);
+          if (partly && IsNoRow(head, dim)) WriteNoRow(head, dim);
         } else {
-          ops_->unpack_value(layer.value, packed_.data() + layout_.value_at(layer, h, cell),
-                             out + size_t(h) * size_t(layer.v_dim()));
+          ops_->unpack_value(layer.value, packed, head);
         }
       }
       break;
@@ -271,12 +282,13 @@ int64_t KvCache::Saliency(int layer_index, int kv_head, int64_t max_cells, float
       largest = std::max(largest, out[j]);
     }
     for (size_t j = 0; j < dim && largest > 0.0f; ++j) out[j] /= largest;
-    const bool sealed = cells_.state(cell) == CellState::kSealed && layer.key.pruned > 0;
-    const uint8_t* mask = packed_.data() + layout_.key_at(layer, kv_head, cell) + layer.key.mask_at;
+    const bool dense = cells_.state(cell) == CellState::kDense;
+    const uint8_t* packed = dense ? nullptr : PackedKey(layer, kv_head, cell);
     for (size_t j = 0; j < dim; ++j) {
-      const bool bit =
-          layer.key.mask_bytes != 0 ? (mask[j / 8] >> (j % 8) & 1) != 0 : layer.key.kept > 0;
-      kept[size_t(n) * dim + j] = !sealed || bit ? 1 : 0;
+      bool bit = dense || (packed != nullptr && layer.key.kept > 0);
+      if (packed != nullptr && layer.key.mask_bytes != 0)
+        bit = (packed[layer.key.mask_at + j / 8] >> (j % 8) & 1) != 0;
+      kept[size_t(n) * dim + j] = bit ? 1 : 0;
     }
     ++n;
   }
@@ -288,11 +300,13 @@ void KvCache::Memory(sparkv_memory* m) const {
   *m = {};
   m->struct_size = struct_size;
   const uint64_t sealed = uint64_t(n_sealed_), dense = uint64_t(n_dense_);
-  m->tokens = n_sealed_ + n_dense_;
+  m->tokens = n_sealed_ + n_dense_ + n_evicted_;
   m->sealed = n_sealed_;
+  m->evicted = n_evicted_;
   uint64_t k_row = 0, v_row = 0;
-  for (const LayerLayout& layer : layout_.layers) {
-    const uint64_t rows = sealed * uint64_t(layer.n_kv_heads);
+  for (size_t l = 0; l < layout_.layers.size(); ++l) {
+    const LayerLayout& layer = layout_.layers[l];
+    const uint64_t rows = sealed * uint64_t(layer.n_kv_heads) + kept_rows_[l];
     m->key_masks += rows * layer.key.mask_bytes;
     m->key_signs += rows * layer.key.sign_bytes;
     m->key_scales += rows * layer.key.scale_bytes;
@@ -305,18 +319,25 @@ void KvCache::Memory(sparkv_memory* m) const {
   m->dense_keys = dense * k_row * 2;
   m->dense_values = dense * v_row * 2;
   m->tables = tables_.bytes();
-  m->cells = cells_.committed() + sealed_bits_.capacity() * 8 + packed_.bookkeeping() +
-             dense_.bookkeeping();
+  uint64_t kept_words = 0;
+  for (const KeptRows& rows : kept_) kept_words += rows.cells.capacity() * 8;
+  m->cells = cells_.committed() + (sealed_bits_.capacity() + evicted_bits_.capacity()) * 8 +
+             packed_.bookkeeping() + dense_.bookkeeping() + kept_words +
+             kept_.capacity() * sizeof(KeptRows);
   const uint64_t key_rows = m->key_masks + m->key_signs + m->key_scales + m->key_kept;
   const uint64_t value_rows = m->value_scales + m->value_codes;
-  m->slack = packed_.committed() - (key_rows + value_rows) + dense_.committed() -
-             (m->dense_keys + m->dense_values);
+  const uint64_t packed = packed_.committed() + kept_bytes_ - kept_words;
+  m->slack =
+      packed - (key_rows + value_rows) + dense_.committed() - (m->dense_keys + m->dense_values);
   m->workspace = (flight_keys_.capacity() + flight_values_.capacity()) * 2 +
                  observed_.size() * layout_.channels * 4 +
                  (view_.packed_bits.capacity() + view_.dense_bits.capacity()) * 8 +
                  (table_f32_.capacity() + partial_.capacity()) * 4;
   for (const auto& space : thread_space_) m->workspace += space.capacity() * 4;
-  m->resident = packed_.committed() + dense_.committed() + m->tables + m->cells + m->workspace;
+  for (const auto& [cell, layers] : queries_) {
+    for (const auto& row : layers) m->workspace += row.capacity() * 2;
+  }
+  m->resident = packed + dense_.committed() + m->tables + m->cells + m->workspace;
   m->peak = std::max<uint64_t>(peak_, m->resident);
   m->f16_bytes = uint64_t(m->tokens) * (k_row + v_row) * 2;
   if (m->tokens > 0) {
@@ -338,7 +359,7 @@ void KvCache::NotePeak() {
 }
 
 void KvCache::NoteHighWater() {
-  if (n_sealed_ + n_dense_ < high_water_.tokens) return;
+  if (n_sealed_ + n_dense_ + n_evicted_ < high_water_.tokens) return;
   Memory(&high_water_);
 }
 

@@ -15,6 +15,7 @@
 #include "cache/cache_layout.h"
 #include "cache/cell_table.h"
 #include "cache/dense_store.h"
+#include "cache/kept_rows.h"
 #include "cache/packed_store.h"
 #include "cache/weight_tables.h"
 #include "config/baseline_name.h"
@@ -68,6 +69,15 @@ class KvCache {
     bool alone =
         false;  // no other token of its sequence is in this micro-batch: its prompt has ended
   };
+  // Cells of one sequence from which every head chooses what it keeps.
+  struct Eviction {
+    int stream = 0;
+    std::vector<int64_t> cells;                        // packed ones, by rank
+    std::vector<Column> dense;                         // its dense rows
+    std::vector<std::pair<int32_t, int64_t>> queries;  // (rank, cell), by rank: who chooses
+    std::vector<int64_t> keep;                         // rows, per layer
+    std::vector<std::vector<KeptRows>> rows;           // [layer][KV head], chosen so far
+  };
   // What one micro-batch does to the cache: decided once, at its first Attend, the same for all
   // layers.
   struct Step {
@@ -76,12 +86,15 @@ class KvCache {
     std::vector<Column> sealing;    // rows packed in this step
     std::vector<NewTable> new_tables;
     std::vector<int64_t> observed;  // flight cells whose queries are kept for a later table
+    std::vector<int64_t> newest;    // flight cells whose queries may choose at a later eviction
+    std::vector<Eviction> evictions;
   };
   // What the queries of a call see, [n_streams * n_tokens][words]: bits of packed cells and bits of
   // dense columns.
   struct View {
     std::vector<std::vector<Column>> columns;  // per stream of the call
     std::vector<uint64_t> packed_bits, dense_bits;
+    std::vector<uint64_t> evicted_bits;  // as packed_bits; empty when there are none
     size_t packed_words = 0, dense_words = 0;
     std::vector<uint16_t> tile_table;  // [n_streams][packed_words] weights of the packed cells
                                        // seen, kMixedTables if they differ
@@ -131,12 +144,45 @@ class KvCache {
   void SealBaseline(const LayerLayout& layer);
   void CountBaseline(sparkv_memory* m) const;
 
+  // evict.cc
+  void PlanEviction(const sparkv_attend_args& args, int stream_index, const Words& seen,
+                    const std::vector<TokenPlan>& tokens);
+  void PlanQueries(const sparkv_attend_args& args, int stream_index, const Words& seen,
+                   const std::vector<TokenPlan>& tokens);
+  void KeepQueries(const sparkv_attend_args& args);
+  std::vector<float> EvictionScores(const sparkv_attend_args& args, const Eviction& e, int head,
+                                    const std::vector<int64_t>& cells) const;
+  void EvictLayer(const sparkv_attend_args& args);
+  KeptRows CollectRows(const LayerLayout& layer, int head, const Eviction& e,
+                       const std::vector<int64_t>& chosen) const;
+  void CommitEviction(Eviction* e);
+  void ForgetEvicted(int64_t cell);
+  void CountKept();
+  void EvictRestored();
+  static bool IsNoRow(const uint16_t* key, int dim);
+  static void WriteNoRow(uint16_t* key, int dim);
+  static int EvictedHeads(const LayerLayout& layer, const uint16_t* row);
+  // The packed row of a cell that is sealed or evicted; NULL when this head has evicted it.
+  uint8_t* PackedKey(const LayerLayout& layer, int head, int64_t cell) const;
+  uint8_t* PackedValue(const LayerLayout& layer, int head, int64_t cell) const;
+
   // attend.cc
   void AttendLayer(const sparkv_attend_args& args);
 
   // kv_cache.cc
   void ReleaseCell(int64_t cell);
-  uint64_t& SealedWord(int64_t cell);
+  size_t WordOf(int64_t cell) const {
+    return size_t(layout_.stream_of(cell) * layout_.words_per_stream() +
+                  layout_.index_of(cell) / 64);
+  }
+  uint64_t& SealedWord(int64_t cell) { return sealed_bits_[WordOf(cell)]; }
+  uint64_t& EvictedWord(int64_t cell) { return evicted_bits_[WordOf(cell)]; }
+  const KeptRows& Kept(int stream, const LayerLayout& layer, int head) const {
+    return kept_[size_t(stream) * layout_.heads + layer.head_at + size_t(head)];
+  }
+  KeptRows& Kept(int stream, const LayerLayout& layer, int head) {
+    return kept_[size_t(stream) * layout_.heads + layer.head_at + size_t(head)];
+  }
   void AddPacked(int64_t cell);
   void RemovePacked(int64_t cell);
   Status AddDense(int64_t cell);
@@ -175,11 +221,14 @@ class KvCache {
   DenseStore dense_;
   PackedStore packed_;
   WeightTables tables_;
-  std::vector<uint64_t> sealed_bits_;              // [n_streams][words_per_stream]
+  std::vector<uint64_t> sealed_bits_, evicted_bits_;  // [n_streams][words_per_stream]
+  std::vector<KeptRows> kept_;                        // [n_streams][heads]
+  std::vector<uint64_t> kept_rows_;                   // per layer
+  uint64_t kept_bytes_ = 0;
   std::vector<std::vector<int64_t>> dense_cells_;  // per stream, oldest first
   std::vector<int64_t> used_end_;                  // per stream: largest used index + 1
   uint32_t next_order_ = 1;
-  int64_t n_sealed_ = 0, n_dense_ = 0;
+  int64_t n_sealed_ = 0, n_dense_ = 0, n_evicted_ = 0;
 
   // The micro-batch in flight. Its rows wait in one arena, which the layers use one after the
   // other.
@@ -193,6 +242,9 @@ class KvCache {
 
   // Energies of queries that may still be needed for a table: f32 [channels] per cell.
   std::unordered_map<int64_t, std::vector<float>> observed_;
+
+  // Queries that may choose at the next eviction: f16 [n_heads][k_dim] per cell and layer.
+  std::unordered_map<int64_t, std::vector<std::vector<uint16_t>>> queries_;
 
   std::vector<float>
       table_f32_;  // KeyWeights of one layer, [table][n_kv_heads][kWeightParts][k_dim]
@@ -210,6 +262,7 @@ class KvCache {
     bool range_matched = false;           // one was in the range being restored
     std::vector<int64_t> strangers;       // dense rows of ranges without any
     std::unordered_set<int64_t> cells;
+    std::unordered_set<int64_t> evicted;  // of them, those of which some head kept nothing
   } restore_;
   struct CopySession {
     int from = -1, to = -1;

@@ -30,6 +30,7 @@ bool KvCache::PacksToItself(const LayerLayout& layer, uint16_t table_id, const u
 // The known weights under which this key row is a fixed point, 0: none.
 uint16_t KvCache::MatchTable(const LayerLayout& layer, const uint16_t* row) {
   if (!layer.key.needs_table()) return 0;
+  if (EvictedHeads(layer, row) == layer.n_kv_heads) return restore_.matched;
   // Neighbours mostly share their weights, so the last match is tried first.
   if (restore_.matched != 0 && PacksToItself(layer, restore_.matched, row)) return restore_.matched;
   for (const uint16_t id : tables_.Known()) {
@@ -98,6 +99,11 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
   if (placing) restore_.range_matched = false;
   ExpandTables(layer_index, placing);
   const size_t row_numbers = keys ? layer.k_row() : layer.v_row();
+  // A row that all heads evicted packs to itself under any weights: another one must tell them.
+  for (int64_t i = 0; i < n && placing && restore_.matched == 0; ++i) {
+    const uint16_t* row = rows + size_t(i) * row_numbers;
+    restore_.matched = MatchTable(layer, row);
+  }
   for (int64_t i = 0; i < n; ++i) {
     const int64_t cell = first + i;
     const uint16_t* row = rows + size_t(i) * row_numbers;
@@ -108,6 +114,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
     } else if (placing) {
       if (Status s = DecideRestored(layer_index, cell, row); !s.ok()) return s;
     }
+    if (keys && EvictedHeads(layer, row) > 0) restore_.evicted.insert(cell);
     switch (cells_.state(cell)) {
       case CellState::kSealed:
         PackRow(layer, cell, cells_.table(cell), keys ? row : nullptr, keys ? nullptr : row);
@@ -153,6 +160,7 @@ void KvCache::EndRestore() {
       ++unknown_rows_;
     }
   }
+  if (!restore_.evicted.empty()) EvictRestored();
   restore_ = {};
   NotePeak();
   NoteHighWater();
@@ -191,11 +199,21 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
       mirror(i);
     }
     for (int64_t i = 0; i < used_end_[size_t(from)]; ++i) {
-      if (cells_.state(source + i) != CellState::kSealed) continue;
+      const CellState state = cells_.state(source + i);
+      if (state != CellState::kSealed && state != CellState::kEvicted) continue;
       mirror(i);
+      if (state == CellState::kEvicted) {
+        EvictedWord(target + i) |= uint64_t{1} << (i % 64);
+        ++n_evicted_;
+        continue;
+      }
       AddPacked(target + i);
       ++n_sealed_;
     }
+    for (const LayerLayout& l : layout_.layers) {
+      for (int h = 0; h < l.n_kv_heads; ++h) Kept(to, l, h) = Kept(from, l, h);
+    }
+    CountKept();
     NotePeak();
     NoteHighWater();
   }
@@ -237,7 +255,8 @@ Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cell
       RotatePosition(rope, delta[cell], k.data());
       for (size_t j = 0; j < k.size(); ++j) half[j] = FloatToHalf(k[j]);
     }
-    if (cells_.state(cell) == CellState::kSealed) {
+    queries_.erase(cell);
+    if (cells_.state(cell) != CellState::kDense) {
       PackRow(layer, cell, cells_.table(cell), row.data(), nullptr);
     } else {
       std::memcpy(DenseRow(layer, cells_.slot(cell), true), row.data(), row.size() * 2);

@@ -126,6 +126,10 @@ void KvCache::FinishStep() {
   for (const NewTable& table : step_.new_tables) {
     for (const auto& [rank, cell] : table.queries) observed_.erase(cell);
   }
+  for (Eviction& eviction : step_.evictions) {
+    if (complete) CommitEviction(&eviction);
+  }
+  step_.evictions.clear();
   for (const int64_t cell : flight_cells_) {
     if (cell < 0 || cells_.state(cell) != CellState::kFlight) continue;
     if (cells_.slot(cell) < 0) {
@@ -167,7 +171,7 @@ void KvCache::ResolveRanks(const uint64_t* seen, int64_t base) {
   std::vector<std::pair<uint32_t, int64_t>> by_age;
   ForEachBit(seen, view_.packed_words, [&](int64_t i) {
     const CellState state = cells_.state(base + i);
-    if (state == CellState::kDense || state == CellState::kSealed)
+    if (state == CellState::kDense || state == CellState::kSealed || state == CellState::kEvicted)
       by_age.emplace_back(cells_.order(base + i), base + i);
   });
   std::sort(by_age.begin(), by_age.end());
@@ -260,7 +264,7 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
     plan.rank = parent >= 0 ? cells_.rank(parent) + 1 : 0;
     plan.table = parent >= 0 ? cells_.table(parent) : 0;
     if (own < 0) continue;
-    if (prefill_end) {
+    if (prefill_end || config_.evict != SPARKV_EVICT_NONE) {
       plan.alone = parent >= 0 && flight_at_.count(parent) == 0;
       for (int64_t later = t + 1; later < args.n_tokens && plan.alone; ++later) {
         plan.alone = !sees(&seen[size_t(stream_index * args.n_tokens + later) * words], own);
@@ -373,11 +377,14 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
   const size_t rows = size_t(args.n_streams * args.n_tokens);
   view_.packed_bits.assign(rows * words, 0);
   view_.dense_bits.assign(rows * view_.dense_words, 0);
+  view_.evicted_bits.assign(n_evicted_ > 0 ? rows * words : 0, 0);
   view_.tile_table.assign(size_t(args.n_streams) * words, 0);
   for (int s = 0; s < args.n_streams; ++s) {
     const int64_t base = (args.first_stream + s) * layout_.cells_per_stream;
     const uint64_t* sealed =
         &sealed_bits_[size_t((args.first_stream + s) * layout_.words_per_stream())];
+    const uint64_t* evicted =
+        &evicted_bits_[size_t((args.first_stream + s) * layout_.words_per_stream())];
     const std::vector<Column>& columns = view_.columns[size_t(s)];
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       const size_t row = size_t(s * args.n_tokens + t);
@@ -386,6 +393,8 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
       uint64_t* packed = &view_.packed_bits[row * words];
       uint64_t* dense = &view_.dense_bits[row * view_.dense_words];
       for (size_t w = 0; w < words; ++w) packed[w] = see[w] & sealed[w];
+      for (size_t w = 0; w < words && n_evicted_ > 0; ++w)
+        view_.evicted_bits[row * words + w] = see[w] & evicted[w];
       for (size_t c = 0; c < columns.size(); ++c) {
         const Column& column = columns[c];
         const int64_t i = column.cell - base;
@@ -482,6 +491,8 @@ Status KvCache::Look(const sparkv_attend_args& args) {
     if (plan) {
       PlanSeals(args, s, seen, tokens[size_t(s)]);
       if (needs_weights_) PlanObserved(args, s, seen, tokens[size_t(s)]);
+      PlanQueries(args, s, seen, tokens[size_t(s)]);
+      PlanEviction(args, s, seen, tokens[size_t(s)]);
     } else {
       // Rows planned to be packed were decided by the first look.
       for (Column& column : columns) {

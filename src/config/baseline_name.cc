@@ -74,7 +74,7 @@ Status CheckBaseline(const sparkv_config& config) {
   if (baseline.codec == Codec::kNone) return Status::Ok();
   if (config.ratio == 0.0 && config.kept == SPARKV_F16 && config.values == SPARKV_F16 &&
       TextOf(config.layers).empty() && TextOf(config.budget).empty() && config.protect_first == 0 &&
-      config.protect_last == 0) {
+      config.protect_last == 0 && config.evict == SPARKV_EVICT_NONE) {
     return Status::Ok();
   }
   return Status::Invalid("baseline: " + Quote(name) +

@@ -49,6 +49,13 @@ constexpr Name kSimdNames[] = {{"auto", SPARKV_SIMD_AUTO},
                                {"avx512", SPARKV_SIMD_AVX512},
                                {"neon", SPARKV_SIMD_NEON}};
 
+constexpr Name kEvictNames[] = {
+    {"none", SPARKV_EVICT_NONE},          {"streamingllm", SPARKV_EVICT_STREAMINGLLM},
+    {"tova", SPARKV_EVICT_TOVA},          {"knorm", SPARKV_EVICT_KNORM},
+    {"keydiff", SPARKV_EVICT_KEYDIFF},    {"snapkv", SPARKV_EVICT_SNAPKV},
+    {"pyramidkv", SPARKV_EVICT_PYRAMIDKV}};
+constexpr int32_t kMostEvictTokens = 1 << 24;
+
 struct EnumField {
   std::string_view key;
   int32_t sparkv_config::*field;
@@ -107,6 +114,46 @@ Status SetRatio(std::string_view value, sparkv_config* config) {
     return Status::Invalid(Outside("ratio", value.substr(0, 64), "0", "1"));
   }
   config->ratio = ratio + 0.0;  // -0 becomes 0
+  return Status::Ok();
+}
+
+// "snapkv:512", "none".
+Status SetEvict(std::string_view value, sparkv_config* config) {
+  const size_t colon = std::min(value.find(':'), value.size());
+  const auto* found = std::find_if(std::begin(kEvictNames), std::end(kEvictNames),
+                                   [&](const Name& n) { return n.text == value.substr(0, colon); });
+  if (found == std::end(kEvictNames)) {
+    return Status::Invalid("evict: " + Quote(value) + " is unknown (" + NameList(kEvictNames) +
+                           ", each but none with tokens: snapkv:512)");
+  }
+  int32_t tokens = 0;
+  if (found->number == SPARKV_EVICT_NONE) {
+    if (colon != value.size()) return Status::Invalid("evict: none takes no tokens");
+  } else {
+    const std::string_view text = value.substr(std::min(colon + 1, value.size()));
+    const Parse parse = ParseNumber(text, &tokens);
+    if (parse == Parse::kNotANumber)
+      return Status::Invalid("evict: " + Quote(value) + " names no tokens, as in snapkv:512");
+    if (parse == Parse::kOutOfRange || tokens < 1 || tokens > kMostEvictTokens)
+      return Status::Invalid(Outside("evict", text.substr(0, 64), "1", "2^24"));
+  }
+  config->evict = found->number;
+  config->evict_tokens = tokens;
+  return Status::Ok();
+}
+
+Status CheckEvict(const sparkv_config& config) {
+  if (NameOf(kEvictNames, config.evict) == "?") {
+    return Status::Invalid("evict: " + std::to_string(config.evict) + " is unknown (" +
+                           NameList(kEvictNames) + ")");
+  }
+  if (config.evict == SPARKV_EVICT_NONE) return Status::Ok();
+  const int32_t dense = config.sinks + config.window;
+  if (config.evict_tokens <= dense || config.evict_tokens > kMostEvictTokens) {
+    return Status::Invalid("evict: " + std::to_string(config.evict_tokens) +
+                           " tokens are not above sinks " + std::to_string(config.sinks) +
+                           " and window " + std::to_string(config.window));
+  }
   return Status::Ok();
 }
 
@@ -189,6 +236,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
   if (key == "protect") return SetProtect(value, config);
   if (key == "budget") return SetBudget(value, config);
   if (key == "sensitivity") return SetSensitivity(value, config);
+  if (key == "evict") return SetEvict(value, config);
   if (key == "baseline") return SetBaseline(value, config);
   for (const EnumField& field : kEnumFields) {
     if (key != field.key) continue;
@@ -213,7 +261,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
     config->*field.field = count;
     return Status::Ok();
   }
-  std::string known = "ratio, layers, protect, budget, sensitivity, baseline";
+  std::string known = "ratio, layers, protect, budget, sensitivity, evict, baseline";
   for (const EnumField& field : kEnumFields) known += ", " + std::string(field.key);
   for (const CountField& field : kCountFields) known += ", " + std::string(field.key);
   return Status::Invalid("parameter: " + Quote(key) + " is unknown (" + known + ")");
@@ -242,6 +290,7 @@ Status CheckConfig(const sparkv_config& config) {
       }
     }
   }
+  if (Status s = CheckEvict(config); !s.ok()) return s;
   if (Status s = CheckLayers(config); !s.ok()) return s;
   return CheckBaseline(config);
 }
@@ -271,6 +320,10 @@ std::string ConfigText(const sparkv_config& config) {
   }
   if (!TextOf(config.budget).empty()) add("budget", TextOf(config.budget));
   if (!TextOf(config.sensitivity).empty()) add("sensitivity", TextOf(config.sensitivity));
+  if (config.evict != SPARKV_EVICT_NONE) {
+    add("evict",
+        std::string(NameOf(kEvictNames, config.evict)) + ":" + std::to_string(config.evict_tokens));
+  }
   if (!TextOf(config.baseline).empty()) add("baseline", TextOf(config.baseline));
   return text;
 }

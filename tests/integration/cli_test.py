@@ -78,12 +78,18 @@ elif name == "llama-perplexity":
         print("[1]20.0,")
     else:
         exact = value("-ctk") == "f32" if "-ctk" in args else False
-        kl = 0.005 if packed else 0.0 if value("-fa") == "off" else 0.0002 if exact else 0.001
+        if os.environ.get("REFUSE", "-") in env.get("SPARKV_PROTECT", ""):
+            sys.exit("stand-in: the plugin refuses")
+        settings = env.get("SPARKV_PRESET", "") + " " + env.get("SPARKV_PROTECT", "")
+        broken = packed and re.search(os.environ.get("BREAKS", "^$"), settings)
+        kl = (float(os.environ.get("KL", "0.5")) if broken else 0.005 if packed
+              else 0.0 if value("-fa") == "off"
+              else float(os.environ.get("FLOOR", "0.0002")) if exact else 0.001)
         print("chunk header\n   1  20.1 +- 1\n\nMean PPL(Q)  :  20.5 +- 0.1\n"
               "Mean PPL(Q)-PPL(base) : 0.5\nMean PPL(Q)/PPL(base)   :  1.025 +- 0.1\n"
               "Mean    KLD:   %%f +- 0.1\n99.0%%%%   KLD:   0.07\n"
               "Median  KLD:   0.002\nMedian  dp:  0.3%%%%\n"
-              "Same top p: 96.5 +- 0.1 %%%%" %% kl)
+              "Same top p: %%s +- 0.1 %%%%" %% (kl, os.environ.get("TOP", "96.5") if packed else "96.5"))
 elif name == "llama-quantize":
     open(args[2], "wb").write(open(args[1], "rb").read())
 elif name == "llama-server" and "--port" in args:
@@ -221,7 +227,8 @@ class Command(unittest.TestCase):
         return done.stdout
 
     def test_every_sub_command_explains_itself_with_examples(self):
-        for command in ([], ["run"], ["serve"], ["bench"], ["inspect"], ["fit"], ["eval"], ["report"]):
+        names = ["run", "serve", "bench", "inspect", "fit", "check", "eval", "report"]
+        for command in ([], *([name] for name in names)):
             text = self.succeeds(*command, "--help")
             self.assertIn("Examples", text)
             self.assertIn("sparkv " + command[0] if command else "sparkv run", text)
@@ -239,6 +246,11 @@ class Command(unittest.TestCase):
             (["--kv-protect", "mid:1"], ["inspect", "-m", self.model, "--kv-protect=mid:1"]),
             (["--kv-colour"], ["run", "-m", self.model, "--kv-colour", "red"]),
             (["--kv-preset"], ["bench", "-m", self.model, "--kv-preset", "exact,,exact"]),
+            (["--kv-preset", "'q8_0'"], ["check", "-m", self.model, "--kv-preset", "q8_0"]),
+            (["--kv-preset"], ["check", "-m", self.model, "--kv-preset", "exact,spark-0.8"]),
+            (["--kv-protect", "mid"], ["check", "-m", self.model, "--kv-protect", "mid:1"]),
+            (["--ctx-size"], ["check", "-m", self.model, "--ctx-size", "512"]),
+            (["--ask", "during"], ["eval", "-m", self.model, "--ask", "during"]),
             (["--baselines", "q9_9"], ["eval", "-m", self.model, "--baselines", "q9_9"]),
             (["'q8_0/q9_9'"], ["eval", "-m", self.model, "--baselines", "f16,q8_0/q9_9"]),
             (["'kivi-3'", "kivi-2"], ["eval", "-m", self.model, "--baselines", "f16,kivi-3"]),
@@ -281,6 +293,7 @@ class Command(unittest.TestCase):
             self.model,
             SPARKV_LLAMA_BIN="/no/programs",
         )
+        self.refuses(1, ["/no/model.gguf"], "check", "-m", "/no/model.gguf")
         self.refuses(1, ["/no/text.txt"], "eval", "-m", self.model, "-f", "/no/text.txt")
 
     def test_run_gives_unknown_options_to_the_program_unchanged_and_in_order(self):
@@ -558,6 +571,46 @@ class Command(unittest.TestCase):
         context = int(server["args"][server["args"].index("-c") + 1])
         self.assertEqual(context, max(len(call["prompt"]) for call in asked) + 8)
 
+    def test_eval_asks_before_the_text_too_where_that_is_wanted(self):
+        report = self.eval_tasks(
+            "--questions", "3", "--tasks", self.ALL_TASKS, "--kv-preset", "f16", "--ask", "before"
+        )
+        self.assertEqual(report["ask"], "before")
+        for task in report["results"][0]["tasks"].values():
+            self.assertEqual((task["right"], task["asked"]), (3, 3))
+        asked = [call for call in self.calls() if call["name"] == "/completion"]
+        self.assertEqual(len(asked), 4 * 3)  # no reading apart from the questions
+        for call in asked:
+            self.assertFalse(call["cache_prompt"])
+            question = call["prompt"].rpartition("\n\n")[2].partition("\nAnswer: ")[0]
+            self.assertTrue(question.startswith("Question: "))
+            self.assertTrue(call["prompt"].startswith(question + "\n\n"))
+            self.assertEqual(call["prompt"].count("Answer:"), 1)
+        server = [call for call in self.calls() if call["name"] == "llama-server"][-1]
+        context = int(server["args"][server["args"].index("-c") + 1])
+        self.assertEqual(context, max(len(call["prompt"]) for call in asked) + 8)
+        row = report["results"][0]  # every question reads 50 tokens in 0.5 s
+        self.assertEqual((row["prefill_tokens_per_s"], row["decode_tokens_per_s"]), (100, 50))
+
+    def test_eval_says_in_its_table_when_it_asked(self):
+        words = ["eval", "-m", self.model, "--baselines", "f16", "--questions"]
+        self.assertIn("; questions asked after the text\n", self.succeeds(*words, "1"))
+        self.assertIn(
+            "; questions asked before the text\n", self.succeeds(*words, "1", "--ask", "before")
+        )
+        self.assertNotIn("questions asked", self.succeeds(*words, "0"))
+
+    def test_eval_counts_answers_as_a_share_of_those_with_f16(self):
+        words = ["--questions", "4", "--tasks", "passcode,words"]
+        rows = self.eval_tasks(*words, "--baselines", "q8_0,f16")["results"]
+        self.assertEqual([row["right_of_f16"] for row in rows], [1, 1, 0])
+        table = self.succeeds("eval", "-m", self.model, *words)
+        self.assertRegex(table, r"words \| of f16 \| resident MiB")
+        self.assertRegex(table, r"\| q8_0 .*\| +4/4 \| +4/4 \| +1.00 \|")
+        self.assertNotIn("right_of_f16", self.eval_tasks(*words, "--baselines", "q8_0")["results"][0])
+        none = ["eval", "-m", self.model, "--questions", "0"]
+        self.assertNotIn("of f16", self.succeeds(*none))
+
     def test_the_tasks_of_a_seed_are_the_same_alone_and_together(self):
         def expected(*words):
             done = self.eval_tasks("--kv-preset", "f16", *words)["results"][0]["tasks"]
@@ -637,6 +690,7 @@ class Command(unittest.TestCase):
             ("tasks", ["--tasks", "words"]),
             ("task-words", ["--task-words", "500"]),
             ("questions", ["--questions", "2"]),
+            ("ask \"after\", not \"before\"", ["--ask", "before"]),
             ("text", ["-f", other_text]),
             ("kv options", ["--kv-window", "32"]),
         ):
@@ -690,6 +744,127 @@ class Command(unittest.TestCase):
         names = [call["name"] for call in self.calls()]
         self.assertEqual(names.count("llama-quantize"), 1)
 
+    def check(self, code, *args, **environment):
+        done = self.run_sparkv("check", "-m", self.model, "--json", *args, **environment)
+        self.assertEqual(done.returncode, code, done)
+        return json.loads(done.stdout)
+
+    def test_check_passes_in_one_line_after_three_readings(self):
+        done = self.succeeds("check", "-m", self.model)
+        self.assertEqual(
+            done,
+            "passes: --kv-preset spark-0.5-i5 at 4.50 bits/element, KL median 0.002000, mean "
+            "0.005000, perplexity x 1.0250, top-1 0.965 (limits: mean KL 0.0500, top-1 0.820; "
+            "unquantised weights, noise floor 0.000200)\n",
+        )
+        self.assertEqual(self.perplexity_caches(), ["f32", "f32", "packed"])
+        report = self.check(0)
+        self.assertTrue(report["passes"] and report["result"]["passes"])
+        self.assertEqual((report["tried"], report["proposal"]), ([], None))
+        for call in self.calls():
+            self.assertEqual(call["args"][call["args"].index("-c") + 1], "1024")
+            self.assertEqual(call["args"][call["args"].index("--chunks") + 1], "1")
+
+    def deep_model(self):
+        self.model = self.write("deep.gguf", gguf(changed("llama.block_count", 30)))
+
+    def test_check_proposes_the_first_layers_to_protect_that_pass(self):
+        self.deep_model()
+        args = ["--kv-preset", "spark-0.9-i4", "--kv-window", "0"]
+        report = self.check(1, *args, BREAKS=r"spark-0.9-i4 (first:1)?$")
+        self.assertFalse(report["passes"])
+        self.assertEqual([row["passes"] for row in report["tried"]], [False, True])
+        proposal = "--kv-preset spark-0.9-i4 --kv-protect first:2,last:1 --kv-window 0"
+        self.assertEqual(report["proposal"], proposal)
+        # What it says is what passes.
+        self.check(0, *proposal.split(), BREAKS=r"spark-0.9-i4 (first:1)?$")
+        done = self.run_sparkv("check", "-m", self.model, *args, BREAKS=r"spark-0.9-i4 (first:1)?$")
+        lines = done.stdout.splitlines()
+        self.assertEqual([line.split()[0] for line in lines[:3]], ["breaks:", "breaks:", "passes:"])
+        self.assertEqual(lines[3:], ["use " + proposal])
+
+    def test_check_protects_more_than_was_protected_and_never_all_layers(self):
+        self.deep_model()
+        tried = self.check(1, "--kv-protect", "first:3,last:2", BREAKS=".")["tried"]
+        self.assertEqual(
+            [row["options"].split()[3] for row in tried[:2]], ["first:4,last:2", "first:8,last:4"]
+        )
+        self.model = self.write("small.gguf", gguf(SMALL))  # 4 layers
+        self.assertEqual(
+            [row["options"] for row in self.check(1, BREAKS=".")["tried"]],
+            [
+                "--kv-preset spark-0.5-i5 --kv-protect first:1",
+                "--kv-preset spark-0.5-i5 --kv-protect first:2,last:1",
+                "--kv-preset spark-0.5-i8",
+                "--kv-preset exact",
+            ],
+        )
+
+    def test_check_then_proposes_a_better_preset_as_it_is_meant(self):
+        args = ["--kv-preset", "spark-0.9-i4", "--kv-recover", "zero", "--kv-threads", "1"]
+        report = self.check(1, *args, BREAKS="0.9|0.5-i5")
+        self.assertEqual(report["proposal"], "--kv-preset spark-0.5-i8 --kv-threads 1")
+        done = self.run_sparkv("check", "-m", self.model, *args, BREAKS="0.9|0.5-i5")
+        self.assertTrue(
+            done.stdout.endswith(
+                "\nuse --kv-preset spark-0.5-i8 --kv-threads 1 (without --kv-recover)\n"
+            )
+        )
+        tried = self.check(1, "--kv-preset", "spark-0.5-i6", BREAKS=".")["tried"]
+        self.assertEqual([row["cache"] for row in tried[2:]], ["spark-0.5-i8", "exact"])
+
+    def test_check_refuses_a_model_that_nothing_saves(self):
+        done = self.run_sparkv("check", "-m", self.model, BREAKS=".")
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stdout.count("breaks: "), 5)
+        self.assertIn("\nnothing that was tried passes", done.stdout)
+
+    def test_check_goes_on_where_a_proposal_cannot_run(self):
+        done = self.run_sparkv("check", "-m", self.model, BREAKS="i5 $", REFUSE="first:1")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("the plugin refuses", done.stderr)
+        self.assertIn("\nuse --kv-preset spark-0.5-i5 --kv-protect first:2,last:1\n", done.stdout)
+        done = self.run_sparkv("check", "-m", self.model, "--kv-protect=first:1", REFUSE="first:1")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+
+    def test_check_judges_by_divergence_agreement_and_numbers_that_are_none(self):
+        for passes, environment in (
+            (True, {"KL": "0.05"}),
+            (False, {"KL": "0.0501"}),
+            (True, {"KL": "0.0501", "FLOOR": "0.02"}),  # within three noise floors
+            (False, {"KL": "0.07", "FLOOR": "0.02"}),
+            (False, {"KL": "nan"}),
+            (False, {"KL": "0.005", "TOP": "82.0"}),  # .85 of 96.5
+            (True, {"KL": "0.005", "TOP": "82.1"}),
+        ):
+            with self.subTest(environment=environment):
+                report = self.check(not passes, BREAKS="i5 $", **environment)
+                self.assertEqual(report["passes"], passes)
+        done = self.run_sparkv("check", "-m", self.model, FLOOR="nan")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("its perplexity is not finite with an exact f32 cache", done.stderr)
+
+    def test_check_says_which_weights_judged(self):
+        self.model = self.write("quantised.gguf", gguf(changed("general.file_type", 3)))
+        done = self.run_sparkv("check", "-m", self.model)
+        self.assertIn("; quantised weights, noise floor 0.0002", done.stdout)
+        self.assertIn("--requantize-f32", done.stderr)
+        report = self.check(0, "--requantize-f32")
+        self.assertEqual(report["weights"], "requantised to F32")
+        self.assertIn("llama-quantize", [call["name"] for call in self.calls()])
+
+    def test_check_passes_on_the_demo_model(self):
+        folder = pathlib.Path(SPARKV).resolve().parent
+        model = folder.parent / "models" / "smollm2-135m-instruct-q4_1.gguf"
+        if not model.exists() or not (folder / "llama-perplexity").exists():
+            self.skipTest("no demo model or no llama.cpp beside " + SPARKV)
+        for name in ("SPARKV_LLAMA_BIN", "SPARKV_PLUGIN"):
+            self.environment.pop(name)
+        self.assertRegex(
+            self.succeeds("check", "-m", model),
+            r"^passes: --kv-preset spark-0.5-i5 at [45]\.\d\d bits/element, KL median 0\.00\d+, ",
+        )
+
     EVALUATION = {
         "model": "a<b>.gguf",
         "text": "built in",
@@ -726,6 +901,7 @@ class Command(unittest.TestCase):
         self.assertEqual((html.count("<svg"), html.count("<circle")), (2, 8))
         self.assertIn("a&lt;b&gt;.gguf", html)
         self.assertIn("<td>7/8</td>", html)
+        self.assertIn("asked after the text", html)  # as older files mean
         self.assertNotIn("<script>", html)
         self.assertNotIn("nan", html)
         rows = table.read_text().splitlines()
@@ -744,6 +920,7 @@ class Command(unittest.TestCase):
         for words, text in (
             (["not a JSON object"], "[1, 2"),
             (["/model", "missing"], "{}"),
+            (["/ask", "no text"], changed(lambda e: e.update(ask=3))),
             (["/results", "empty"], changed(lambda e: e.update(results=[]))),
             (["/results/1/mean_kld"], changed(lambda e: e["results"][1].update(mean_kld="x"))),
             (["/results/0/tasks/passcode"], changed(lambda e: e["results"][0].update(tasks={}))),
@@ -1000,6 +1177,9 @@ class Command(unittest.TestCase):
         for words, offers in (
             ("sparkv ins", "inspect"),
             ("sparkv fi", "fit"),
+            ("sparkv ch", "check"),
+            ("sparkv check --requ", "--requantize-f32"),
+            ("sparkv eval --ask b", "before"),
             ("sparkv fit --mem", "--memory"),
             ("sparkv bench --kv-pre", "--kv-preset"),
             ("sparkv bench --kv-recover m", "mean"),

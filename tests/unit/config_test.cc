@@ -169,11 +169,33 @@ TEST(Config, UnknownNamesListTheKnownOnes) {
   EXPECT_EQ(SetError("values", "i5"), "values: \"i5\" is unknown (f16, q8, q4)");
   EXPECT_EQ(SetError("seal", ""), "seal: \"\" is unknown (stream, prefill-end)");
   EXPECT_EQ(SetError("raito", "1"),
-            "parameter: \"raito\" is unknown (ratio, layers, protect, budget, sensitivity, "
-            "baseline, recover, group, kept, "
-            "values, seal, simd, "
-            "sinks, window, "
-            "observe, threads)");
+            "parameter: \"raito\" is unknown (ratio, layers, protect, budget, sensitivity, evict, "
+            "baseline, recover, group, kept, values, seal, simd, sinks, window, observe, threads)");
+}
+
+TEST(Config, EvictionNamesAMethodAndTokens) {
+  sparkv_config config = Preset("spark-0.5-i5");
+  ASSERT_EQ(SetParameter("evict", "snapkv:512", &config).text, "");
+  EXPECT_EQ(config.evict, SPARKV_EVICT_SNAPKV);
+  EXPECT_EQ(config.evict_tokens, 512);
+  EXPECT_TRUE(ConfigText(config).ends_with(" evict snapkv:512")) << ConfigText(config);
+  EXPECT_EQ(CheckConfig(config).text, "");
+  config.evict_tokens = 100;
+  EXPECT_EQ(CheckConfig(config).text, "evict: 100 tokens are not above sinks 4 and window 96");
+  ASSERT_EQ(SetParameter("evict", "none", &config).text, "");
+  EXPECT_EQ(config.evict_tokens, 0);
+  config.evict = 7;
+  EXPECT_EQ(CheckConfig(config).text,
+            "evict: 7 is unknown (none, streamingllm, tova, knorm, keydiff, snapkv, pyramidkv)");
+  EXPECT_EQ(SetError("evict", "snapkv"), "evict: \"snapkv\" names no tokens, as in snapkv:512");
+  EXPECT_EQ(SetError("evict", "snapkv:"), "evict: \"snapkv:\" names no tokens, as in snapkv:512");
+  EXPECT_EQ(SetError("evict", "snapkv:0"), "evict: 0 is outside [1, 2^24]");
+  EXPECT_EQ(SetError("evict", "snapkv:512x"),
+            "evict: \"snapkv:512x\" names no tokens, as in snapkv:512");
+  EXPECT_EQ(SetError("evict", "none:3"), "evict: none takes no tokens");
+  EXPECT_EQ(SetError("evict", "h2o:512"),
+            "evict: \"h2o:512\" is unknown (none, streamingllm, tova, knorm, keydiff, snapkv, "
+            "pyramidkv, each but none with tokens: snapkv:512)");
 }
 
 TEST(Config, LayersTakeTheRowsOfTheirPreset) {

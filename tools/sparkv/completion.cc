@@ -27,6 +27,7 @@ std::vector<std::string> Commands(const CLI::App& app) {
 // What an option takes: the words of a type name "a|b|c", or none when it is not such a list.
 std::string Values(const CLI::Option& option) {
   std::string values = option.get_type_name();
+  values.resize(std::min(values.size(), values.find(":{")));  // a check says its words once more
   if (values.find('|') == std::string::npos) return "";
   std::replace(values.begin(), values.end(), '|', ' ');
   return values;

@@ -1,13 +1,11 @@
 #include "eval.h"
 
 #include <fmt/format.h>
-#include <stdlib.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <memory>
-#include <optional>
 
+#include "divergence.h"
 #include "gguf.h"
 #include "http.h"
 #include "kv_options.h"
@@ -19,7 +17,6 @@
 namespace sparkv {
 namespace {
 
-namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
 constexpr size_t kAnswerTokens = 8;
@@ -28,147 +25,37 @@ constexpr char kBaselineNames[] =
     "f16|q8_0|q5_1|q4_0|q8_0/q4_0|kivi-2|kivi-4|turboquant-2|turboquant-3|turboquant-4|think-0.5|"
     "mustafar-0.5|q8_0-rows|q5_1-rows|q4_0-rows";
 
-struct Settings {
+struct Settings : Reading {
   KvOptions kv;
-  std::string model, file, resume, baselines = "f16,q8_0,q4_0";
-  int context = 2048, batch = 512, ubatch = 128, chunks = -1, threads = 0;
+  std::string file, resume, baselines = "f16,q8_0,q4_0";
   std::vector<std::string> tasks = {"passcode"};
+  std::string ask = "after";
   int questions = 8, task_words = 1000;
   uint32_t seed = 1;
   bool requantize = false, json = false;
 };
 
-std::vector<std::string> Sizes(const Settings& settings) {
-  std::vector<std::string> args = {"-b", fmt::format("{}", settings.batch), "-ub",
-                                   fmt::format("{}", settings.ubatch)};
-  if (settings.threads > 0) args.insert(args.end(), {"-t", fmt::format("{}", settings.threads)});
-  return args;
-}
-
-// The same model with F32 weights, made once and kept in the user's cache folder.
-std::string RequantizedModel(const std::string& model) {
-  const char* home = getenv("HOME");
-  const char* given = getenv("XDG_CACHE_HOME");
-  const fs::path folder =
-      (given && *given ? fs::path(given) : fs::path(home ? home : "/tmp") / ".cache") / "sparkv";
-  std::error_code failed;
-  fs::create_directories(folder, failed);
-  if (failed) throw Error(kRuntime, fmt::format("{}: {}", folder.string(), failed.message()));
-  const auto written = fs::last_write_time(model).time_since_epoch().count();
-  const fs::path target =
-      folder / fmt::format("{}-{}-{:x}-f32.gguf", fs::path(model).stem().string(),
-                           fs::file_size(model), written);
-  if (fs::exists(target)) return target;
-  Note(fmt::format("writing F32 weights to {}", target.string()));
-  const fs::path partial = target.string() + ".partial";
-  Command command{FindProgram("llama-quantize"),
-                  {"--allow-requantize", model, partial, "F32"},
-                  ChildEnvironment(MakeCache("f16", {}), false)};
-  Progress progress("llama-quantize");
-  RunToEnd(
-      command,
-      [&](const std::string& line) {
-        if (!line.empty()) progress.Update(line.substr(0, 70));
-      },
-      nullptr);
-  fs::rename(partial, target, failed);
-  if (failed) throw Error(kRuntime, fmt::format("{}: {}", target.string(), failed.message()));
-  return target;
-}
-
-// The first number after `label` in a line that starts with it.
-std::optional<double> NumberAfter(const std::string& line, const std::string& label) {
-  if (line.rfind(label, 0) != 0) return std::nullopt;
-  const size_t colon = line.find(':');
-  if (colon == std::string::npos) return std::nullopt;
-  return strtod(line.c_str() + colon + 1, nullptr);
-}
-
-// One reading of the text: without "--kl-divergence" among `flags` it writes the base, with it the
-// reading is judged against that base.
-Json ReadText(const Settings& settings, const Cache& cache, const std::string& label,
-              const std::vector<std::string>& flags, const TemporaryFolder& folder) {
-  std::vector<std::string> args = {"-m", settings.model,
-                                   "-f", folder.File("text.txt"),
-                                   "-c", fmt::format("{}", settings.context)};
-  const auto sizes = Sizes(settings);
-  args.insert(args.end(), sizes.begin(), sizes.end());
-  args.insert(args.end(), {"--chunks", fmt::format("{}", settings.chunks), "--kl-divergence-base",
-                           folder.File("base.kld")});
-  args.insert(args.end(), flags.begin(), flags.end());
-  Command command = MakeCommand("llama-perplexity", cache, args);
-  if (cache.packed) {
-    command.environment.push_back("SPARKV_STATS=" + folder.File(cache.name + ".json"));
-  }
-
-  Json result = Json::object();
-  Progress progress(label);
-  progress.Update("reading the text");
-  const std::pair<const char*, const char*> fields[] = {
-      {"Mean PPL(Q) ", "perplexity"}, {"Mean PPL(Q)/PPL(base)", "perplexity_ratio"},
-      {"Mean    KLD", "mean_kld"},    {"Median  KLD", "median_kld"},
-      {"99.0%   KLD", "kld_99"},      {"Same top p", "top1_agreement"}};
-  RunToEnd(
-      command,
-      [&](const std::string& line) {
-        for (const auto& [label, field] : fields) {
-          if (const auto number = NumberAfter(line, label)) result[field] = *number + 0.0;  // no -0
-        }
-        if (const int chunk = line.rfind("  ", 0) == 0 ? atoi(line.c_str()) : 0; chunk > 0) {
-          progress.Update(fmt::format("chunk {}", chunk));
-        }
-      },
-      nullptr);
-  if (std::find(flags.begin(), flags.end(), "--kl-divergence") == flags.end()) return result;
-  for (const auto& [label, field] : fields) {
-    if (result.contains(field)) continue;
-    throw Error(kRuntime,
-                fmt::format("llama-perplexity: no '{}' in its output ({}); is the text longer than "
-                            "2 x {} tokens?",
-                            label, cache.name, settings.context));
-  }
-  return result;
-}
-
 // Two exact readings beside the base, the bounds of what the other numbers can tell: the same one
 // again, and one that computes attention as the compared caches do.
 Json NoiseFloor(const Settings& settings, const TemporaryFolder& folder) {
   const Cache f32 = MakeCache("f32", {});
-  const auto mean = [&](const char* label, const std::vector<std::string>& flags) {
-    return ReadText(settings, f32, label, flags, folder)["mean_kld"];
-  };
-  return {{"same_run", mean("f32 cache again", {"-fa", "off", "--kl-divergence"})},
-          {"flash_attention", mean("f32 cache, -fa on", {"--kl-divergence"})}};
-}
-
-Json RunPerplexity(const Settings& settings, const Cache& cache, const TemporaryFolder& folder) {
-  Json result = ReadText(settings, cache, cache.name, {"--kl-divergence"}, folder);
-  result["top1_agreement"] = result["top1_agreement"].get<double>() / 100;
-  result["bits_per_element"] = HostBits(cache.name);
-  if (!cache.packed) return result;
-  const std::string stats = folder.File(cache.name + ".json");
-  const Json measured = Json::parse(ReadFile(stats), nullptr, false);
-  if (!measured.is_object()) throw Error(kRuntime, fmt::format("{}: not a JSON object", stats));
-  for (const char* field : {"bits_per_element", "keys_bits_per_element", "values_bits_per_element",
-                            "resident_bytes", "peak_bytes", "config"}) {
-    result[field] = measured.value(field, Json());
-  }
-  return result;
+  return {{"same_run", Judge(settings, f32, "f32 cache again", folder, {"-fa", "off"})["mean_kld"]},
+          {"flash_attention", Judge(settings, f32, "f32 cache, -fa on", folder)["mean_kld"]}};
 }
 
 // A task as the server takes it.
 struct TokenTask {
   Task task;
-  Json text;
-  std::vector<Json> questions;
-  size_t longest = 0;  // tokens of the text, a question and the answer
+  Json text;                  // read once before the questions; null where each brings its own
+  std::vector<Json> prompts;  // each with the text and a question at its end
+  size_t longest = 0;         // tokens of a prompt and the answer
 };
 
 std::vector<std::string> ServerArguments(const Settings& settings, size_t context) {
   std::vector<std::string> args = {
       "-m",  settings.model, "-c", fmt::format("{}", context), "-np", "1", "-fit",
       "off", "--cache-ram",  "0"};
-  const auto sizes = Sizes(settings);
+  const auto sizes = settings.SizeFlags();
   args.insert(args.end(), sizes.begin(), sizes.end());
   return args;
 }
@@ -186,11 +73,14 @@ std::vector<TokenTask> Tokenise(const Settings& settings, const std::vector<Task
         .at("tokens");
   };
   for (const Task& task : tasks) {
-    TokenTask made{task, tokens(task.text, true), {}};
-    for (const auto& item : made.task.items) {
-      made.questions.push_back(tokens(item.question, false));
-      made.longest =
-          std::max(made.longest, made.text.size() + made.questions.back().size() + kAnswerTokens);
+    TokenTask made{task, nullptr, {}};
+    if (settings.ask == "after") made.text = tokens(task.text, true);
+    for (const auto& item : task.items) {
+      Json prompt =
+          made.text.is_null() ? tokens(QuestionFirst(task.text, item.question), true) : made.text;
+      for (const auto& token : tokens(item.question, false)) prompt.push_back(token);
+      made.longest = std::max(made.longest, prompt.size() + kAnswerTokens);
+      made.prompts.push_back(std::move(prompt));
     }
     if (limit > 0 && made.longest > size_t(limit)) {
       throw Error(kUsage, fmt::format("--task-words: '{}' takes {} tokens, the model is for {}",
@@ -213,31 +103,34 @@ struct Speeds {
 
 Json RunTask(const TokenTask& task, Server* server, const std::string& cache, Speeds* speeds) {
   Progress progress(fmt::format("{}, {}", cache, task.task.name));
-  progress.Update(fmt::format("reading {} tokens", task.text.size()));
-  // Nothing of the task before is kept; its questions then keep what has been read.
-  Json request = {{"prompt", task.text},
-                  {"n_predict", 1},
-                  {"temperature", 0},
-                  {"cache_prompt", false},
-                  {"id_slot", 0}};
-  const auto ask = [&](Speed* speed, const std::string& kind, int untimed) {
-    Json reply = server->Post("/completion", request);
+  const auto complete = [&](const Json& prompt, size_t predict, bool reuse) {
+    return server->Post("/completion", {{"prompt", prompt},
+                                        {"n_predict", predict},
+                                        {"temperature", 0},
+                                        {"cache_prompt", reuse},
+                                        {"id_slot", 0}});
+  };
+  const auto count = [](const Json& reply, const std::string& kind, int untimed, Speed* speed) {
     const Json timings = reply.value("timings", Json::object());
     speed->tokens += std::max(0.0, timings.value(kind + "_n", 0.0) - untimed);
     speed->ms += timings.value(kind + "_ms", 0.0);
-    return reply.at("content").get<std::string>();
   };
-  ask(&speeds->prefill, "prompt", 0);
-  request["cache_prompt"] = true;
-  request["n_predict"] = kAnswerTokens;
-  Json result = {{"tokens", task.text.size()}, {"answers", Json::array()}};
+  // Nothing of the prompt before is kept where a text is read; questions after it keep what was.
+  const bool read_once = !task.text.is_null();
+  if (read_once) {
+    progress.Update(fmt::format("reading {} tokens", task.text.size()));
+    count(complete(task.text, 1, false), "prompt", 0, &speeds->prefill);
+  }
+  Json result = {{"tokens", (read_once ? task.text : task.prompts[0]).size()},
+                 {"answers", Json::array()}};
   int right = 0;
-  for (size_t i = 0; i < task.questions.size(); ++i) {
-    progress.Update(fmt::format("question {} of {}", i + 1, task.questions.size()));
-    request["prompt"] = task.text;
-    for (const auto& token : task.questions[i]) request["prompt"].push_back(token);
+  for (size_t i = 0; i < task.prompts.size(); ++i) {
+    progress.Update(fmt::format("question {} of {}", i + 1, task.prompts.size()));
+    const Json reply = complete(task.prompts[i], kAnswerTokens, read_once);
+    if (!read_once) count(reply, "prompt", 0, &speeds->prefill);
     // The first token of an answer comes with its question: no step of its own.
-    const std::string answer = ask(&speeds->decode, "predicted", 1);
+    count(reply, "predicted", 1, &speeds->decode);
+    const std::string answer = reply.at("content");
     const auto& item = task.task.items[i];
     const bool is_right = IsRight(answer, item.expected);
     right += is_right;
@@ -247,7 +140,7 @@ Json RunTask(const TokenTask& task, Server* server, const std::string& cache, Sp
                                  {"right", is_right}});
   }
   result["right"] = right;
-  result["asked"] = task.questions.size();
+  result["asked"] = task.prompts.size();
   return result;
 }
 
@@ -288,17 +181,39 @@ constexpr Column kServerColumns[] = {{"process_resident_mib", "resident MiB", 1}
                                      {"prefill_tokens_per_s", "prefill t/s", 1},
                                      {"decode_tokens_per_s", "decode t/s", 1}};
 
+// Missing without tasks or without f16.
+constexpr Column kOfF16 = {"right_of_f16", "of f16", 2};
+
+// Right answers over all tasks as a share of those with f16, where that is compared and has any.
+void CompareWithF16(const Json& tasks, std::vector<Json>* rows) {
+  const auto right = [&](const Json& row) {
+    double sum = 0;
+    for (const auto& task : tasks)
+      sum += row["tasks"][task.get<std::string>()]["right"].get<double>();
+    return sum;
+  };
+  const auto f16 = std::find_if(rows->begin(), rows->end(),
+                                [](const Json& row) { return row["cache"] == "f16"; });
+  if (f16 == rows->end() || tasks.empty()) return;
+  const double most = right(*f16);
+  for (Json& row : *rows) row[kOfF16.field] = most > 0 ? Json(right(row) / most) : Json();
+}
+
 void PrintTable(const Json& report) {
-  fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off\n\n",
+  fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off{}\n\n",
              report["model"].get<std::string>(), report["weights"].get<std::string>(),
-             report["text"].get<std::string>(), report["context"].get<int>());
+             report["text"].get<std::string>(), report["context"].get<int>(),
+             report["tasks"].empty()
+                 ? ""
+                 : fmt::format("; questions asked {} the text", report["ask"].get<std::string>()));
   std::vector<std::string> header = {"cache"};
   for (const Column& column : kColumns) header.push_back(column.header);
   for (const auto& task : report["tasks"]) header.push_back(task);
-  std::vector<Column> server_columns;
+  std::vector<Column> task_columns;
+  if (report["results"][0].contains(kOfF16.field)) task_columns.push_back(kOfF16);
   if (!report["tasks"].empty())
-    server_columns.assign(std::begin(kServerColumns), std::end(kServerColumns));
-  for (const Column& column : server_columns) header.push_back(column.header);
+    task_columns.insert(task_columns.end(), std::begin(kServerColumns), std::end(kServerColumns));
+  for (const Column& column : task_columns) header.push_back(column.header);
   Table table(header);
   for (const auto& row : report["results"]) {
     std::vector<std::string> cells = {row["cache"]};
@@ -308,7 +223,7 @@ void PrintTable(const Json& report) {
       const Json& done = row["tasks"][task.get<std::string>()];
       cells.push_back(fmt::format("{}/{}", done["right"].get<int>(), done["asked"].get<int>()));
     }
-    for (const Column& column : server_columns) {
+    for (const Column& column : task_columns) {
       const Json value = row.value(column.field, Json());
       cells.push_back(value.is_number() ? fmt::format("{:.{}f}", value.get<double>(), column.digits)
                                         : "-");
@@ -343,6 +258,7 @@ Json ResumeSettings(const Settings& settings, const std::vector<Cache>& caches,
           {"tasks", tasks},
           {"task-words", settings.task_words},
           {"questions", settings.questions},
+          {"ask", settings.ask},
           {"seed", settings.seed},
           {"kv options", settings.kv.values}};
 }
@@ -361,7 +277,8 @@ int Eval(Settings settings) {
       {"model", settings.model},     {"text", settings.file.empty() ? "built in" : settings.file},
       {"context", settings.context}, {"batch", settings.batch},
       {"ubatch", settings.ubatch},   {"seed", settings.seed},
-      {"machine", Machine()},        {"tasks", Json::array()}};
+      {"ask", settings.ask},         {"machine", Machine()},
+      {"tasks", Json::array()}};
   std::vector<std::string> numbers;
   for (const Column& column : kColumns) numbers.push_back(fmt::format("/{}", column.field));
   for (const Task& task : tasks) {
@@ -369,9 +286,7 @@ int Eval(Settings settings) {
     for (const char* field : {"right", "asked"})
       numbers.push_back(fmt::format("/tasks/{}/{}", task.name, field));
   }
-  report["weights"] = !shape.Quantised()    ? "unquantised"
-                      : settings.requantize ? "requantised to F32"
-                                            : "quantised";
+  report["weights"] = WeightsName(shape, settings.requantize);
 
   PartialResults partial(settings.resume, ResumeSettings(settings, caches, prose, report["tasks"]));
   Json floor = partial.Find("noise floor", {"/same_run", "/flash_attention"});
@@ -383,31 +298,24 @@ int Eval(Settings settings) {
     Note(fmt::format("{}: {} of {} caches are done already", settings.resume, done, caches.size()));
   }
   if (floor.is_null() || done < static_cast<long>(caches.size())) {
-    if (shape.Quantised() && settings.requantize) {
-      settings.model = RequantizedModel(settings.model);
-    } else if (shape.Quantised()) {
-      Note(
-          "the weights are quantised: equally valid runs differ, see the noise floor; "
-          "--requantize-f32 removes it");
-    }
+    ChooseWeights(shape, settings.requantize, &settings.model);
     const auto token_tasks = Tokenise(settings, tasks, shape.context_length, folder);
-    ReadText(settings, MakeCache("f32", {}), "base, f32 cache", {"-fa", "off"}, folder);
+    WriteBase(settings, folder);
     if (floor.is_null()) {
       floor = NoiseFloor(settings, folder);
       partial.Add("noise floor", floor);
     }
     for (size_t i = 0; i < caches.size(); ++i) {
       if (!rows[i].is_null()) continue;
-      rows[i] = RunPerplexity(settings, caches[i], folder);
+      rows[i] = Judge(settings, caches[i], caches[i].name, folder);
       RunTasks(settings, caches[i], token_tasks, folder, &rows[i]);
       partial.Add(caches[i].name, rows[i]);
     }
   }
   report["noise_floor"] = floor;
-  for (size_t i = 0; i < caches.size(); ++i) {
-    rows[i]["cache"] = caches[i].name;
-    report["results"].push_back(rows[i]);
-  }
+  for (size_t i = 0; i < caches.size(); ++i) rows[i]["cache"] = caches[i].name;
+  CompareWithF16(report["tasks"], &rows);
+  report["results"] = rows;
   if (settings.json) {
     PrintJson(report);
   } else {
@@ -457,6 +365,11 @@ std::function<int()> AddEval(CLI::App* app) {
   app->add_option("--questions", settings->questions, "questions of a task, 0: no tasks")
       ->check(CLI::Range(0, 16))
       ->capture_default_str();
+  app->add_option("--ask", settings->ask,
+                  "before: each question stands in front of the text, too, and each reads it anew")
+      ->type_name("after|before")
+      ->check(CLI::IsMember({"after", "before"}))
+      ->capture_default_str();
   app->add_option("-s,--seed", settings->seed, "seed of the tasks")->capture_default_str();
   app->add_option("--resume", settings->resume,
                   "file of the results so far; what it has is not measured again")
@@ -468,7 +381,8 @@ std::function<int()> AddEval(CLI::App* app) {
   app->footer(
       "--kv-preset takes a list here. The base of all KL divergences is an f32 cache with -fa "
       "off.\n"
-      "Tasks, each a text that is read and packed before its questions are asked, one by one:\n"
+      "Tasks, each a text that is read and packed before its questions are asked, one by one "
+      "(--ask after):\n"
       "  passcode   passcodes spread over the text of -f\n"
       "  multikey   many keys of the same few words, some of them asked\n"
       "  variables  VAR A = 12345, later VAR B = VAR A, later VAR C = VAR B: the value of C\n"

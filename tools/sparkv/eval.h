@@ -8,9 +8,6 @@
 
 namespace sparkv {
 
-// English prose that is part of the program (tools/demo/document.txt).
-const char* BuiltinText();
-
 std::function<int()> AddEval(CLI::App* app);
 
 }  // namespace sparkv

@@ -54,7 +54,7 @@ struct Row {
 };
 
 struct Evaluation {
-  std::string model, text, weights;
+  std::string model, text, weights, ask = "after";
   double context = 0, floor = 0;
   std::vector<std::string> tasks;
   std::vector<Row> rows;
@@ -74,6 +74,7 @@ class Reader {
     out.model = String(json, "/model");
     out.text = String(json, "/text");
     out.weights = String(json, "/weights");
+    if (json.contains("ask")) out.ask = String(json, "/ask");
     out.context = Number(json, "/context");
     out.floor = Number(json, "/noise_floor/flash_attention");
     for (const Json& task : Array(json, "/tasks")) {
@@ -195,9 +196,10 @@ std::string KlPlot(const Evaluation& e) {
 std::string TaskPlot(const Evaluation& e) {
   std::vector<std::pair<double, std::string>> marks;
   for (int i = 0; i <= 4; ++i) marks.emplace_back(i / 4.0, fmt::format("{} %", 25 * i));
-  return Plot(
-      e, fmt::format("Questions answered rightly ({}): higher is better", fmt::join(e.tasks, ", ")),
-      marks, [](const Row& row) { return row.right(); });
+  return Plot(e,
+              fmt::format("Questions, asked {} the text, answered rightly ({}): higher is better",
+                          e.ask, fmt::join(e.tasks, ", ")),
+              marks, [](const Row& row) { return row.right(); });
 }
 
 std::string TableOf(const Evaluation& e) {

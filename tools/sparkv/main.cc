@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bench.h"
+#include "check.h"
 #include "completion.h"
 #include "eval.h"
 #include "fit.h"
@@ -67,6 +68,7 @@ int Main(std::vector<std::string> words) {
   add("bench", "speed beside llama.cpp's own caches", AddBench);
   add("inspect", "bytes of a preset for a model; pictures of what was kept", AddInspect);
   add("fit", "the longest context that a memory holds, by preset", AddFit);
+  add("check", "does the model break under the packed cache, and what would it stand", AddCheck);
   add("eval", "perplexity, KL divergence, agreement, retrieval tasks", AddEval);
   add("report", "an evaluation as a page with its frontier, and as CSV", AddReport);
 
@@ -84,9 +86,9 @@ int Main(std::vector<std::string> words) {
   for (const auto& [command, action] : commands) {
     if (command->parsed()) return action();
   }
-  throw Error(
-      kUsage,
-      "no sub-command: one of run, serve, bench, inspect, fit, eval, report (--help explains)");
+  throw Error(kUsage,
+              "no sub-command: one of run, serve, bench, inspect, fit, check, eval, report (--help "
+              "explains)");
 }
 
 }  // namespace

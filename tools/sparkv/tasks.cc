@@ -212,6 +212,11 @@ std::vector<Task> MakeTasks(const Strings& names, const std::string& prose, int 
   return tasks;
 }
 
+std::string QuestionFirst(const std::string& text, const std::string& question) {
+  const size_t start = question.find_first_not_of('\n');
+  return question.substr(start, question.find("\nAnswer:") - start) + "\n\n" + text;
+}
+
 bool IsRight(const std::string& answer, const std::string& expected) {
   const bool number = isdigit(static_cast<unsigned char>(expected[0]));
   const auto counts = [&](unsigned char c) { return number ? isdigit(c) : isalpha(c); };

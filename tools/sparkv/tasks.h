@@ -1,6 +1,6 @@
 // Retrieval tasks in the style of RULER, made from a seed. Each is one text and questions about it:
-// the text is read and packed first and the questions come one by one afterwards, so nothing that
-// prunes can know what will be asked.
+// where the text is read and packed first and the questions come one by one afterwards, nothing
+// that prunes can know what will be asked.
 #ifndef SPARKV_TOOLS_TASKS_H_
 #define SPARKV_TOOLS_TASKS_H_
 
@@ -30,6 +30,10 @@ const std::vector<std::string>& TaskNames();
 // seed. Throws Error(kUsage) where `prose` or `words` is too short for them.
 std::vector<Task> MakeTasks(const std::vector<std::string>& names, const std::string& prose,
                             int words, int questions, uint32_t seed);
+
+// The text behind the question (not its beginning of an answer), for caches that choose what to
+// keep by what is asked; the question then follows the text as ever.
+std::string QuestionFirst(const std::string& text, const std::string& question);
 
 // Whether an answer begins with what is expected: its first run of digits (of letters, where a word
 // is expected) is exactly that.

@@ -86,6 +86,21 @@ class Memory(unittest.TestCase):
         packed = 1 - (4 + 96) / ours.stats["tokens"]  # sinks and window are dense either way
         self.assertAlmostEqual(bits, packed * more * 8 / (2 * 30 * 3 * 64), delta=0.05)
 
+    def test_heads_evict_when_the_prompt_has_ended(self):
+        ours = self.complete(CELLS, "-fa", "on", SPARKV_EVICT="snapkv:512")
+        self.assertEqual(ours.code, 0, ours)
+        self.assertIn("evict snapkv:512", ours.err)
+        stats, all_rows = ours.stats, self.ours.stats
+        self.assertEqual(stats["tokens"], all_rows["tokens"])
+        # All but the dense rows: sinks, window, and what came after the first token that was alone.
+        self.assertAlmostEqual(stats["evicted"], stats["tokens"] - 100, delta=4)
+        memory, before = (s["caches"][0]["memory"] for s in (stats, all_rows))
+        packed = ("key_masks", "key_signs", "key_scales", "key_kept", "value_scales", "value_codes")
+        share = sum(memory[kind] for kind in packed) / sum(before[kind] for kind in packed)
+        self.assertAlmostEqual(share, (512 - 100) / (stats["tokens"] - 100), delta=0.005)
+        self.assertEqual(sum(memory.values()), stats["resident_bytes"], memory)
+        self.assertLess(stats["resident_bytes"], 0.5 * all_rows["resident_bytes"])
+
 
 if __name__ == "__main__":
     host.main()

@@ -1,0 +1,388 @@
+// Eviction: when the prompt of a sequence has ended, every KV head of every layer chooses which
+// packed rows it keeps. Those move to rows of their own (kept_rows.h), the others are gone, and the
+// cells give back what they took in the packed store. Evict first, then prune [paper]: rows are
+// packed already, so what stays is copied and never packed anew.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+
+#include "base/half.h"
+#include "cache/kv_cache.h"
+#include "cache/visible.h"
+#include "method/evict.h"
+
+namespace sparkv {
+namespace {
+
+// Rows packed in all heads before an eviction pays. It also bounds what a long answer adds.
+constexpr int64_t kEvictEvery = 64;
+constexpr int kPoolWidth = 5;  // SnapKV's code
+
+// The key row of a head that keeps nothing of a cell, in a state file: -0 in all channels, which
+// attention over a dense cache takes for a row of zeros.
+constexpr uint16_t kNoRow = 0x8000u;
+
+}  // namespace
+
+// A token that is alone in its micro-batch ends a prompt: its sequence evicts when it has more than
+// it may keep. One sequence of a stream at a time; cells that sequences share are evicted for all.
+void KvCache::PlanEviction(const sparkv_attend_args& args, int stream_index, const Words& seen,
+                           const std::vector<TokenPlan>& tokens) {
+  if (config_.evict == SPARKV_EVICT_NONE) return;
+  const int stream = args.first_stream + stream_index;
+  const int64_t base = stream * layout_.cells_per_stream;
+  const size_t words = view_.packed_words;
+  for (int64_t t = 0; t < args.n_tokens; ++t) {
+    const TokenPlan& plan = tokens[size_t(t)];
+    const int64_t own = FlightOf(args, stream_index, t);
+    if (own < 0 || !plan.alone || (needs_weights_ && plan.table == 0)) continue;
+    const uint64_t* row = &seen[size_t(stream_index * args.n_tokens + t) * words];
+    Eviction e;
+    e.stream = stream;
+    int64_t n_sealed = 0;
+    ForEachBit(row, words, [&](int64_t i) {
+      const CellState state = cells_.state(base + i);
+      if (state != CellState::kSealed && state != CellState::kEvicted) return;
+      n_sealed += state == CellState::kSealed ? 1 : 0;
+      e.cells.push_back(base + i);
+    });
+    for (const Column& column : view_.columns[size_t(stream_index)]) {
+      const int64_t i = column.cell - base;
+      if (!column.sealing && (row[i / 64] >> (i % 64) & 1) != 0) e.dense.push_back(column);
+    }
+    for (const auto& [cell, rows] : queries_) {
+      const int64_t i = cell - base;
+      if (i < 0 || i >= args.n_kv || (row[i / 64] >> (i % 64) & 1) == 0) continue;
+      if (plan.rank - cells_.rank(cell) < config_.observe)
+        e.queries.emplace_back(cells_.rank(cell), cell);
+    }
+    const int64_t all = int64_t(e.cells.size() + e.dense.size());
+    if (n_sealed < kEvictEvery || all <= config_.evict_tokens) continue;
+    if (ScoresByQueries(config_.evict) && e.queries.empty()) continue;
+    std::stable_sort(e.cells.begin(), e.cells.end(),
+                     [&](int64_t a, int64_t b) { return cells_.rank(a) < cells_.rank(b); });
+    std::sort(e.queries.begin(), e.queries.end());
+    if (config_.evict == SPARKV_EVICT_TOVA) e.queries.erase(e.queries.begin(), e.queries.end() - 1);
+    const int64_t keep = std::max<int64_t>(0, config_.evict_tokens - int64_t(e.dense.size()));
+    e.keep = LayerRows(config_.evict, keep, int64_t(e.cells.size()), int(layout_.layers.size()));
+    e.rows.resize(layout_.layers.size());
+    step_.evictions.push_back(std::move(e));
+    return;
+  }
+}
+
+// Which queries of this micro-batch a later eviction may ask for: the newest of each sequence.
+void KvCache::PlanQueries(const sparkv_attend_args& args, int stream_index, const Words& seen,
+                          const std::vector<TokenPlan>& tokens) {
+  if (!ScoresByQueries(config_.evict)) return;
+  const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
+  const auto outdates = [&](int64_t t, int64_t cell, int32_t rank) {
+    const int64_t i = cell - base;
+    return tokens[size_t(t)].rank - rank >= config_.observe && i >= 0 && i < args.n_kv &&
+           (seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >>
+                (i % 64) &
+            1) != 0;
+  };
+  for (int64_t t = 0; t < args.n_tokens; ++t) {
+    const int64_t own = FlightOf(args, stream_index, t);
+    bool newest = own >= 0;
+    for (int64_t later = t + 1; later < args.n_tokens && newest; ++later)
+      newest = !outdates(later, own, tokens[size_t(t)].rank);
+    if (newest) step_.newest.push_back(own);
+  }
+  std::erase_if(queries_, [&](const auto& entry) {
+    for (int64_t t = 0; t < args.n_tokens; ++t) {
+      if (outdates(t, entry.first, cells_.rank(entry.first))) return true;
+    }
+    return false;
+  });
+  for (const int64_t cell : step_.newest) queries_[cell].resize(layout_.layers.size());
+}
+
+void KvCache::KeepQueries(const sparkv_attend_args& args) {
+  const size_t dim = size_t(layout_.layers[size_t(args.layer)].k_dim());
+  for (const int64_t cell : step_.newest) {
+    const auto kept = queries_.find(cell);
+    if (kept == queries_.end()) continue;
+    std::vector<uint16_t>& row = kept->second[size_t(args.layer)];
+    row.resize(size_t(args.n_heads) * dim);
+    const int64_t flight = flight_at_.at(cell);
+    const uint8_t* q = reinterpret_cast<const uint8_t*>(args.q) +
+                       size_t(flight / args.n_tokens) * args.q_stream_stride +
+                       size_t(flight % args.n_tokens) * args.q_token_stride;
+    for (int h = 0; h < args.n_heads; ++h) {
+      const float* head = reinterpret_cast<const float*>(q + size_t(h) * args.q_head_stride);
+      for (size_t j = 0; j < dim; ++j) row[size_t(h) * dim + j] = FloatToHalf(head[j]);
+    }
+  }
+}
+
+// What each of a head's rows is worth, in the order of cells. ExpandTables(layer) was called.
+std::vector<float> KvCache::EvictionScores(const sparkv_attend_args& args, const Eviction& e,
+                                           int head, const std::vector<int64_t>& cells) const {
+  const LayerLayout& layer = layout_.layers[size_t(args.layer)];
+  const size_t dim = size_t(layer.k_dim()), n = cells.size();
+  std::vector<float> score(n, 0.0f);
+  if (config_.evict == SPARKV_EVICT_STREAMINGLLM) {
+    for (size_t i = 0; i < n; ++i) score[i] = float(i);
+    return score;
+  }
+  std::vector<uint16_t> half(dim);
+  std::vector<float> key(dim);
+  const auto each_key = [&](auto&& body) {
+    for (size_t i = 0; i < n; ++i) {
+      ops_->unpack_key(layer.key, HeadTable(layer, cells_.table(cells[i]), head),
+                       PackedKey(layer, head, cells[i]), half.data());
+      for (size_t j = 0; j < dim; ++j) key[j] = HalfToFloat(half[j]);
+      body(i);
+    }
+  };
+  const auto norm = [&] {
+    float sum = 0.0f;
+    for (const float k : key) sum += k * k;
+    return std::sqrt(sum);
+  };
+  if (config_.evict == SPARKV_EVICT_KNORM) {
+    each_key([&](size_t i) { score[i] = -norm(); });
+    return score;
+  }
+  if (config_.evict == SPARKV_EVICT_KEYDIFF) {
+    std::vector<float> anchor(dim, 0.0f);
+    each_key([&](size_t) {
+      const float length = norm();
+      for (size_t j = 0; j < dim && length > 0.0f; ++j) anchor[j] += key[j] / length;
+    });
+    each_key([&](size_t i) {
+      const float length = norm();
+      float along = 0.0f;
+      for (size_t j = 0; j < dim; ++j) along += key[j] * anchor[j];
+      score[i] = length > 0.0f ? -along / length : 0.0f;
+    });
+    return score;
+  }
+
+  // Logits of the observing queries over the head's rows and, for the sum, over its dense rows.
+  const int group = args.n_heads / layer.n_kv_heads;
+  const size_t n_queries = e.queries.size() * size_t(group), n_logits = n + e.dense.size();
+  std::vector<float> queries(n_queries * dim), logits(n_queries * n_logits);
+  for (size_t i = 0; i < e.queries.size(); ++i) {
+    const std::vector<uint16_t>& row = queries_.at(e.queries[i].second)[size_t(args.layer)];
+    if (row.size() != size_t(args.n_heads) * dim) continue;  // this layer was not attended then
+    for (size_t j = 0; j < size_t(group) * dim; ++j) {
+      queries[i * size_t(group) * dim + j] =
+          HalfToFloat(row[size_t(head) * size_t(group) * dim + j]) * args.scale;
+    }
+  }
+  const auto add_logits = [&](size_t column) {
+    for (size_t r = 0; r < n_queries; ++r) {
+      const float* q = &queries[r * dim];
+      float part[8] = {};  // head sizes are multiples of 8
+      for (size_t j = 0; j < dim; j += 8) {
+        for (size_t lane = 0; lane < 8; ++lane) part[lane] += q[j + lane] * key[j + lane];
+      }
+      float sum = 0.0f;
+      for (const float p : part) sum += p;
+      logits[r * n_logits + column] =
+          args.softcap > 0.0f ? args.softcap * std::tanh(sum / args.softcap) : sum;
+    }
+  };
+  each_key(add_logits);
+  for (size_t c = 0; c < e.dense.size(); ++c) {
+    const uint16_t* row = ColumnNumbers(layer, e.dense[c], true) + size_t(head) * dim;
+    for (size_t j = 0; j < dim; ++j) key[j] = HalfToFloat(row[j]);
+    add_logits(n + c);
+  }
+  for (size_t r = 0; r < n_queries; ++r) {
+    float* row = &logits[r * n_logits];
+    for (size_t c = 0; c < e.dense.size(); ++c) {
+      if (e.dense[c].rank > e.queries[r / size_t(group)].first)
+        row[n + c] = -std::numeric_limits<float>::infinity();
+    }
+    AddAttention(row, int64_t(n_logits), int64_t(n), score.data());
+  }
+  if (config_.evict != SPARKV_EVICT_TOVA) PoolScores(&score, kPoolWidth);
+  return score;
+}
+
+// Chooses the rows of a layer, in all heads, and copies those that stay. What is there stays too
+// until the step ends.
+void KvCache::EvictLayer(const sparkv_attend_args& args) {
+  const LayerLayout& layer = layout_.layers[size_t(args.layer)];
+  const size_t n_heads = size_t(layer.n_kv_heads);
+  for (Eviction& e : step_.evictions) {
+    std::vector<std::vector<int64_t>> cells(n_heads);
+    std::vector<std::vector<float>> scores(n_heads);
+    pool_.ParallelFor(int64_t(n_heads), [&](int64_t head, int) {
+      for (const int64_t cell : e.cells) {
+        if (PackedKey(layer, int(head), cell) != nullptr) cells[size_t(head)].push_back(cell);
+      }
+      scores[size_t(head)] = EvictionScores(args, e, int(head), cells[size_t(head)]);
+    });
+    if (config_.evict == SPARKV_EVICT_TOVA) {
+      for (size_t h = 1; h < n_heads; ++h) {
+        if (cells[h] != cells[0]) continue;
+        for (size_t i = 0; i < scores[0].size(); ++i) scores[0][i] += scores[h][i];
+      }
+      for (size_t h = 1; h < n_heads; ++h) {
+        if (cells[h] == cells[0]) scores[h] = scores[0];
+      }
+    }
+    std::vector<KeptRows>& rows = e.rows[size_t(args.layer)];
+    rows.resize(n_heads);
+    for (size_t h = 0; h < n_heads; ++h) {
+      const std::vector<uint8_t> kept = SelectRows(scores[h], e.keep[size_t(args.layer)]);
+      std::vector<int64_t> chosen;
+      for (size_t i = 0; i < kept.size(); ++i) {
+        if (kept[i] != 0) chosen.push_back(cells[h][i]);
+      }
+      rows[h] = CollectRows(layer, int(h), e, chosen);
+    }
+  }
+}
+
+// Rows of `chosen` and of what other sequences of the stream keep, in order of cells.
+KeptRows KvCache::CollectRows(const LayerLayout& layer, int head, const Eviction& e,
+                              const std::vector<int64_t>& chosen) const {
+  const int64_t base = e.stream * layout_.cells_per_stream;
+  Words bits(size_t(layout_.words_per_stream()), 0), leaving(bits.size(), 0);
+  const auto set = [&](Words* words, int64_t cell) {
+    (*words)[size_t((cell - base) / 64)] |= uint64_t{1} << ((cell - base) % 64);
+  };
+  for (const int64_t cell : e.cells) set(&leaving, cell);
+  const KeptRows& old = Kept(e.stream, layer, head);
+  const uint64_t* evicted = &evicted_bits_[size_t(e.stream * layout_.words_per_stream())];
+  for (size_t w = 0; w < old.cells.size(); ++w) bits[w] = old.cells[w] & evicted[w] & ~leaving[w];
+  for (const int64_t cell : chosen) set(&bits, cell);
+  while (!bits.empty() && bits.back() == 0) bits.pop_back();
+  bits.shrink_to_fit();
+  int64_t n = 0;
+  for (const uint64_t word : bits) n += std::popcount(word);
+  KeptRows rows;
+  rows.Resize(layer, n);
+  int64_t at = 0;
+  ForEachBit(bits.data(), bits.size(), [&](int64_t i) {
+    std::memcpy(rows.key(layer, at), PackedKey(layer, head, base + i), layer.key.bytes);
+    std::memcpy(rows.value(layer, at), PackedValue(layer, head, base + i), layer.value.bytes);
+    ++at;
+  });
+  rows.cells = std::move(bits);
+  return rows;
+}
+
+// The rows that were chosen become what the heads keep, if every layer has chosen.
+void KvCache::CommitEviction(Eviction* e) {
+  if (std::any_of(e->rows.begin(), e->rows.end(), [](const auto& rows) { return rows.empty(); }))
+    return;
+  for (size_t l = 0; l < e->rows.size(); ++l) {
+    for (size_t h = 0; h < e->rows[l].size(); ++h)
+      Kept(e->stream, layout_.layers[l], int(h)) = std::move(e->rows[l][h]);
+  }
+  for (const int64_t cell : e->cells) {
+    if (cells_.state(cell) != CellState::kSealed) continue;
+    RemovePacked(cell);
+    --n_sealed_;
+    cells_.set_state(cell, CellState::kEvicted);
+    EvictedWord(cell) |= uint64_t{1} << (layout_.index_of(cell) % 64);
+    ++n_evicted_;
+  }
+  CountKept();
+}
+
+void KvCache::ForgetEvicted(int64_t cell) {
+  EvictedWord(cell) &= ~(uint64_t{1} << (layout_.index_of(cell) % 64));
+  // Rows of cells that are gone lie idle until the next eviction of their stream, or the last cell.
+  if (--n_evicted_ > 0) return;
+  for (KeptRows& rows : kept_) rows = {};
+  CountKept();
+}
+
+// Restored cells whose heads kept only some rows: their packed rows say which (kNoRow).
+void KvCache::EvictRestored() {
+  std::map<int, Eviction> by_stream;
+  for (const int64_t cell : restore_.evicted) {
+    if (cells_.state(cell) == CellState::kDense && (!needs_weights_ || cells_.table(cell) != 0)) {
+      AddPacked(cell);
+      for (size_t l = 0; l < layout_.layers.size(); ++l) {
+        const LayerLayout& layer = layout_.layers[l];
+        ExpandTables(int(l));
+        PackRow(layer, cell, cells_.table(cell), DenseRow(layer, cells_.slot(cell), true),
+                DenseRow(layer, cells_.slot(cell), false));
+      }
+      RemoveDense(cell);
+      cells_.set_state(cell, CellState::kSealed);
+      ++n_sealed_;
+    }
+    if (cells_.state(cell) == CellState::kSealed)
+      by_stream[int(layout_.stream_of(cell))].cells.push_back(cell);
+  }
+  restore_.evicted.clear();
+  for (auto& [stream, e] : by_stream) {
+    e.stream = stream;
+    std::sort(e.cells.begin(), e.cells.end());
+    for (size_t l = 0; l < layout_.layers.size(); ++l) {
+      const LayerLayout& layer = layout_.layers[l];
+      ExpandTables(int(l));
+      std::vector<KeptRows> rows;
+      std::vector<uint16_t> key(layer.k_row());
+      for (int h = 0; h < layer.n_kv_heads; ++h) {
+        std::vector<int64_t> chosen;
+        for (const int64_t cell : e.cells) {
+          ops_->unpack_key(layer.key, HeadTable(layer, cells_.table(cell), h),
+                           PackedKey(layer, h, cell), key.data());
+          if (!IsNoRow(key.data(), layer.k_dim())) chosen.push_back(cell);
+        }
+        rows.push_back(CollectRows(layer, h, e, chosen));
+      }
+      e.rows.push_back(std::move(rows));
+    }
+    CommitEviction(&e);
+  }
+}
+
+bool KvCache::IsNoRow(const uint16_t* key, int dim) {
+  return std::all_of(key, key + dim, [](uint16_t x) { return (x & 0x7fffu) == 0; });
+}
+
+void KvCache::WriteNoRow(uint16_t* key, int dim) { std::fill(key, key + dim, kNoRow); }
+
+// How many heads of a key row from outside say that they kept nothing.
+int KvCache::EvictedHeads(const LayerLayout& layer, const uint16_t* row) {
+  int n = 0;
+  for (int h = 0; h < layer.n_kv_heads; ++h, row += layer.k_dim())
+    n += std::all_of(row, row + layer.k_dim(), [](uint16_t x) { return x == kNoRow; }) ? 1 : 0;
+  return n;
+}
+
+uint8_t* KvCache::PackedKey(const LayerLayout& layer, int head, int64_t cell) const {
+  if (cells_.state(cell) != CellState::kEvicted)
+    return packed_.data() + layout_.key_at(layer, head, cell);
+  const KeptRows& kept = Kept(int(layout_.stream_of(cell)), layer, head);
+  const int64_t at = kept.Find(layout_.index_of(cell));
+  return at < 0 ? nullptr : kept.key(layer, at);
+}
+
+uint8_t* KvCache::PackedValue(const LayerLayout& layer, int head, int64_t cell) const {
+  if (cells_.state(cell) != CellState::kEvicted)
+    return packed_.data() + layout_.value_at(layer, head, cell);
+  const KeptRows& kept = Kept(int(layout_.stream_of(cell)), layer, head);
+  const int64_t at = kept.Find(layout_.index_of(cell));
+  return at < 0 ? nullptr : kept.value(layer, at);
+}
+
+void KvCache::CountKept() {
+  kept_bytes_ = 0;
+  for (size_t l = 0; l < layout_.layers.size(); ++l) {
+    kept_rows_[l] = 0;
+    for (int s = 0; s < layout_.n_streams; ++s) {
+      for (int h = 0; h < layout_.layers[l].n_kv_heads; ++h) {
+        const KeptRows& rows = Kept(s, layout_.layers[l], h);
+        kept_rows_[l] += uint64_t(rows.count);
+        kept_bytes_ += rows.bytes();
+      }
+    }
+  }
+}
+
+}  // namespace sparkv

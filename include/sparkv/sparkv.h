@@ -74,7 +74,7 @@ typedef enum sparkv_simd {
   SPARKV_SIMD_NEON = 4
 } sparkv_simd;
 
-/* Which rows of a KV head leave when a prompt has ended, and again whenever 64 more are packed. All
+/* Which rows of a KV head leave when a prompt has ended, and again whenever 128 more are packed. All
  * keep the dense rows (sinks, window). */
 typedef enum sparkv_evict {
   SPARKV_EVICT_NONE = 0,

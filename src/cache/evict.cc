@@ -17,7 +17,7 @@ namespace sparkv {
 namespace {
 
 // Rows packed in all heads before an eviction pays. It also bounds what a long answer adds.
-constexpr int64_t kEvictEvery = 64;
+constexpr int64_t kEvictEvery = 128;
 constexpr int kPoolWidth = 5;  // SnapKV's code
 
 // The key row of a head that keeps nothing of a cell, in a state file: -0 in all channels, which

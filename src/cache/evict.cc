@@ -3,6 +3,7 @@
 // cells give back what they took in the packed store. Evict first, then prune [paper]: rows are
 // packed already, so what stays is copied and never packed anew.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -34,32 +35,36 @@ void KvCache::PlanEviction(const sparkv_attend_args& args, int stream_index, con
   const int stream = args.first_stream + stream_index;
   const int64_t base = stream * layout_.cells_per_stream;
   const size_t words = view_.packed_words;
+  const uint64_t* sealed = &sealed_bits_[WordOf(base)];
+  const uint64_t* evicted = &evicted_bits_[WordOf(base)];
   for (int64_t t = 0; t < args.n_tokens; ++t) {
     const TokenPlan& plan = tokens[size_t(t)];
     const int64_t own = FlightOf(args, stream_index, t);
     if (own < 0 || !plan.alone || (needs_weights_ && plan.table == 0)) continue;
     const uint64_t* row = &seen[size_t(stream_index * args.n_tokens + t) * words];
+    const auto sees = [&](int64_t cell) {
+      const int64_t i = cell - base;
+      return i >= 0 && i < args.n_kv && (row[i / 64] >> (i % 64) & 1) != 0;
+    };
+    int64_t n_sealed = 0, n_all = 0;
+    for (size_t w = 0; w < words; ++w) {
+      n_sealed += std::popcount(row[w] & sealed[w]);
+      n_all += std::popcount(row[w] & (sealed[w] | evicted[w]));
+    }
     Eviction e;
     e.stream = stream;
-    int64_t n_sealed = 0;
-    ForEachBit(row, words, [&](int64_t i) {
-      const CellState state = cells_.state(base + i);
-      if (state != CellState::kSealed && state != CellState::kEvicted) return;
-      n_sealed += state == CellState::kSealed ? 1 : 0;
-      e.cells.push_back(base + i);
-    });
     for (const Column& column : view_.columns[size_t(stream_index)]) {
-      const int64_t i = column.cell - base;
-      if (!column.sealing && (row[i / 64] >> (i % 64) & 1) != 0) e.dense.push_back(column);
+      if (!column.sealing && sees(column.cell)) e.dense.push_back(column);
     }
+    n_all += int64_t(e.dense.size());
+    if (n_sealed < kEvictEvery || n_all <= config_.evict_tokens) continue;
+    ForEachBit(row, words, [&](int64_t i) {
+      if (((sealed[i / 64] | evicted[i / 64]) >> (i % 64) & 1) != 0) e.cells.push_back(base + i);
+    });
     for (const auto& [cell, rows] : queries_) {
-      const int64_t i = cell - base;
-      if (i < 0 || i >= args.n_kv || (row[i / 64] >> (i % 64) & 1) == 0) continue;
-      if (plan.rank - cells_.rank(cell) < config_.observe)
+      if (sees(cell) && plan.rank - cells_.rank(cell) < config_.observe)
         e.queries.emplace_back(cells_.rank(cell), cell);
     }
-    const int64_t all = int64_t(e.cells.size() + e.dense.size());
-    if (n_sealed < kEvictEvery || all <= config_.evict_tokens) continue;
     if (ScoresByQueries(config_.evict) && e.queries.empty()) continue;
     std::stable_sort(e.cells.begin(), e.cells.end(),
                      [&](int64_t a, int64_t b) { return cells_.rank(a) < cells_.rank(b); });

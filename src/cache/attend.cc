@@ -21,6 +21,20 @@ constexpr int64_t kFewTokens = 8;
 // Below this many multiply-adds a loop ends before a sleeping thread has woken up.
 constexpr double kWorthWaking = 3e6;
 
+// Calls body(table, rows) for each set of weights among the rows of a tile: bits `rows` of `any`.
+template <typename TableOf, typename Body>
+void EachTable(uint64_t any, TableOf&& table_of, Body&& body) {
+  while (any != 0) {
+    const uint16_t id = table_of(std::countr_zero(any));
+    uint64_t rows = 0;
+    ForEachBit(&any, 1, [&](int64_t i) {
+      if (table_of(i) == id) rows |= uint64_t{1} << i;
+    });
+    body(id, rows);
+    any &= ~rows;
+  }
+}
+
 }  // namespace
 
 Status KvCache::Attend(const sparkv_attend_args& args) {
@@ -214,15 +228,13 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       // Sequences meet in this tile: the rows of each set of weights in turn.
       uint64_t all[kBlockTokens];
       std::copy(visible, visible + n, all);
-      for (uint64_t left = any; left != 0; left &= ~tile.rows) {
-        const uint16_t next = cells_.table(tile_cell + std::countr_zero(left));
-        tile.rows = 0;
-        ForEachBit(&left, 1, [&](int64_t i) {
-          if (cells_.table(tile_cell + i) == next) tile.rows |= uint64_t{1} << i;
-        });
-        for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & tile.rows;
-        attend_tile(next, mask);
-      }
+      EachTable(
+          any, [&](int64_t i) { return cells_.table(tile_cell + i); },
+          [&](uint16_t next, uint64_t rows) {
+            tile.rows = rows;
+            for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
+            attend_tile(next, mask);
+          });
     }
   };
 
@@ -259,21 +271,19 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         tile.value[i / kGroupCells] = kept.value(layer, at + i);
       }
       at += n_rows;
-      for (uint64_t left = any; left != 0; left &= ~tile.rows) {
-        const uint16_t id = cells_.table(stream_cell + cells[std::countr_zero(left)]);
-        tile.rows = 0;
-        ForEachBit(&left, 1, [&](int64_t i) {
-          if (cells_.table(stream_cell + cells[i]) == id) tile.rows |= uint64_t{1} << i;
-        });
-        for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & tile.rows;
-        tile.table = HeadTable(layer, id, head);
-        if (!prepared || tile.table != table)
-          ops_->prepare_queries(layer.key, tile.table, block, space.scratch);
-        prepared = true;
-        table = tile.table;
-        ops_->attend_packed(layer.key, layer.value, block, tile, visible, mask, space.scratch,
-                            state);
-      }
+      EachTable(
+          any, [&](int64_t i) { return cells_.table(stream_cell + cells[i]); },
+          [&](uint16_t id, uint64_t rows) {
+            tile.rows = rows;
+            for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
+            tile.table = HeadTable(layer, id, head);
+            if (!prepared || tile.table != table)
+              ops_->prepare_queries(layer.key, tile.table, block, space.scratch);
+            prepared = true;
+            table = tile.table;
+            ops_->attend_packed(layer.key, layer.value, block, tile, visible, mask, space.scratch,
+                                state);
+          });
     };
     int64_t n_rows = 0;
     const size_t words = std::min(kept.cells.size(), view_.packed_words);

@@ -165,6 +165,22 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     }
   };
 
+  // A tile whose rows were packed with one set of weights.
+  struct Prepared {
+    bool any = false;
+    const float* table = nullptr;  // the scratch has the queries in the form for it
+  };
+  const auto attend_under = [&](const float* table, const QueryBlock& block,
+                                const uint64_t* visible, const uint16_t* const* mask,
+                                const Space& space, const AttentionState& state, PackedTile* tile,
+                                Prepared* prepared) {
+    tile->table = table;
+    if (!prepared->any || prepared->table != table)
+      ops_->prepare_queries(layer.key, table, block, space.scratch);
+    *prepared = {true, table};
+    ops_->attend_packed(layer.key, layer.value, block, *tile, visible, mask, space.scratch, state);
+  };
+
   const auto attend_packed = [&](int stream, int head, int64_t first, int64_t n, int64_t tile_begin,
                                  int64_t tile_end, const Space& space,
                                  const AttentionState& state) {
@@ -175,16 +191,10 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     const uint16_t* mask[kBlockTokens];
     uint16_t padded[kBlockTokens][kTile];
     PackedTile tile;
-    const float* table = nullptr;
-    bool prepared = false;
-    const auto attend_tile = [&](uint16_t id, const uint16_t* const* masks) {
-      tile.table = HeadTable(layer, id, head);
-      if (!prepared || tile.table != table)
-        ops_->prepare_queries(layer.key, tile.table, block, space.scratch);
-      prepared = true;
-      table = tile.table;
-      ops_->attend_packed(layer.key, layer.value, block, tile, visible, masks, space.scratch,
-                          state);
+    Prepared prepared;
+    const auto attend_rows = [&](uint16_t id) {
+      attend_under(HeadTable(layer, id, head), block, visible, mask, space, state, &tile,
+                   &prepared);
     };
     for (int64_t w = tile_begin; w < tile_end; ++w) {
       uint64_t any = 0;
@@ -222,7 +232,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       tile.rows = any;
       const uint16_t id = view_.tile_table[size_t(stream) * view_.packed_words + size_t(w)];
       if (id != kMixedTables) {
-        attend_tile(id, mask);
+        attend_rows(id);
         continue;
       }
       // Sequences meet in this tile: the rows of each set of weights in turn.
@@ -233,7 +243,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
           [&](uint16_t next, uint64_t rows) {
             tile.rows = rows;
             for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-            attend_tile(next, mask);
+            attend_rows(next);
           });
     }
   };
@@ -251,8 +261,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     int64_t cells[kTile];
     for (int64_t t = 0; t < n; ++t) mask[t] = gathered[t];
     int64_t at = 0;
-    const float* table = nullptr;
-    bool prepared = false;
+    Prepared prepared;
     const auto attend_tile = [&](int64_t n_rows) {
       PackedTile tile;
       uint64_t any = 0;
@@ -261,7 +270,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         const uint64_t* sees =
             &view_.evicted_bits[size_t(stream * args.n_tokens + first + t) * view_.packed_words];
         for (int64_t i = 0; i < n_rows; ++i) {
-          all[t] |= (sees[cells[i] / 64] >> (cells[i] % 64) & 1) << i;
+          all[t] |= uint64_t{HasBit(sees, cells[i])} << i;
           if (block.slope != nullptr) gathered[t][i] = mask_row(stream, first + t)[cells[i]];
         }
         any |= all[t];
@@ -276,13 +285,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
           [&](uint16_t id, uint64_t rows) {
             tile.rows = rows;
             for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-            tile.table = HeadTable(layer, id, head);
-            if (!prepared || tile.table != table)
-              ops_->prepare_queries(layer.key, tile.table, block, space.scratch);
-            prepared = true;
-            table = tile.table;
-            ops_->attend_packed(layer.key, layer.value, block, tile, visible, mask, space.scratch,
-                                state);
+            attend_under(HeadTable(layer, id, head), block, visible, mask, space, state, &tile,
+                         &prepared);
           });
     };
     int64_t n_rows = 0;

@@ -44,23 +44,23 @@ void KvCache::PlanEviction(const sparkv_attend_args& args, int stream_index, con
     const uint64_t* row = &seen[size_t(stream_index * args.n_tokens + t) * words];
     const auto sees = [&](int64_t cell) {
       const int64_t i = cell - base;
-      return i >= 0 && i < args.n_kv && (row[i / 64] >> (i % 64) & 1) != 0;
+      return i >= 0 && i < args.n_kv && HasBit(row, i);
     };
-    int64_t n_sealed = 0, n_all = 0;
+    int64_t n_sealed = 0, n_packed = 0;
     for (size_t w = 0; w < words; ++w) {
       n_sealed += std::popcount(row[w] & sealed[w]);
-      n_all += std::popcount(row[w] & (sealed[w] | evicted[w]));
+      n_packed += std::popcount(row[w] & (sealed[w] | evicted[w]));
     }
+    if (n_sealed < kEvictEvery) continue;
     Eviction e;
     e.stream = stream;
     for (const Column& column : view_.columns[size_t(stream_index)]) {
       if (!column.sealing && sees(column.cell)) e.dense.push_back(column);
     }
-    n_all += int64_t(e.dense.size());
-    if (n_sealed < kEvictEvery || n_all <= config_.evict_tokens) continue;
-    ForEachBit(row, words, [&](int64_t i) {
-      if (((sealed[i / 64] | evicted[i / 64]) >> (i % 64) & 1) != 0) e.cells.push_back(base + i);
-    });
+    if (n_packed + int64_t(e.dense.size()) <= config_.evict_tokens) continue;
+    e.bits.resize(size_t(layout_.words_per_stream()), 0);
+    for (size_t w = 0; w < words; ++w) e.bits[w] = row[w] & (sealed[w] | evicted[w]);
+    ForEachBit(e.bits.data(), words, [&](int64_t i) { e.cells.push_back(base + i); });
     for (const auto& [cell, rows] : queries_) {
       if (sees(cell) && plan.rank - cells_.rank(cell) < config_.observe)
         e.queries.emplace_back(cells_.rank(cell), cell);
@@ -85,10 +85,9 @@ void KvCache::PlanQueries(const sparkv_attend_args& args, int stream_index, cons
   const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
   const auto outdates = [&](int64_t t, int64_t cell, int32_t rank) {
     const int64_t i = cell - base;
+    const uint64_t* row = &seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words];
     return tokens[size_t(t)].rank - rank >= config_.observe && i >= 0 && i < args.n_kv &&
-           (seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >>
-                (i % 64) &
-            1) != 0;
+           HasBit(row, i);
   };
   for (int64_t t = 0; t < args.n_tokens; ++t) {
     const int64_t own = FlightOf(args, stream_index, t);
@@ -113,10 +112,7 @@ void KvCache::KeepQueries(const sparkv_attend_args& args) {
     if (kept == queries_.end()) continue;
     std::vector<uint16_t>& row = kept->second[size_t(args.layer)];
     row.resize(size_t(args.n_heads) * dim);
-    const int64_t flight = flight_at_.at(cell);
-    const uint8_t* q = reinterpret_cast<const uint8_t*>(args.q) +
-                       size_t(flight / args.n_tokens) * args.q_stream_stride +
-                       size_t(flight % args.n_tokens) * args.q_token_stride;
+    const uint8_t* q = FlightQuery(args, cell);
     for (int h = 0; h < args.n_heads; ++h) {
       const float* head = reinterpret_cast<const float*>(q + size_t(h) * args.q_head_stride);
       for (size_t j = 0; j < dim; ++j) row[size_t(h) * dim + j] = FloatToHalf(head[j]);
@@ -139,7 +135,7 @@ std::vector<float> KvCache::EvictionScores(const sparkv_attend_args& args, const
   const auto each_key = [&](auto&& body) {
     for (size_t i = 0; i < n; ++i) {
       ops_->unpack_key(layer.key, HeadTable(layer, cells_.table(cells[i]), head),
-                       PackedKey(layer, head, cells[i]), half.data());
+                       PackedRow(layer, head, cells[i], true), half.data());
       for (size_t j = 0; j < dim; ++j) key[j] = HalfToFloat(half[j]);
       body(i);
     }
@@ -221,7 +217,7 @@ void KvCache::EvictLayer(const sparkv_attend_args& args) {
     std::vector<std::vector<float>> scores(n_heads);
     pool_.ParallelFor(int64_t(n_heads), [&](int64_t head, int) {
       for (const int64_t cell : e.cells) {
-        if (PackedKey(layer, int(head), cell) != nullptr) cells[size_t(head)].push_back(cell);
+        if (PackedRow(layer, int(head), cell, true) != nullptr) cells[size_t(head)].push_back(cell);
       }
       scores[size_t(head)] = EvictionScores(args, e, int(head), cells[size_t(head)]);
     });
@@ -251,15 +247,12 @@ void KvCache::EvictLayer(const sparkv_attend_args& args) {
 KeptRows KvCache::CollectRows(const LayerLayout& layer, int head, const Eviction& e,
                               const std::vector<int64_t>& chosen) const {
   const int64_t base = e.stream * layout_.cells_per_stream;
-  Words bits(size_t(layout_.words_per_stream()), 0), leaving(bits.size(), 0);
-  const auto set = [&](Words* words, int64_t cell) {
-    (*words)[size_t((cell - base) / 64)] |= uint64_t{1} << ((cell - base) % 64);
-  };
-  for (const int64_t cell : e.cells) set(&leaving, cell);
+  Words bits(e.bits.size(), 0);
   const KeptRows& old = Kept(e.stream, layer, head);
-  const uint64_t* evicted = &evicted_bits_[size_t(e.stream * layout_.words_per_stream())];
-  for (size_t w = 0; w < old.cells.size(); ++w) bits[w] = old.cells[w] & evicted[w] & ~leaving[w];
-  for (const int64_t cell : chosen) set(&bits, cell);
+  const uint64_t* evicted = &evicted_bits_[WordOf(base)];
+  for (size_t w = 0; w < old.cells.size(); ++w) bits[w] = old.cells[w] & evicted[w] & ~e.bits[w];
+  for (const int64_t cell : chosen)
+    bits[size_t((cell - base) / 64)] |= uint64_t{1} << ((cell - base) % 64);
   while (!bits.empty() && bits.back() == 0) bits.pop_back();
   bits.shrink_to_fit();
   int64_t n = 0;
@@ -268,8 +261,8 @@ KeptRows KvCache::CollectRows(const LayerLayout& layer, int head, const Eviction
   rows.Resize(layer, n);
   int64_t at = 0;
   ForEachBit(bits.data(), bits.size(), [&](int64_t i) {
-    std::memcpy(rows.key(layer, at), PackedKey(layer, head, base + i), layer.key.bytes);
-    std::memcpy(rows.value(layer, at), PackedValue(layer, head, base + i), layer.value.bytes);
+    std::memcpy(rows.key(layer, at), PackedRow(layer, head, base + i, true), layer.key.bytes);
+    std::memcpy(rows.value(layer, at), PackedRow(layer, head, base + i, false), layer.value.bytes);
     ++at;
   });
   rows.cells = std::move(bits);
@@ -298,29 +291,34 @@ void KvCache::CommitEviction(Eviction* e) {
 void KvCache::ForgetEvicted(int64_t cell) {
   EvictedWord(cell) &= ~(uint64_t{1} << (layout_.index_of(cell) % 64));
   // Rows of cells that are gone lie idle until the next eviction of their stream, or the last cell.
-  if (--n_evicted_ > 0) return;
-  for (KeptRows& rows : kept_) rows = {};
-  CountKept();
+  if (--n_evicted_ == 0) ForgetKept();
 }
 
 // Restored cells whose heads kept only some rows: their packed rows say which (kNoRow).
 void KvCache::EvictRestored() {
-  std::map<int, Eviction> by_stream;
+  std::vector<int64_t> dense;
   for (const int64_t cell : restore_.evicted) {
     if (cells_.state(cell) == CellState::kDense && (!needs_weights_ || cells_.table(cell) != 0)) {
       AddPacked(cell);
-      for (size_t l = 0; l < layout_.layers.size(); ++l) {
-        const LayerLayout& layer = layout_.layers[l];
-        ExpandTables(int(l));
-        PackRow(layer, cell, cells_.table(cell), DenseRow(layer, cells_.slot(cell), true),
-                DenseRow(layer, cells_.slot(cell), false));
-      }
-      RemoveDense(cell);
-      cells_.set_state(cell, CellState::kSealed);
-      ++n_sealed_;
+      dense.push_back(cell);
     }
-    if (cells_.state(cell) == CellState::kSealed)
-      by_stream[int(layout_.stream_of(cell))].cells.push_back(cell);
+  }
+  for (size_t l = 0; l < layout_.layers.size() && !dense.empty(); ++l) {
+    const LayerLayout& layer = layout_.layers[l];
+    ExpandTables(int(l));
+    for (const int64_t cell : dense) {
+      PackRow(layer, cell, cells_.table(cell), DenseRow(layer, cells_.slot(cell), true),
+              DenseRow(layer, cells_.slot(cell), false));
+    }
+  }
+  for (const int64_t cell : dense) SealRestored(cell);
+  std::map<int, Eviction> by_stream;
+  for (const int64_t cell : restore_.evicted) {
+    if (cells_.state(cell) != CellState::kSealed) continue;
+    Eviction& e = by_stream[int(layout_.stream_of(cell))];
+    e.bits.resize(size_t(layout_.words_per_stream()), 0);
+    e.bits[size_t(layout_.index_of(cell) / 64)] |= uint64_t{1} << (layout_.index_of(cell) % 64);
+    e.cells.push_back(cell);
   }
   restore_.evicted.clear();
   for (auto& [stream, e] : by_stream) {
@@ -335,7 +333,7 @@ void KvCache::EvictRestored() {
         std::vector<int64_t> chosen;
         for (const int64_t cell : e.cells) {
           ops_->unpack_key(layer.key, HeadTable(layer, cells_.table(cell), h),
-                           PackedKey(layer, h, cell), key.data());
+                           PackedRow(layer, h, cell, true), key.data());
           if (!IsNoRow(key.data(), layer.k_dim())) chosen.push_back(cell);
         }
         rows.push_back(CollectRows(layer, h, e, chosen));
@@ -360,31 +358,32 @@ int KvCache::EvictedHeads(const LayerLayout& layer, const uint16_t* row) {
   return n;
 }
 
-uint8_t* KvCache::PackedKey(const LayerLayout& layer, int head, int64_t cell) const {
-  if (cells_.state(cell) != CellState::kEvicted)
-    return packed_.data() + layout_.key_at(layer, head, cell);
+uint8_t* KvCache::PackedRow(const LayerLayout& layer, int head, int64_t cell, bool keys) const {
+  if (cells_.state(cell) != CellState::kEvicted) {
+    return packed_.data() +
+           (keys ? layout_.key_at(layer, head, cell) : layout_.value_at(layer, head, cell));
+  }
   const KeptRows& kept = Kept(int(layout_.stream_of(cell)), layer, head);
   const int64_t at = kept.Find(layout_.index_of(cell));
-  return at < 0 ? nullptr : kept.key(layer, at);
+  if (at < 0) return nullptr;
+  return keys ? kept.key(layer, at) : kept.value(layer, at);
 }
 
-uint8_t* KvCache::PackedValue(const LayerLayout& layer, int head, int64_t cell) const {
-  if (cells_.state(cell) != CellState::kEvicted)
-    return packed_.data() + layout_.value_at(layer, head, cell);
-  const KeptRows& kept = Kept(int(layout_.stream_of(cell)), layer, head);
-  const int64_t at = kept.Find(layout_.index_of(cell));
-  return at < 0 ? nullptr : kept.value(layer, at);
+void KvCache::ForgetKept() {
+  for (KeptRows& rows : kept_) rows = {};
+  CountKept();
 }
 
 void KvCache::CountKept() {
-  kept_bytes_ = 0;
+  kept_bytes_ = kept_bit_bytes_ = 0;
   for (size_t l = 0; l < layout_.layers.size(); ++l) {
     kept_rows_[l] = 0;
     for (int s = 0; s < layout_.n_streams; ++s) {
       for (int h = 0; h < layout_.layers[l].n_kv_heads; ++h) {
         const KeptRows& rows = Kept(s, layout_.layers[l], h);
         kept_rows_[l] += uint64_t(rows.count);
-        kept_bytes_ += rows.bytes();
+        kept_bytes_ += rows.rows.capacity();
+        kept_bit_bytes_ += rows.cells.capacity() * 8;
       }
     }
   }

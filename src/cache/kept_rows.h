@@ -40,7 +40,6 @@ struct KeptRows {
     for (size_t w = 0; w < word; ++w) at += std::popcount(cells[w]);
     return at;
   }
-  size_t bytes() const { return cells.capacity() * 8 + rows.capacity(); }
 };
 
 }  // namespace sparkv

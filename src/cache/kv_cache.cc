@@ -106,8 +106,7 @@ void KvCache::Clear() {
   for (auto& list : dense_cells_) list.clear();
   std::fill(used_end_.begin(), used_end_.end(), 0);
   std::fill(evicted_bits_.begin(), evicted_bits_.end(), 0);
-  for (KeptRows& rows : kept_) rows = {};
-  CountKept();
+  ForgetKept();
   n_sealed_ = n_dense_ = n_evicted_ = 0;
 }
 
@@ -212,12 +211,12 @@ const float* KvCache::HeadTable(const LayerLayout& layer, uint16_t id, int head)
 void KvCache::PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id,
                       const uint16_t* key, const uint16_t* value) {
   for (int h = 0; h < layer.n_kv_heads; ++h) {
-    uint8_t* to = key != nullptr ? PackedKey(layer, h, cell) : nullptr;
+    uint8_t* to = key != nullptr ? PackedRow(layer, h, cell, true) : nullptr;
     if (to != nullptr) {
       ops_->pack_key(layer.key, HeadTable(layer, table_id, h),
                      key + size_t(h) * size_t(layer.k_dim()), to);
     }
-    to = value != nullptr ? PackedValue(layer, h, cell) : nullptr;
+    to = value != nullptr ? PackedRow(layer, h, cell, false) : nullptr;
     if (to != nullptr) ops_->pack_value(layer.value, value + size_t(h) * size_t(layer.v_dim()), to);
   }
 }
@@ -245,7 +244,7 @@ void KvCache::ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16
       for (int h = 0; h < layer.n_kv_heads; ++h) {
         const int dim = keys ? layer.k_dim() : layer.v_dim();
         uint16_t* head = out + size_t(h) * size_t(dim);
-        const uint8_t* packed = keys ? PackedKey(layer, h, cell) : PackedValue(layer, h, cell);
+        const uint8_t* packed = PackedRow(layer, h, cell, keys);
         if (packed == nullptr) {
           keys ? WriteNoRow(head, dim) : void(std::fill(head, head + dim, uint16_t{0}));
         } else if (keys) {
@@ -283,7 +282,7 @@ int64_t KvCache::Saliency(int layer_index, int kv_head, int64_t max_cells, float
     }
     for (size_t j = 0; j < dim && largest > 0.0f; ++j) out[j] /= largest;
     const bool dense = cells_.state(cell) == CellState::kDense;
-    const uint8_t* packed = dense ? nullptr : PackedKey(layer, kv_head, cell);
+    const uint8_t* packed = dense ? nullptr : PackedRow(layer, kv_head, cell, true);
     for (size_t j = 0; j < dim; ++j) {
       bool bit = dense || (packed != nullptr && layer.key.kept > 0);
       if (packed != nullptr && layer.key.mask_bytes != 0)
@@ -319,14 +318,12 @@ void KvCache::Memory(sparkv_memory* m) const {
   m->dense_keys = dense * k_row * 2;
   m->dense_values = dense * v_row * 2;
   m->tables = tables_.bytes();
-  uint64_t kept_words = 0;
-  for (const KeptRows& rows : kept_) kept_words += rows.cells.capacity() * 8;
   m->cells = cells_.committed() + (sealed_bits_.capacity() + evicted_bits_.capacity()) * 8 +
-             packed_.bookkeeping() + dense_.bookkeeping() + kept_words +
+             packed_.bookkeeping() + dense_.bookkeeping() + kept_bit_bytes_ +
              kept_.capacity() * sizeof(KeptRows);
   const uint64_t key_rows = m->key_masks + m->key_signs + m->key_scales + m->key_kept;
   const uint64_t value_rows = m->value_scales + m->value_codes;
-  const uint64_t packed = packed_.committed() + kept_bytes_ - kept_words;
+  const uint64_t packed = packed_.committed() + kept_bytes_;
   m->slack =
       packed - (key_rows + value_rows) + dense_.committed() - (m->dense_keys + m->dense_values);
   m->workspace = (flight_keys_.capacity() + flight_values_.capacity()) * 2 +

@@ -48,6 +48,8 @@ class KvCache {
   Status LoadWeights(const void* bytes, size_t size);
 
  private:
+  using Words = std::vector<uint64_t>;
+
   // A row that has f16 numbers during this micro-batch.
   struct Column {
     int64_t cell;
@@ -73,6 +75,7 @@ class KvCache {
   struct Eviction {
     int stream = 0;
     std::vector<int64_t> cells;                        // packed ones, by rank
+    Words bits;                                        // the same, [words_per_stream]
     std::vector<Column> dense;                         // its dense rows
     std::vector<std::pair<int32_t, int64_t>> queries;  // (rank, cell), by rank: who chooses
     std::vector<int64_t> keep;                         // rows, per layer
@@ -105,7 +108,6 @@ class KvCache {
     int64_t n_kv = -1, n_tokens = 0;
     int first_stream = 0, n_streams = 0;
   };
-  using Words = std::vector<uint64_t>;
   static constexpr uint16_t kMixedTables = 65535;
 
   KvCache() = default;
@@ -133,6 +135,7 @@ class KvCache {
   int64_t FlightOf(const sparkv_attend_args& args, int stream_index, int64_t token) const;
 
   // seal.cc
+  const uint8_t* FlightQuery(const sparkv_attend_args& args, int64_t cell) const;
   void MakeTables(const sparkv_attend_args& args);
   void SealLayer(int layer);
   void KeepDense(int layer);
@@ -151,14 +154,14 @@ class KvCache {
                        const std::vector<int64_t>& chosen) const;
   void CommitEviction(Eviction* e);
   void ForgetEvicted(int64_t cell);
+  void ForgetKept();
   void CountKept();
   void EvictRestored();
   static bool IsNoRow(const uint16_t* key, int dim);
   static void WriteNoRow(uint16_t* key, int dim);
   static int EvictedHeads(const LayerLayout& layer, const uint16_t* row);
   // The packed row of a cell that is sealed or evicted; NULL when this head has evicted it.
-  uint8_t* PackedKey(const LayerLayout& layer, int head, int64_t cell) const;
-  uint8_t* PackedValue(const LayerLayout& layer, int head, int64_t cell) const;
+  uint8_t* PackedRow(const LayerLayout& layer, int head, int64_t cell, bool keys) const;
 
   // seal_baseline.cc
   int32_t PackedFrom(int32_t rank) const;
@@ -206,6 +209,7 @@ class KvCache {
   uint16_t MatchTable(const LayerLayout& layer, const uint16_t* row);
   Status PlaceRestored(int layer, int64_t cell, const uint16_t* row);
   Status DecideRestored(int layer, int64_t cell, const uint16_t* row);
+  void SealRestored(int64_t cell);
   void SetTable(int64_t cell, uint16_t table);
   void EndRestore();
   uint64_t Fingerprint() const;
@@ -224,9 +228,9 @@ class KvCache {
   std::vector<uint64_t> sealed_bits_, evicted_bits_;  // [n_streams][words_per_stream]
   std::vector<KeptRows> kept_;                        // [n_streams][heads]
   std::vector<uint64_t> kept_rows_;                   // per layer
-  uint64_t kept_bytes_ = 0;
-  std::vector<std::vector<int64_t>> dense_cells_;  // per stream, oldest first
-  std::vector<int64_t> used_end_;                  // per stream: largest used index + 1
+  uint64_t kept_bytes_ = 0, kept_bit_bytes_ = 0;      // of kept_: rows, bits of cells
+  std::vector<std::vector<int64_t>> dense_cells_;     // per stream, oldest first
+  std::vector<int64_t> used_end_;                     // per stream: largest used index + 1
   uint32_t next_order_ = 1;
   int64_t n_sealed_ = 0, n_dense_ = 0, n_evicted_ = 0;
 

@@ -71,10 +71,15 @@ Status KvCache::DecideRestored(int layer_index, int64_t cell, const uint16_t* ro
     const uint16_t* dense = DenseRow(layer, cells_.slot(cell), keys);
     PackRow(layer, cell, 0, keys ? dense : nullptr, keys ? nullptr : dense);
   }
+  SealRestored(cell);
+  return Status::Ok();
+}
+
+// A dense cell whose rows are in the packed store by now.
+void KvCache::SealRestored(int64_t cell) {
   RemoveDense(cell);
   cells_.set_state(cell, CellState::kSealed);
   ++n_sealed_;
-  return Status::Ok();
 }
 
 void KvCache::SetTable(int64_t cell, uint16_t table) {

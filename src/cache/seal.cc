@@ -18,6 +18,14 @@ const uint16_t* KvCache::ColumnNumbers(const LayerLayout& layer, const Column& c
   return DenseRow(layer, column.slot, keys);
 }
 
+// Query heads of a cell in flight.
+const uint8_t* KvCache::FlightQuery(const sparkv_attend_args& args, int64_t cell) const {
+  const int64_t flight = flight_at_.at(cell);
+  return reinterpret_cast<const uint8_t*>(args.q) +
+         size_t(flight / args.n_tokens) * args.q_stream_stride +
+         size_t(flight % args.n_tokens) * args.q_token_stride;
+}
+
 // The energies of the queries of this layer go where a table, now or later, asks for them. Sums run
 // in order of rank, so weights do not depend on how the queries arrived.
 void KvCache::MakeTables(const sparkv_attend_args& args) {
@@ -25,10 +33,7 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
   if (!layer.has_table) return;
   const int dim = layer.k_dim(), group = args.n_heads / layer.n_kv_heads;
   const auto energy = [&](int64_t cell, float* out) {
-    const int64_t flight = flight_at_.at(cell);
-    const uint8_t* q = reinterpret_cast<const uint8_t*>(args.q) +
-                       size_t(flight / args.n_tokens) * args.q_stream_stride +
-                       size_t(flight % args.n_tokens) * args.q_token_stride;
+    const uint8_t* q = FlightQuery(args, cell);
     for (int h = 0; h < layer.n_kv_heads; ++h) {
       QueryEnergy(reinterpret_cast<const float*>(q + size_t(h * group) * args.q_head_stride),
                   args.q_head_stride / sizeof(float), group, dim, sparkv_group(config_.group),

@@ -234,7 +234,7 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
     const uint64_t* row = &seen[size_t(stream_index * args.n_tokens + t) * words];
     const auto sees = [&](const uint64_t* bits, int64_t cell) {
       const int64_t i = cell - base;
-      return i >= 0 && i < args.n_kv && (bits[i / 64] >> (i % 64) & 1) != 0;
+      return i >= 0 && i < args.n_kv && HasBit(bits, i);
     };
     const int64_t own = FlightOf(args, stream_index, t);
     if (own >= 0 && step_.planned) {
@@ -302,9 +302,7 @@ void KvCache::PlanSeals(const sparkv_attend_args& args, int stream_index, const 
       const TokenPlan& plan = tokens[size_t(t)];
       const bool ready = needs_weights_ ? plan.table != 0 : !prefill_end || plan.alone;
       if (!ready || plan.rank < PackedFrom(column.rank)) continue;
-      if ((seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >>
-               (i % 64) &
-           1) == 0)
+      if (!HasBit(&seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words], i))
         continue;
       column.table = plan.table;
       column.sealing = true;
@@ -323,9 +321,7 @@ void KvCache::PlanObserved(const sparkv_attend_args& args, int stream_index, con
   const bool prefill_end = config_.seal == SPARKV_SEAL_PREFILL_END;
   const auto sees = [&](int64_t t, int64_t cell) {
     const int64_t i = cell - base;
-    return (seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words + size_t(i / 64)] >>
-                (i % 64) &
-            1) != 0;
+    return HasBit(&seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words], i);
   };
   for (int64_t t = 0; t < args.n_tokens; ++t) {
     const int64_t own = FlightOf(args, stream_index, t);
@@ -471,7 +467,7 @@ Status KvCache::Look(const sparkv_attend_args& args) {
     // sums.
     const auto wanted = [&](int64_t cell) {
       const int64_t i = layout_.index_of(cell);
-      return i < args.n_kv && (any[size_t(i / 64)] >> (i % 64) & 1) != 0;
+      return i < args.n_kv && HasBit(any.data(), i);
     };
     for (const int64_t cell : dense_cells_[size_t(stream)]) {
       if (wanted(cell))

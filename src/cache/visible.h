@@ -20,6 +20,10 @@ void ForEachBit(const uint64_t* words, size_t n_words, Body&& body) {
   }
 }
 
+inline bool HasBit(const uint64_t* words, int64_t i) {
+  return (words[i / 64] >> (i % 64) & 1) != 0;
+}
+
 inline void SetBits(uint64_t* words, int64_t n) {
   for (int64_t w = 0; w < n / 64; ++w) words[w] = ~uint64_t{0};
   if (n % 64 != 0) words[n / 64] = (uint64_t{1} << (n % 64)) - 1;

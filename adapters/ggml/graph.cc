@@ -11,7 +11,7 @@
 namespace sparkv {
 namespace {
 
-constexpr int kRopeNeox = 2;
+constexpr int kRopeNormal = 0, kRopeNeox = 2;
 
 std::atomic<bool> was_planned{false};
 
@@ -78,6 +78,22 @@ std::string ParseSetRows(const ggml_tensor* op, RowsArgs* args) {
   args->row_stride = rows->nb[1];
   args->rows = rows->data;
   return "";
+}
+
+// The RoPE that made the queries, if it turns the first channels of each head and is of a known kind.
+void FindQueryRope(const ggml_tensor* q, sparkv_attend_args* args) {
+  const Host& host = TheHost();
+  constexpr int kMostSteps = 6;
+  for (int step = 0; q && step < kMostSteps; ++step) {
+    if (q->op == host.rope) {
+      const int32_t mode = q->op_params[2];
+      if (mode != kRopeNormal && mode != kRopeNeox) return;
+      args->rope_rot = q->op_params[1];
+      args->rope_neox = mode == kRopeNeox;
+      return;
+    }
+    q = q->view_src ? q->view_src : q->src[0];
+  }
 }
 
 std::string ParseAttend(const ggml_tensor* op, const KvTensor** kv, sparkv_layer_shape* shape,
@@ -151,6 +167,7 @@ std::string ParseAttend(const ggml_tensor* op, const KvTensor** kv, sparkv_layer
     args->mask_stream_stride = mask->ne[3] == 1 ? 0 : mask->nb[3];
   }
   args->sinks = sinks ? static_cast<const float*>(sinks->data) : nullptr;
+  FindQueryRope(q, args);
   args->out = static_cast<float*>(op->data);
   return "";
 }
@@ -165,7 +182,7 @@ std::string ParseRope(const ggml_tensor* op, const KvTensor** kv, sparkv_rope* r
   // channels are rotated from where the view starts in the first head, plus an offset within the
   // view
   const size_t first = ViewOffset(view) / 2 + static_cast<size_t>(op->op_params[15]);
-  if (mode != 0 && mode != kRopeNeox) return "RoPE of mode " + std::to_string(mode);
+  if (mode != kRopeNormal && mode != kRopeNeox) return "RoPE of mode " + std::to_string(mode);
   const sparkv_layer_shape shape = (*kv)->buffer->shape((*kv)->layer);
   const Buffer& buffer = *(*kv)->buffer;
   if (view->nb[2] != (*kv)->row_bytes || view->ne[2] != buffer.cells() * buffer.n_streams() ||

@@ -56,14 +56,22 @@ typedef enum sparkv_recover {
 /* How the query heads of one group become one channel weight: signed mean (reference) or energy
  * (ours). */
 typedef enum sparkv_group { SPARKV_GROUP_SIGNED = 0, SPARKV_GROUP_ENERGY = 1 } sparkv_group;
-/* Number type of kept key channels and of value rows. The integers of value rows are
- * Hadamard-rotated. */
+/* Number type of kept key channels and of value rows. All but f16 values are Hadamard-rotated. Tiers
+ * (keys only) prune nothing: a quarter of the channels each, by falling saliency, has as many bits as
+ * the name says. Trellis (values only): 4, 3 or 2 bits (docs/method.md, section 13). */
 typedef enum sparkv_number {
   SPARKV_F16 = 0,
   SPARKV_INT8 = 1,
   SPARKV_INT6 = 2,
   SPARKV_INT5 = 3,
-  SPARKV_INT4 = 4
+  SPARKV_INT4 = 4,
+  SPARKV_TIERS_7543 = 5,
+  SPARKV_TIERS_7432 = 6,
+  SPARKV_TIERS_6321 = 7,
+  SPARKV_TIERS_5321 = 8,
+  SPARKV_TRELLIS4 = 9,
+  SPARKV_TRELLIS3 = 10,
+  SPARKV_TRELLIS2 = 11
 } sparkv_number;
 typedef enum sparkv_seal { SPARKV_SEAL_STREAM = 0, SPARKV_SEAL_PREFILL_END = 1 } sparkv_seal;
 typedef enum sparkv_simd {
@@ -279,6 +287,9 @@ typedef struct sparkv_attend_args {
   size_t mask_token_stride, mask_stream_stride;
   const float* sinks; /* [n_heads] extra logits, or NULL */
   float* out;         /* f32, [n_streams][n_tokens][n_heads][v_dim], contiguous */
+  /* Channels that RoPE turns together have the same energy in the long run: tiers weigh them alike.
+     rope_rot: channels rotated, from channel 0 on, 0: not known; rope_neox: as in sparkv_rope. */
+  int32_t rope_rot, rope_neox;
 } sparkv_attend_args;
 
 /* Observes the queries, seals what leaves the window, attends. Order within a micro-batch:

@@ -137,6 +137,9 @@ class KvCache {
   // seal.cc
   const uint8_t* FlightQuery(const sparkv_attend_args& args, int64_t cell) const;
   void MakeTables(const sparkv_attend_args& args);
+  std::vector<const uint16_t*> TableKeys(const LayerLayout& layer, const NewTable& table) const;
+  void MakeTiers(const LayerLayout& layer, const NewTable& table, const sparkv_attend_args& args,
+                 float* energy);
   void SealLayer(int layer);
   void KeepDense(int layer);
   const uint16_t* ColumnNumbers(const LayerLayout& layer, const Column& column, bool keys) const;

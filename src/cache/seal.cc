@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "base/half.h"
 #include "cache/kv_cache.h"
 #include "method/observe.h"
 
@@ -24,6 +25,47 @@ const uint8_t* KvCache::FlightQuery(const sparkv_attend_args& args, int64_t cell
   return reinterpret_cast<const uint8_t*>(args.q) +
          size_t(flight / args.n_tokens) * args.q_stream_stride +
          size_t(flight % args.n_tokens) * args.q_token_stride;
+}
+
+// Keys, of all heads, of the tokens whose queries make the weights. Sinks stay dense and have no
+// say unless there is nothing else.
+std::vector<const uint16_t*> KvCache::TableKeys(const LayerLayout& layer,
+                                                const NewTable& table) const {
+  const bool only_sinks = table.queries.back().first < config_.sinks;
+  std::vector<const uint16_t*> keys;
+  for (const auto& [rank, cell] : table.queries) {
+    const auto flight = flight_at_.find(cell);
+    const bool flies = flight != flight_at_.end();
+    if ((rank < config_.sinks && !only_sinks) ||
+        (!flies && cells_.state(cell) != CellState::kDense))
+      continue;
+    const Column column{cell, rank, flies ? flight->second : -1, cells_.slot(cell), 0, false};
+    keys.push_back(ColumnNumbers(layer, column, true));
+  }
+  return keys;
+}
+
+// energy: of queries, [k_row]; changed.
+void KvCache::MakeTiers(const LayerLayout& layer, const NewTable& table,
+                        const sparkv_attend_args& args, float* energy) {
+  const int dim = layer.k_dim();
+  const std::vector<const uint16_t*> keys = TableKeys(layer, table);
+  std::vector<float> key_energy(static_cast<size_t>(dim));
+  for (int h = 0; h < layer.n_kv_heads; ++h) {
+    const size_t at = size_t(h) * size_t(dim);
+    for (size_t j = 0; j < size_t(dim); ++j) {
+      double sum = 0.0;
+      for (const uint16_t* key : keys) {
+        const double x = HalfToFloat(key[at + j]);
+        sum += x * x;
+      }
+      key_energy[j] = float(sum);
+    }
+    ShareInPairs(energy + at, dim, args.rope_rot, args.rope_neox != 0);
+    ShareInPairs(key_energy.data(), dim, args.rope_rot, args.rope_neox != 0);
+    MakeTierTable(energy + at, key_energy.data(), dim,
+                  tables_.at(table.id)->a.data() + layer.table_at + at);
+  }
 }
 
 // The energies of the queries of this layer go where a table, now or later, asks for them. Sums run
@@ -52,6 +94,10 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
         energy(cell, one.data());
       }
       for (size_t j = 0; j < n; ++j) u[j] += e[j];
+    }
+    if (layer.key.tiered()) {
+      MakeTiers(layer, table, args, u.data());
+      continue;
     }
     for (float& x : u) x = std::sqrt(x);
     if (!layer.key.needs_table()) {

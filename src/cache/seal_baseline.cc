@@ -25,20 +25,10 @@ int32_t KvCache::PackedFrom(int32_t rank) const {
 }
 
 // ThinK's channels by the queries and keys of the tokens that make the weights, 1 as f16 for those
-// that are kept. Sinks stay dense and have no say unless there is nothing else. u: [k_row]
+// that are kept. u: [k_row]
 void KvCache::MakeChannels(const LayerLayout& layer, const NewTable& table, const float* u) {
   const size_t dim = size_t(layer.k_dim());
-  const bool only_sinks = table.queries.back().first < config_.sinks;
-  std::vector<const uint16_t*> keys;
-  for (const auto& [rank, cell] : table.queries) {
-    const auto flight = flight_at_.find(cell);
-    const bool flies = flight != flight_at_.end();
-    if ((rank < config_.sinks && !only_sinks) ||
-        (!flies && cells_.state(cell) != CellState::kDense))
-      continue;
-    const Column column{cell, rank, flies ? flight->second : -1, cells_.slot(cell), 0, false};
-    keys.push_back(ColumnNumbers(layer, column, true));
-  }
+  const std::vector<const uint16_t*> keys = TableKeys(layer, table);
   std::vector<float> k(keys.size() * dim);
   std::vector<uint8_t> mask(dim);
   for (size_t h = 0; h < size_t(layer.n_kv_heads); ++h) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "base/half.h"
 
@@ -85,10 +86,44 @@ void MakeTable(sparkv_recover recover, const float* u, int head_dim, uint16_t* r
     restore[j] = n_alive == 0 ? 0x3c00u : alive(j) ? Weight(rms / weight(j)) : uint16_t{0};
 }
 
+void MakeTierTable(const float* query_energy, const float* key_energy, int head_dim,
+                   uint16_t* restore) {
+  // A channel that the first queries hardly read may be read later: its keys get no less than what
+  // a thousandth of the mean is worth.
+  double mean = 0.0;
+  for (int j = 0; j < head_dim; ++j)
+    mean += std::isfinite(query_energy[j]) ? double(query_energy[j]) : 0.0;
+  mean = mean > 0.0 ? mean / head_dim : 1.0;
+  std::vector<double> weight(static_cast<size_t>(head_dim)), energy(weight.size());
+  double sum = 0.0;
+  for (size_t j = 0; j < weight.size(); ++j) {
+    const double q = std::isfinite(query_energy[j]) ? double(query_energy[j]) : mean;
+    const double k = std::isfinite(key_energy[j]) ? double(key_energy[j]) : 0.0;
+    weight[j] = std::sqrt(std::fmax(q, 1e-3 * mean));
+    energy[j] = q * k;
+    sum += weight[j] * weight[j] * k;
+  }
+  const double rms = sum > 0.0 ? std::sqrt(sum / head_dim) : std::sqrt(mean);
+  std::vector<int> order(weight.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int x, int y) { return energy[size_t(x)] > energy[size_t(y)]; });
+  for (int i = 0; i < head_dim; ++i) {
+    const int j = order[size_t(i)], tier = i / (head_dim / kTiers);
+    restore[j] = uint16_t((Weight(rms / weight[size_t(j)]) & ~3u) | unsigned(tier));
+  }
+}
+
 void ExpandTable(const uint16_t* restore, int head_dim, float* out) {
+  float* order = out + 2 * head_dim;
   for (int j = 0; j < head_dim; ++j) {
     out[j] = HalfToFloat(restore[j]);
     out[head_dim + j] = out[j] > 0.0f ? 1.0f / out[j] : 0.0f;
+  }
+  for (int tier = 0; tier < kTiers; ++tier) {
+    for (int j = 0; j < head_dim; ++j) {
+      if (TierOf(restore[j]) == tier) *order++ = float(j);
+    }
   }
 }
 

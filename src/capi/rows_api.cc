@@ -53,7 +53,19 @@ Status CheckTable(const KeyLayout& layout, const uint16_t* table) {
   return Status::Ok();
 }
 
+Status CheckPlanes(const PlaneLayout& planes, const uint8_t* row) {
+  for (int p = 0; p < planes.n_planes; ++p) {
+    const uint32_t spare = uint32_t(planes.numbers[p]) % 8;
+    const uint32_t last = planes.at[p] + uint32_t(planes.numbers[p]) / 8;
+    if (spare != 0 && row[last] >> spare != 0)
+      return Status::Corrupt("plane " + std::to_string(p) +
+                             ": bits behind the last one are not zero");
+  }
+  return Status::Ok();
+}
+
 Status CheckKeyRow(const KeyLayout& layout, const uint8_t* row) {
+  if (layout.tiered()) return CheckPlanes(layout.planes, row);
   if (layout.number != SPARKV_F16 && !layout.restores() && layout.kept > 0 &&
       RatioOf(uint32_t(row[0] | row[1] << 8)) != 0) {
     return Status::Corrupt("scale: a pruned magnitude, but this row restores nothing");
@@ -82,6 +94,7 @@ Status CheckKeyRow(const KeyLayout& layout, const uint8_t* row) {
 }
 
 Status CheckValueRow(const ValueLayout& layout, const uint8_t* row) {
+  if (layout.trellis()) return Status::Ok();
   if (layout.rotated() && row[1] >> 4 != 0)
     return Status::Corrupt("scale: bits 12..15 are not zero");
   return Status::Ok();

@@ -25,6 +25,7 @@ constexpr Start kPaper = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED, 32};
 // The newest tokens are read most: 64 more dense ones take 0.18 bits at 4,096 tokens and a third of
 // the divergence away.
 constexpr Start kPacked = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED, 96};
+constexpr Start kTiersStart = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_ENERGY, 96};
 constexpr int kSinks = 4, kObserve = 32;
 
 // The first name of a number is the one written; the others are read as well.
@@ -35,12 +36,16 @@ struct Name {
 constexpr Name kRecoverNames[] = {
     {"zero", SPARKV_RECOVER_ZERO}, {"mean", SPARKV_RECOVER_MEAN}, {"paper", SPARKV_RECOVER_PAPER}};
 constexpr Name kGroupNames[] = {{"signed", SPARKV_GROUP_SIGNED}, {"energy", SPARKV_GROUP_ENERGY}};
-constexpr Name kKeptNames[] = {{"f16", SPARKV_F16},   {"i8", SPARKV_INT8},   {"i6", SPARKV_INT6},
-                               {"i5", SPARKV_INT5},   {"i4", SPARKV_INT4},   {"int8", SPARKV_INT8},
-                               {"int6", SPARKV_INT6}, {"int5", SPARKV_INT5}, {"int4", SPARKV_INT4}};
-constexpr Name kValuesNames[] = {{"f16", SPARKV_F16},  {"q8", SPARKV_INT8}, {"q4", SPARKV_INT4},
-                                 {"i8", SPARKV_INT8},  {"i4", SPARKV_INT4}, {"int8", SPARKV_INT8},
-                                 {"int4", SPARKV_INT4}};
+constexpr Name kKeptNames[] = {
+    {"f16", SPARKV_F16},          {"i8", SPARKV_INT8},          {"i6", SPARKV_INT6},
+    {"i5", SPARKV_INT5},          {"i4", SPARKV_INT4},          {"int8", SPARKV_INT8},
+    {"int6", SPARKV_INT6},        {"int5", SPARKV_INT5},        {"int4", SPARKV_INT4},
+    {"t7543", SPARKV_TIERS_7543}, {"t7432", SPARKV_TIERS_7432}, {"t6321", SPARKV_TIERS_6321},
+    {"t5321", SPARKV_TIERS_5321}};
+constexpr Name kValuesNames[] = {
+    {"f16", SPARKV_F16},     {"q8", SPARKV_INT8},     {"q4", SPARKV_INT4}, {"t4", SPARKV_TRELLIS4},
+    {"t3", SPARKV_TRELLIS3}, {"t2", SPARKV_TRELLIS2}, {"i8", SPARKV_INT8}, {"i4", SPARKV_INT4},
+    {"int8", SPARKV_INT8},   {"int4", SPARKV_INT4}};
 constexpr Name kSealNames[] = {{"stream", SPARKV_SEAL_STREAM},
                                {"prefill-end", SPARKV_SEAL_PREFILL_END}};
 constexpr Name kSimdNames[] = {{"auto", SPARKV_SIMD_AUTO},
@@ -105,6 +110,12 @@ std::string NumberText(double number, std::chars_format format = std::chars_form
 
 bool RatioAllowed(double ratio) { return ratio >= 0.0 && ratio <= 1.0; }
 
+bool Tiered(int32_t kept) { return kept >= SPARKV_TIERS_7543 && kept <= SPARKV_TIERS_5321; }
+
+Start StartOf(int32_t kept) {
+  return kept == SPARKV_F16 ? kPaper : Tiered(kept) ? kTiersStart : kPacked;
+}
+
 Status SetRatio(std::string_view value, sparkv_config* config) {
   double ratio = 0.0;
   const Parse parse = ParseNumber(value, &ratio, std::chars_format::general);
@@ -157,9 +168,12 @@ Status CheckEvict(const sparkv_config& config) {
   return Status::Ok();
 }
 
+constexpr std::string_view kTierPresets = "tiers-7543, tiers-7432, tiers-6321, tiers-5321";
+
 Status UnknownPreset(std::string_view name, std::string_view why) {
   return Status::Invalid("preset: " + Quote(name) + " " + std::string(why) +
-                         " (exact, spark-0.5, spark-0.8, spark-0.5-i8, spark-0.5-i5, ...)");
+                         " (exact, spark-0.5, spark-0.8, spark-0.5-i8, spark-0.5-i5, ..., " +
+                         std::string(kTierPresets) + ")");
 }
 
 }  // namespace
@@ -184,10 +198,19 @@ Status SetPreset(std::string_view name, sparkv_config* config) {
   next.simd = SPARKV_SIMD_AUTO;
   next.sinks = kSinks;
   next.observe = kObserve;
-  Start start = kPaper;
   std::string full_name(name);
 
-  if (name != "exact") {
+  if (constexpr std::string_view kPrefix = "tiers-"; name.starts_with(kPrefix)) {
+    const std::string kept = "t" + std::string(name.substr(kPrefix.size()));
+    for (const Name& known : kKeptNames) {
+      if (Tiered(known.number) && known.text == kept) next.kept = known.number;
+    }
+    if (next.kept == SPARKV_F16) return UnknownPreset(name, "is unknown");
+    // Bits of values that cost about as much loss as the keys' do (docs/results.md).
+    next.values = next.kept == SPARKV_TIERS_5321   ? SPARKV_TRELLIS2
+                  : next.kept == SPARKV_TIERS_6321 ? SPARKV_TRELLIS3
+                                                   : SPARKV_TRELLIS4;
+  } else if (name != "exact") {
     constexpr std::string_view kPrefix = "spark-";
     if (!name.starts_with(kPrefix)) return UnknownPreset(name, "is unknown");
     std::string_view ratio_text = name.substr(kPrefix.size());
@@ -197,7 +220,7 @@ Status SetPreset(std::string_view name, sparkv_config* config) {
       ratio_text = ratio_text.substr(0, dash);
       bool known = false;
       for (const Name& kept : kKeptNames) {
-        if (kept.text == number_text) {
+        if (kept.text == number_text && !Tiered(kept.number)) {
           next.kept = kept.number;
           known = true;
         }
@@ -206,7 +229,6 @@ Status SetPreset(std::string_view name, sparkv_config* config) {
       // Keys dominate the loss down to 6 bits; only beside 8-bit keys 8-bit values show.
       next.values = next.kept == SPARKV_INT8 ? SPARKV_INT8 : SPARKV_INT4;
       number_text = NameOf(kKeptNames, next.kept);
-      start = kPacked;
     }
     double ratio = 0.0;
     const Parse parse = ParseNumber(ratio_text, &ratio, std::chars_format::fixed);
@@ -222,6 +244,7 @@ Status SetPreset(std::string_view name, sparkv_config* config) {
       return Status::Invalid("preset: " + Quote(name) + " has too many digits");
     }
   }
+  const Start start = StartOf(next.kept);
   next.recover = start.recover;
   next.window = start.window;
   next.group = start.group;
@@ -290,6 +313,10 @@ Status CheckConfig(const sparkv_config& config) {
       }
     }
   }
+  if (Tiered(config.kept) && config.ratio != 0.0) {
+    return Status::Invalid("ratio: " + NumberText(config.ratio) + ", but tiers (kept " +
+                           std::string(NameOf(kKeptNames, config.kept)) + ") prune nothing");
+  }
   if (Status s = CheckEvict(config); !s.ok()) return s;
   if (Status s = CheckLayers(config); !s.ok()) return s;
   return CheckBaseline(config);
@@ -300,11 +327,9 @@ std::string ConfigText(const sparkv_config& config) {
   const auto add = [&text](std::string_view key, std::string_view value) {
     text += " " + std::string(key) + " " + std::string(value);
   };
-  const bool packed = config.kept != SPARKV_F16;
   add("ratio", NumberText(config.ratio));
   add("recover", NameOf(kRecoverNames, config.recover));
-  if (config.group != (packed ? kPacked : kPaper).group)
-    add("group", NameOf(kGroupNames, config.group));
+  if (config.group != StartOf(config.kept).group) add("group", NameOf(kGroupNames, config.group));
   add("kept", NameOf(kKeptNames, config.kept));
   add("values", NameOf(kValuesNames, config.values));
   add("sinks", std::to_string(config.sinks));

@@ -30,6 +30,7 @@ inline constexpr float kPow2Table[64] = {
 template <int kSteps, int kBias, int kMax>
 struct LogGrid {
   static constexpr int kStride = 64 / kSteps;
+  static constexpr int kMost = kMax;
 
   [[gnu::always_inline]] static constexpr float Value(int e) {
     if (e == 0) return 0.0f;
@@ -73,6 +74,10 @@ struct LogGrid {
 using KeyScaleGrid = LogGrid<32, 16, 1022>;  // largest kept |k| of a key row; 10 bits
 using MeanGrid = LogGrid<8, 20, 255>;  // magnitude of pruned channels beside f16 kept ones; 8 bits
 using ValueScaleGrid = LogGrid<64, 32, 4094>;  // largest |x| of a rotated value row; 12 bits
+using TierGainGrid = LogGrid<4, 8, 62>;        // outermost level of a tier; 6 bits
+using ValueGainGrid = LogGrid<4, 40, 254>;  // outermost level of a trellis-coded value row; 8 bits
+inline constexpr int kTierGainNotFinite = 63;
+inline constexpr int kValueGainNotFinite = 255;
 inline constexpr int kKeyScaleNotFinite = 1023;
 inline constexpr int kValueScaleNotFinite = 4095;
 

@@ -31,7 +31,49 @@ static inline int NumberBits(sparkv_number number) {
   }
 }
 
-// A packed key row of one head: | scale | mask | signs | low codes | high codes |
+// Bits per number of quarter `tier` of the channels, 0 where the number type has no tiers.
+static inline int TierBits(sparkv_number number, int tier) {
+  constexpr int kBits[][4] = {{7, 5, 4, 3}, {7, 4, 3, 2}, {6, 3, 2, 1}, {5, 3, 2, 1}};
+  return number >= SPARKV_TIERS_7543 && number <= SPARKV_TIERS_5321
+             ? kBits[number - SPARKV_TIERS_7543][tier]
+             : 0;
+}
+// Bits per number of trellis-coded values, 0 for others.
+static inline int TrellisBits(sparkv_number number) {
+  return number >= SPARKV_TRELLIS4 && number <= SPARKV_TRELLIS2 ? 4 - (number - SPARKV_TRELLIS4)
+                                                                : 0;
+}
+
+inline constexpr int kTiers = 4;
+inline constexpr int kMaxPlanes = 7;
+
+// The codes of trellis-coded numbers, as planes: bit i of plane p is bit p of number i, its path
+// bit in plane 0 (format/trellis.h). Only the first `numbers[p]` numbers have a bit p.
+struct PlaneLayout {
+  int n_planes = 0;
+  int numbers[kMaxPlanes] = {};
+  uint32_t at[kMaxPlanes] = {};  // byte offset in the row
+  uint32_t end = 0;
+
+  // `n_tiers` runs of `per_tier` numbers; bits of a run, not rising.
+  template <typename Bits>
+  static PlaneLayout Make(uint32_t begin, int n_tiers, int per_tier, Bits&& bits) {
+    PlaneLayout l;
+    l.n_planes = bits(0);
+    l.end = begin;
+    for (int p = 0; p < l.n_planes; ++p) {
+      for (int t = 0; t < n_tiers && bits(t) > p; ++t) l.numbers[p] += per_tier;
+      l.at[p] = l.end;
+      l.end += (uint32_t(l.numbers[p]) + 7) / 8;
+    }
+    return l;
+  }
+};
+
+// A packed key row of one head, with tiers: | gains | planes |
+//   gains   3 bytes: 6 bits per tier from bit 0, TierGainGrid code of what the outermost level is
+//   planes  plane 0, then 1, ...
+// and with any other number type: | scale | mask | signs | low codes | high codes |
 //   scale  u16: bits 0..9 KeyScaleGrid code of the largest kept |k|, bits 10..15 the pruned
 //   magnitude as a ratio to it
 //          (integer kept);
@@ -49,11 +91,13 @@ struct KeyLayout {
   uint32_t scale_bytes = 0, mask_bytes = 0, sign_bytes = 0, low_bytes = 0, high_bytes = 0;
   uint32_t mask_at = 0, sign_at = 0, low_at = 0, high_at = 0;
   uint32_t bytes = 0;
+  PlaneLayout planes;  // with tiers
 
+  bool tiered() const { return TierBits(number, 0) > 0; }
+  int per_tier() const { return head_dim / kTiers; }
   bool restores() const { return recover != SPARKV_RECOVER_ZERO && pruned > 0; }
-  bool needs_table() const {
-    return pruned > 0;
-  }  // weights decide which channels are pruned and restore them
+  // Weights decide which channels are pruned and restore them, or which are in which tier.
+  bool needs_table() const { return pruned > 0 || tiered(); }
 
   static KeyLayout Make(int head_dim, int kept, sparkv_number number, sparkv_recover recover) {
     KeyLayout l;
@@ -63,6 +107,14 @@ struct KeyLayout {
     l.number = number;
     l.recover = recover;
     const uint32_t t = uint32_t(kept);
+    if (l.tiered()) {
+      l.scale_bytes = l.mask_at = l.sign_at = l.low_at = 3;
+      l.planes = PlaneLayout::Make(l.low_at, kTiers, l.per_tier(),
+                                   [&](int tier) { return TierBits(number, tier); });
+      l.bytes = l.high_at = l.planes.end;
+      l.low_bytes = l.bytes - l.low_at;
+      return l;
+    }
     if (number == SPARKV_F16) {
       l.scale_bytes = l.restores() ? 1 : 0;
     } else {
@@ -88,6 +140,8 @@ struct KeyLayout {
       case SPARKV_INT4:
         l.low_bytes = (t + 1) / 2;
         break;
+      default:
+        break;
     }
     l.mask_at = l.scale_bytes;
     l.sign_at = l.mask_at + l.mask_bytes;
@@ -98,35 +152,48 @@ struct KeyLayout {
   }
 };
 
-// A packed value row of one head: f16 as it is, or | scale u16 (bits 0..11 ValueScaleGrid code of
+// A packed value row of one head: f16 as it is, or trellis-coded | gain u8, ValueGainGrid code |
+// planes |, or | scale u16 (bits 0..11 ValueScaleGrid code of
 // the largest rotated |x|, bits 12..15 zero) | codes: int8 a byte each, int4 nibbles (even channel
 // in the low half) |, rotated by RotationBlock.
 struct ValueLayout {
   int head_dim = 0;
   sparkv_number number = SPARKV_F16;
   uint32_t scale_bytes = 0, code_bytes = 0, bytes = 0;
+  PlaneLayout planes;  // when trellis-coded
 
+  bool trellis() const { return TrellisBits(number) > 0; }
   bool rotated() const { return number != SPARKV_F16; }
 
   static ValueLayout Make(int head_dim, sparkv_number number) {
     ValueLayout l;
     l.head_dim = head_dim;
     l.number = number;
-    l.scale_bytes = number == SPARKV_F16 ? 0 : 2;
+    l.scale_bytes = number == SPARKV_F16 ? 0 : l.trellis() ? 1 : 2;
+    if (l.trellis()) {
+      l.planes =
+          PlaneLayout::Make(l.scale_bytes, 1, head_dim, [&](int) { return TrellisBits(number); });
+      l.bytes = l.planes.end;
+      l.code_bytes = l.bytes - l.scale_bytes;
+      return l;
+    }
     l.code_bytes = uint32_t(head_dim) * uint32_t(NumberBits(number)) / 8;
     l.bytes = l.scale_bytes + l.code_bytes;
     return l;
   }
 };
 
-// Weights of one head as the kernels read them, [2][head_dim] f32 (docs/format.md, "weights"):
+// Weights of one head as the kernels read them, [3][head_dim] f32 (docs/format.md, "weights"):
 // channels are ranked by |k| * weight; a pruned one is restored as sign * magnitude * restore.
-// weight = 1 / restore, 0 where restore is 0.
+// weight = 1 / restore, 0 where restore is 0. order: the channels tier by tier, in whole numbers.
 struct KeyWeights {
-  const float *restore, *weight;
-  KeyWeights(const float* table, int head_dim) : restore(table), weight(table + head_dim) {}
+  const float *restore, *weight, *order;
+  KeyWeights(const float* table, int head_dim)
+      : restore(table), weight(table + head_dim), order(table + 2 * head_dim) {}
 };
-inline constexpr int kWeightParts = 2;
+inline constexpr int kWeightParts = 3;
+// The two lowest bits of an f16 weight say which tier its channel is in.
+static inline int TierOf(uint16_t restore) { return restore & 3; }
 
 // Value rows are rotated in blocks of the largest power of two that divides the head size (64: one
 // block; 96: three of 32).

@@ -30,4 +30,13 @@ void ChannelWeight(const float* q, int group, int n_queries, int head_dim, spark
   for (int j = 0; j < head_dim; ++j) u[j] = float(std::sqrt(sum[size_t(j)]));
 }
 
+void ShareInPairs(float* energy, int head_dim, int n_rot, bool neox) {
+  if (n_rot < 0 || n_rot > head_dim) return;
+  for (int i = 0; i < n_rot / 2; ++i) {
+    float& a = energy[neox ? i : 2 * i];
+    float& b = energy[neox ? i + n_rot / 2 : 2 * i + 1];
+    a = b = 0.5f * (a + b);
+  }
+}
+
 }  // namespace sparkv

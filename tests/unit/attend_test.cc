@@ -273,11 +273,16 @@ TEST_P(AttendOps, ReadsTheRowsThatUnpackGives) {
   std::mt19937 rng(1);
   for (const int dim : kHeadDims) {
     for (const sparkv_number kept :
-         {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4}) {
+         {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4, SPARKV_TIERS_7543,
+          SPARKV_TIERS_7432, SPARKV_TIERS_6321, SPARKV_TIERS_5321}) {
       for (const double ratio : {0.0, 0.5, 0.97, 1.0}) {
-        const sparkv_number values = kept == SPARKV_F16    ? SPARKV_F16
-                                     : kept == SPARKV_INT8 ? SPARKV_INT8
-                                                           : SPARKV_INT4;
+        if (ratio > 0.0 && TierBits(kept, 0) > 0) continue;
+        const sparkv_number values = kept == SPARKV_F16          ? SPARKV_F16
+                                     : kept == SPARKV_INT8       ? SPARKV_INT8
+                                     : kept < SPARKV_TIERS_7543  ? SPARKV_INT4
+                                     : kept == SPARKV_TIERS_5321 ? SPARKV_TRELLIS2
+                                     : kept == SPARKV_TIERS_6321 ? SPARKV_TRELLIS3
+                                                                 : SPARKV_TRELLIS4;
         const Shape shape =
             MakeShape(dim, kHeadDims[rng() % std::size(kHeadDims)], 1, 1, ratio, kept, values);
         const int t = int(rng() % 64);
@@ -313,9 +318,12 @@ TEST_P(AttendOps, EqualsTheReferenceForEveryHeadDim) {
 TEST_P(AttendOps, EqualsTheReferenceForEveryNumberType) {
   std::mt19937 rng(3);
   for (const sparkv_number kept :
-       {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4}) {
-    for (const sparkv_number values : {SPARKV_F16, SPARKV_INT8, SPARKV_INT4}) {
+       {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4, SPARKV_TIERS_7543,
+        SPARKV_TIERS_7432, SPARKV_TIERS_6321, SPARKV_TIERS_5321}) {
+    for (const sparkv_number values : {SPARKV_F16, SPARKV_INT8, SPARKV_INT4, SPARKV_TRELLIS4,
+                                       SPARKV_TRELLIS3, SPARKV_TRELLIS2}) {
       for (const double ratio : {0.0, 0.3, 0.8, 1.0}) {
+        if (ratio > 0.0 && TierBits(kept, 0) > 0) continue;
         const Shape shape = MakeShape(72, 56, 2, 4, ratio, kept, values);
         Case c = RandomCase(shape, GetParam(), 2, 20, rng);
         ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), Sums(shape, GetParam())))

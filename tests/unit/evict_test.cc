@@ -47,7 +47,8 @@ TEST(Evict, PyramidFallsOverTheLayersAndKeepsItsMean) {
   EXPECT_EQ(rows.back(), 5);
   EXPECT_TRUE(std::is_sorted(rows.rbegin(), rows.rend()));
   EXPECT_EQ(std::accumulate(rows.begin(), rows.end(), int64_t{0}), 3000);
-  // What the first layers have not, the others share: never fewer in all (docs/method.md, section 12).
+  // What the first layers have not, the others share: never fewer in all (docs/method.md, section
+  // 12).
   const std::vector<int64_t> capped = LayerRows(SPARKV_EVICT_PYRAMIDKV, 100, 120, 30);
   EXPECT_EQ(capped.front(), 120);
   EXPECT_EQ(std::accumulate(capped.begin(), capped.end(), int64_t{0}), 3000);

@@ -70,7 +70,16 @@ inline sparkv_config Blank() {
   return config;
 }
 
-inline std::vector<sparkv_config> AllConfigs() {
+inline std::vector<sparkv_config> TierConfigs() {
+  std::vector<sparkv_config> all;
+  for (const char* preset : {"tiers-7543", "tiers-7432", "tiers-6321", "tiers-5321"}) {
+    all.push_back(Blank());
+    sparkv_config_preset(&all.back(), preset, nullptr);
+  }
+  return all;
+}
+
+inline std::vector<sparkv_config> SparkConfigs() {
   std::vector<sparkv_config> all;
   for (const double ratio : {0.0, 0.3, 0.5, 0.8, 0.97, 1.0}) {
     for (const int kept : {SPARKV_F16, SPARKV_INT8, SPARKV_INT6, SPARKV_INT5, SPARKV_INT4}) {
@@ -87,6 +96,12 @@ inline std::vector<sparkv_config> AllConfigs() {
       }
     }
   }
+  return all;
+}
+
+inline std::vector<sparkv_config> AllConfigs() {
+  std::vector<sparkv_config> all = SparkConfigs();
+  for (const sparkv_config& config : TierConfigs()) all.push_back(config);
   return all;
 }
 

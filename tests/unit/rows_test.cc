@@ -25,7 +25,13 @@ Table TableOf(const KeyLayout& layout, const std::vector<float>& u) {
   Table t;
   t.a.resize(u.size());
   t.table.resize(kWeightParts * u.size() + 16);
-  MakeTable(layout.recover, u.data(), int(u.size()), t.a.data());
+  if (layout.tiered()) {
+    std::vector<float> energy = u, keys(u.rbegin(), u.rend());
+    for (float& x : energy) x *= x;
+    MakeTierTable(energy.data(), keys.data(), int(u.size()), t.a.data());
+  } else {
+    MakeTable(layout.recover, u.data(), int(u.size()), t.a.data());
+  }
   ExpandTable(t.a.data(), int(u.size()), t.table.data());
   return t;
 }
@@ -41,6 +47,10 @@ TEST(Rows, SizesAreThoseOfTheFormatDocument) {
   ASSERT_EQ(sparkv_config_preset(&config, "exact", nullptr), SPARKV_OK);
   EXPECT_EQ(sparkv_key_row_bytes(&config, 80), 160u);
   EXPECT_EQ(sparkv_value_row_bytes(&config, 80), 160u);
+  ASSERT_EQ(sparkv_config_preset(&config, "tiers-7432", nullptr), SPARKV_OK);
+  EXPECT_EQ(sparkv_key_row_bytes(&config, 64), 3u + 8 + 8 + 6 + 4 + 2 + 2 + 2);
+  EXPECT_EQ(sparkv_value_row_bytes(&config, 64), 1u + 32);
+  EXPECT_EQ(sparkv_key_row_bytes(&config, 40), 3u + 5 + 5 + 4 + 3 + 2 + 2 + 2);
   EXPECT_EQ(sparkv_key_row_bytes(&config, 63), 0u);
   EXPECT_EQ(sparkv_key_row_bytes(&config, 520), 0u);
 }
@@ -95,7 +105,8 @@ TEST(Rows, ValuesAreTheSameBytesEverywhereAndIdempotent) {
   std::mt19937 rng(11);
   const std::vector<const OpTable*> ops = AllOps();
   for (const int dim : kHeadDims) {
-    for (const sparkv_number number : {SPARKV_F16, SPARKV_INT8, SPARKV_INT4}) {
+    for (const sparkv_number number : {SPARKV_F16, SPARKV_INT8, SPARKV_INT4, SPARKV_TRELLIS4,
+                                       SPARKV_TRELLIS3, SPARKV_TRELLIS2}) {
       const ValueLayout layout = ValueLayout::Make(dim, number);
       for (int kind = 0; kind < kKinds; ++kind) {
         for (int repeat = 0; repeat < 8; ++repeat) {
@@ -122,7 +133,7 @@ TEST(Rows, ValuesAreTheSameBytesEverywhereAndIdempotent) {
 
 // Rows that come from whole numbers alone, so that every machine packs the same ones: a file or a
 // test of another machine gives this number, too.
-TEST(Rows, BytesAreTheSameOnEveryMachine) {
+uint64_t HashOfRows(const std::vector<sparkv_config>& configs) {
   std::mt19937 rng(23);
   uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a
   uint8_t bytes[2 * kMaxHeadDim + 64];
@@ -132,7 +143,7 @@ TEST(Rows, BytesAreTheSameOnEveryMachine) {
   for (const int dim : kHeadDims) {
     std::vector<uint16_t> row(static_cast<size_t>(dim));
     std::vector<float> u(row.size());
-    for (const sparkv_config& config : AllConfigs()) {
+    for (const sparkv_config& config : configs) {
       for (float& x : u) x = float(1 + rng() % 1000);
       for (uint16_t& half : row) half = uint16_t((rng() & 0x83ff) | (8 + rng() % 16) << 10);
       const KeyLayout key = LayoutOf(config, dim);
@@ -143,7 +154,11 @@ TEST(Rows, BytesAreTheSameOnEveryMachine) {
       add(value.bytes);
     }
   }
-  EXPECT_EQ(hash, 15486821904406340446u);
+  return hash;
+}
+TEST(Rows, BytesAreTheSameOnEveryMachine) {
+  EXPECT_EQ(HashOfRows(SparkConfigs()), 15486821904406340446u);
+  EXPECT_EQ(HashOfRows(TierConfigs()), 728049033434932188u);
 }
 
 // Brackets on both sides: an "improvement" is noticed too. Relative error of the weighted key, mean
@@ -156,7 +171,9 @@ TEST(Rows, ErrorsLieWhereTheFormatPutsThem) {
   };
   for (const Case c : {Case{"spark-0.5", 2e-4, 1e-3}, Case{"spark-0.5-i8", 4e-4, 2e-3},
                        Case{"spark-0.5-i5", .005, .03}, Case{"spark-0.5-i4", .02, .12},
-                       Case{"spark-0.8", 2e-3, 1e-2}, Case{"spark-0-i8", 5e-5, 7e-4}}) {
+                       Case{"spark-0.8", 2e-3, 1e-2}, Case{"spark-0-i8", 5e-5, 7e-4},
+                       Case{"tiers-7543", 1e-4, 1.5e-3}, Case{"tiers-7432", 3e-4, 4e-3},
+                       Case{"tiers-6321", 1e-3, 2e-2}, Case{"tiers-5321", 2e-3, 3e-2}}) {
     sparkv_config config = Blank();
     ASSERT_EQ(sparkv_config_preset(&config, c.preset, nullptr), SPARKV_OK) << c.preset;
     const KeyLayout layout = LayoutOf(config, 64);

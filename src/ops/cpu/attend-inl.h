@@ -273,9 +273,31 @@ inline void AttendUnpacked(const QueryBlock& block, uint64_t rows, const uint64_
   AttendTile(block, rows, visible, mask, scratch, state);
 }
 
-void AttendPacked(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+// Queries as tiered keys meet them: q . k = (R P q / w) . (R P w k), P the order of the channels
+// and R the rotation of the tiers. [n_rows][PadTo16(k_dim)]
+inline void PrepareTiers(const KeyLayout& layout, const float* table, const QueryBlock& block,
+                         const Scratch& scratch) {
+  const KeyWeights w(table, layout.head_dim);
+  const size_t stride = PadTo16(layout.head_dim);
+  for (int r = 0; r < block.n_rows; ++r) {
+    const float* q = block.q + size_t(r) * block.q_stride;
+    float* to = scratch.queries + size_t(r) * stride;
+    for (int i = 0; i < layout.head_dim; ++i) {
+      const int j = int(w.order[i]);
+      to[i] = q[j] * w.restore[j];
+    }
+    Rotate(to, layout.head_dim, RotationBlock(layout.per_tier()));
+  }
+}
+
+void AttendPacked(const KeyLayout& key, const ValueLayout& value, const QueryBlock& rows,
                   const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                   const Scratch& scratch, const AttentionState& state) {
+  QueryBlock block = rows;
+  if (key.tiered()) {
+    block.q = scratch.queries;
+    block.q_stride = PadTo16(key.head_dim);
+  }
   const auto unpack = [&](size_t t, float* k, float* v) {
     KeyRow(key, tile.table, tile.key[t / 16] + t % 16 * key.bytes, k);
     return ValueRow(value, tile.value[t / 16] + t % 16 * value.bytes, v);

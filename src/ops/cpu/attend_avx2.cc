@@ -7,6 +7,7 @@
 namespace sparkv::avx2 {
 #include "ops/cpu/row-inl.h"
 #include "ops/cpu/spread-inl.h"
+#include "ops/cpu/trellis-inl.h"
 
 constexpr int kVec = 8;
 constexpr int kColVecs = 2;
@@ -93,6 +94,7 @@ inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* cod
 }
 
 inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
+  if (layout.tiered()) return TierRow(layout, row, out);
   const int n = layout.head_dim;
   const uint8_t* halves = row + layout.low_at;
   if (layout.pruned == 0 && layout.number == SPARKV_F16) {
@@ -143,6 +145,7 @@ inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* r
 }
 
 inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
+  if (layout.trellis()) return TrellisValue(layout, row, out);
   const int n = layout.head_dim;
   const uint8_t* code = row + layout.scale_bytes;
   if (layout.number == SPARKV_F16) return HalfRow(reinterpret_cast<const uint16_t*>(row), n, out);
@@ -574,7 +577,7 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
                       const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                       const Scratch& scratch, const AttentionState& state) {
   if (block.n_rows <= kFewRows) {
-    if (key.number != SPARKV_F16 && value.rotated())
+    if (key.number != SPARKV_F16 && value.rotated() && !key.tiered() && !value.trellis())
       return AttendFew(key, value, block, tile, visible, mask, scratch, state);
     if (key.number == SPARKV_F16 && key.pruned == 0 && !value.rotated()) {
       HalfRows in;
@@ -603,5 +606,8 @@ void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t*
   AttendFewHalf(block, in, visible, mask, scratch, state);
 }
 
-void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&) {}
+void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBlock& block,
+                    const Scratch& scratch) {
+  if (layout.tiered()) PrepareTiers(layout, table, block, scratch);
+}
 }  // namespace sparkv::avx2

@@ -6,6 +6,7 @@
 
 namespace sparkv::avx512 {
 #include "ops/cpu/row-inl.h"
+#include "ops/cpu/trellis-inl.h"
 
 constexpr int kVec = 16;
 constexpr int kColVecs = 4;
@@ -167,11 +168,13 @@ inline void HalfKey(const KeyLayout& layout, const float* restore, const uint8_t
 }
 
 inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
+  if (layout.tiered()) return TierRow(layout, row, out);
   if (layout.number == SPARKV_F16) return HalfKey(layout, table, row, out);
   WithInteger(layout.number, [&](auto number) { IntegerKey<number()>(layout, table, row, out); });
 }
 
 inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
+  if (layout.trellis()) return TrellisValue(layout, row, out);
   const int n = layout.head_dim;
   const uint8_t* code = row + layout.scale_bytes;
   if (layout.number == SPARKV_F16) return HalfRow(reinterpret_cast<const uint16_t*>(row), n, out);
@@ -274,6 +277,7 @@ inline void Split(const float* x, const float* y, int n, float* scale, int32_t* 
 
 void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBlock& block,
                     const Scratch& scratch) {
+  if (layout.tiered()) return PrepareTiers(layout, table, block, scratch);
   if (layout.number == SPARKV_F16) return;
   const size_t padded = Padded64(block.k_dim);
   for (int r = 0; r < block.n_rows; ++r) {
@@ -595,7 +599,7 @@ inline void ByteRows(const KeyLayout& key, const ValueLayout& value, const Query
 void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
                       const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                       const Scratch& scratch, const AttentionState& state) {
-  if (key.number == SPARKV_F16 || !value.rotated()) {
+  if (key.number == SPARKV_F16 || !value.rotated() || key.tiered() || value.trellis()) {
     return AttendPacked(key, value, block, tile, visible, mask, scratch, state);
   }
   KeyBytes keys;

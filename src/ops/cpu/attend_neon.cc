@@ -6,6 +6,7 @@
 namespace sparkv::neon {
 #include "ops/cpu/row-inl.h"
 #include "ops/cpu/spread-inl.h"
+#include "ops/cpu/trellis-inl.h"
 
 constexpr int kVec = 4;
 constexpr int kColVecs = 4;  // 6 rows x 4 accumulators of 32 registers
@@ -85,6 +86,7 @@ inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, int8_t* leve
 }
 
 void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
+  if (layout.tiered()) return TierRow(layout, row, out);
   const int n = layout.head_dim;
   const uint8_t* halves = row + layout.low_at;
   if (layout.pruned == 0 && layout.number == SPARKV_F16) {
@@ -132,6 +134,7 @@ void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, flo
 }
 
 bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
+  if (layout.trellis()) return TrellisValue(layout, row, out);
   const int n = layout.head_dim;
   if (layout.number == SPARKV_F16) return HalfBytes(row, n, out);
   const int e = int(GetScale(row));

@@ -3,6 +3,7 @@
 
 namespace sparkv::plain {
 #include "ops/cpu/row-inl.h"
+#include "ops/cpu/trellis-inl.h"
 
 constexpr int kVec = 4;
 constexpr int kColVecs = 2;
@@ -18,6 +19,7 @@ bool HalfRow(const uint16_t* half, int n, float* out) {
 }
 
 void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
+  if (layout.tiered()) return TierRow(layout, row, out);
   const uint8_t* codes = row + layout.low_at;
   const bool integers = layout.number != SPARKV_F16;
   if (layout.pruned == 0 && !integers) {
@@ -53,6 +55,7 @@ void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, flo
 }
 
 bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
+  if (layout.trellis()) return TrellisValue(layout, row, out);
   if (layout.number == SPARKV_F16) {
     alignas(64) uint16_t half[kMaxHeadDim];
     std::memcpy(half, row, layout.bytes);

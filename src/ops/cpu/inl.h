@@ -12,6 +12,7 @@
 #include "format/levels.h"
 #include "format/log_grid.h"
 #include "format/row_layout.h"
+#include "format/trellis.h"
 #include "method/select.h"
 #include "ops/hadamard.h"
 #include "ops/op_table.h"

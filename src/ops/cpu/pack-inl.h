@@ -29,7 +29,7 @@ inline void PutCode(const KeyLayout& layout, uint8_t* row, int rank, int code) {
       high[rank / 8] = uint8_t(high[rank / 8] | (code >> 4) << (rank % 8));
       low[rank / 2] = uint8_t(low[rank / 2] | (code & 15) << (rank % 2 * 4));
       break;
-    case SPARKV_F16:
+    default:
       break;
   }
 }
@@ -46,7 +46,10 @@ inline uint16_t Saturate(float x) {
   return FloatToHalf(x);
 }
 
+#include "ops/cpu/pack_trellis-inl.h"
+
 void UnpackKey(const KeyLayout& layout, const float* table, const uint8_t* row, uint16_t* k) {
+  if (layout.tiered()) return UnpackTiers(layout, table, row, k);
   if (layout.pruned == 0 && layout.number == SPARKV_F16) {
     std::memcpy(k, row + layout.low_at, 2 * size_t(layout.head_dim));
     return;
@@ -238,6 +241,7 @@ inline bool Settle(const KeyLayout& layout, const float* table, uint8_t* row) {
 }
 
 void PackKey(const KeyLayout& layout, const float* table, const uint16_t* k, uint8_t* row) {
+  if (layout.tiered()) return PackTiers(layout, table, k, row);
   bool fragile = false;
   PackKeyOnce(layout, table, k, row, &fragile);
   if (!fragile || Settle(layout, table, row)) return;
@@ -258,17 +262,22 @@ void UnpackValue(const ValueLayout& layout, const uint8_t* row, uint16_t* v) {
     return;
   }
   alignas(64) float x[kMaxHeadDim];
-  const int e = int(GetScale(row) & 4095);
-  if (e == kValueScaleNotFinite) {
+  const int e = layout.trellis() ? row[0] : int(GetScale(row) & 4095);
+  if (e == (layout.trellis() ? kValueGainNotFinite : kValueScaleNotFinite)) {
     for (int j = 0; j < n; ++j) v[j] = 0x7e00u;
     return;
   }
-  const bool bytes = layout.number == SPARKV_INT8;
-  const float centre = bytes ? 127.5f : 7.5f;
-  const float step = ValueScaleGrid::Value(e) / centre;
-  const uint8_t* code = row + layout.scale_bytes;
-  for (int j = 0; j < n; ++j)
-    x[j] = (float(bytes ? code[j] : code[j / 2] >> (j % 2 * 4) & 15) - centre) * step;
+  if (layout.trellis()) {
+    const float unit = ValueGainGrid::Value(e) / kTrellisLevels[TrellisBits(layout.number)].top;
+    TrellisNumbers(RunsOf(layout), row, &unit, x);
+  } else {
+    const bool bytes = layout.number == SPARKV_INT8;
+    const float centre = bytes ? 127.5f : 7.5f;
+    const float step = ValueScaleGrid::Value(e) / centre;
+    const uint8_t* code = row + layout.scale_bytes;
+    for (int j = 0; j < n; ++j)
+      x[j] = (float(bytes ? code[j] : code[j / 2] >> (j % 2 * 4) & 15) - centre) * step;
+  }
   Rotate(x, n, RotationBlock(n));
   for (int j = 0; j < n; ++j) {
     v[j] = Saturate(x[j]);
@@ -291,10 +300,22 @@ inline void PackValueOnce(const ValueLayout& layout, const uint16_t* v, uint8_t*
     finite &= (v[j] & 0x7c00u) != 0x7c00u;
   }
   if (!finite) {
-    PutScale(row, kValueScaleNotFinite);
+    if (layout.trellis()) {
+      row[0] = kValueGainNotFinite;
+    } else {
+      PutScale(row, kValueScaleNotFinite);
+    }
     return;
   }
   Rotate(x, n, RotationBlock(n));
+  if (layout.trellis()) {
+    int gain = 0;
+    PackTrellis<ValueGainGrid>(RunsOf(layout), x, row, &gain, fragile);
+    row[0] = uint8_t(gain);
+    const float top = ValueGainGrid::Value(gain);
+    if (top < 0x1p-6f || top > 4096.0f) *fragile = true;
+    return;
+  }
   float largest = 0.0f;
   int largest_at = 0;
   for (int j = 0; j < n; ++j) {
@@ -335,5 +356,10 @@ void PackValue(const ValueLayout& layout, const uint16_t* v, uint8_t* row) {
     PackValueOnce(layout, unpacked, again, &fragile);
     if (std::memcmp(row, again, layout.bytes) == 0) return;
     std::memcpy(row, again, layout.bytes);
+  }
+  if (fragile && layout.trellis()) {
+    // f16 cannot hold it: zero, which is exact.
+    const uint16_t zero[kMaxHeadDim] = {};
+    PackValueOnce(layout, zero, row, &fragile);
   }
 }

@@ -2,6 +2,7 @@
 
 namespace sparkv::plain {
 #include "ops/cpu/row-inl.h"
+#include "ops/cpu/trellis-inl.h"
 
 #include "ops/cpu/pack-inl.h"
 }  // namespace sparkv::plain

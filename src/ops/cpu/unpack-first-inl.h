@@ -6,7 +6,10 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
                       const Scratch& scratch, const AttentionState& state) {
   AttendPacked(key, value, block, tile, visible, mask, scratch, state);
 }
-void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&) {}
+void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBlock& block,
+                    const Scratch& scratch) {
+  if (layout.tiered()) PrepareTiers(layout, table, block, scratch);
+}
 
 void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
                  const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {

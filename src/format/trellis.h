@@ -1,0 +1,51 @@
+// Trellis-coded numbers (docs/method.md, section 13; Marcellin and Fischer 1990, with four states):
+// a number of b bits takes one of 2^(b+1) levels, of which the state allows half. Twice as many
+// levels for the same bits are worth 1 to 1.5 dB. Of the b bits of number i, bit 0 is the path bit
+// p[i], the others are the upper bits of the level's code:
+//   code = (bits >> 1) << 2 | c1 << 1 | c0,  c1 = p[i] ^ p[i-2],  c0 = p[i-1],  p[-1] = p[-2] = 0
+// so a whole row of codes comes out of its path bits by two shifts, without a state.
+#pragma once
+
+#include <cstdint>
+
+namespace sparkv {
+
+inline constexpr int kMaxTrellisBits = 7;
+
+// Levels are whole 127ths of the outermost one, closer together near zero, as numbers about normal
+// want it: magnitude i of h = 2^b is x (c + (1 - c) x) with x = (i + 0.5) / (h - 0.5). 7 bits leave
+// no room for that: all odd 255ths. Part of the format: must never change.
+static constexpr int TrellisTop(int bits) { return bits == 7 ? 255 : 127; }
+static constexpr int TrellisMagnitude(int bits, int i) {
+  if (bits == 7) return 2 * i + 1;
+  const double c = bits == 6 ? 0.6 : 0.45;  // 6 bits: else two levels would be the same number
+  const double x = (i + 0.5) / ((1 << bits) - 0.5);
+  return int(127.0 * x * (c + (1.0 - c) * x) + 0.5);
+}
+
+// Levels of `bits` bits by code, and what an encoder needs.
+struct TrellisLevels {
+  static constexpr int kLowest = -256;
+  int n = 0;
+  float top = 0.0f;       // level of the last code
+  float best_top = 0.0f;  // where it loses least, for numbers of deviation 1
+  int16_t level[2 << kMaxTrellisBits] = {};
+  uint16_t below[512] = {};  // levels that are at most m + kLowest
+
+  constexpr TrellisLevels(int bits, float best)
+      : n(2 << bits), top(TrellisTop(bits)), best_top(best) {
+    for (int i = 0; i < n / 2; ++i) {
+      level[n / 2 + i] = int16_t(TrellisMagnitude(bits, i));
+      level[n / 2 - 1 - i] = int16_t(-TrellisMagnitude(bits, i));
+    }
+    for (int m = 0, at = 0; m < 512; ++m) {
+      while (at < n && level[at] <= m + kLowest) ++at;
+      below[m] = uint16_t(at);
+    }
+  }
+};
+inline constexpr TrellisLevels kTrellisLevels[kMaxTrellisBits + 1] = {
+    {0, 1.0f},  {1, 1.226f}, {2, 1.857f}, {3, 2.33f},
+    {4, 2.77f}, {5, 3.08f},  {6, 3.322f}, {7, 3.4f}};
+
+}  // namespace sparkv

@@ -1,0 +1,64 @@
+// Trellis-coded rows, plainly: reading their levels, and finding them (Viterbi). Included inside a
+// namespace per instruction set, after row-inl.h.
+
+// Runs of numbers that share bits and gain: the tiers of a key, or a value as a whole.
+struct TrellisRuns {
+  const PlaneLayout* planes;
+  int n_runs, per_run;
+  int bits[kTiers];
+  int n() const { return n_runs * per_run; }
+};
+inline TrellisRuns RunsOf(const KeyLayout& layout) {
+  TrellisRuns runs{&layout.planes, kTiers, layout.per_tier(), {}};
+  for (int t = 0; t < kTiers; ++t) runs.bits[t] = TierBits(layout.number, t);
+  return runs;
+}
+inline TrellisRuns RunsOf(const ValueLayout& layout) {
+  return {&layout.planes, 1, layout.head_dim, {TrellisBits(layout.number)}};
+}
+
+inline int TierGain(const uint8_t* row, int tier) {
+  const uint32_t word = uint32_t(row[0]) | uint32_t(row[1]) << 8 | uint32_t(row[2]) << 16;
+  return int(word >> (6 * tier) & 63);
+}
+// What level 1 stands for in each tier, NaN where the row is not finite.
+inline void TierUnits(const KeyLayout& layout, const uint8_t* row, float unit[kTiers]) {
+  for (int t = 0; t < kTiers; ++t) {
+    const int e = TierGain(row, t);
+    unit[t] = e == kTierGainNotFinite
+                  ? std::numeric_limits<float>::quiet_NaN()
+                  : TierGainGrid::Value(e) / kTrellisLevels[TierBits(layout.number, t)].top;
+  }
+}
+
+inline bool PlaneBit(const PlaneLayout& planes, const uint8_t* row, int plane, int i) {
+  return row[planes.at[plane] + unsigned(i) / 8] >> (i % 8) & 1;
+}
+
+// numbers[i] = level of code i * unit of its run.
+inline void TrellisNumbers(const TrellisRuns& runs, const uint8_t* row, const float* unit,
+                           float* numbers) {
+  unsigned path = 0;  // p[i], p[i-1], p[i-2] from bit 0
+  for (int i = 0; i < runs.n(); ++i) {
+    const int run = i / runs.per_run, bits = runs.bits[run];
+    path = (path << 1 | unsigned(PlaneBit(*runs.planes, row, 0, i))) & 7;
+    int code = int((path ^ path >> 2) & 1) << 1 | int(path >> 1 & 1);
+    for (int p = 1; p < bits; ++p) code |= int(PlaneBit(*runs.planes, row, p, i)) << (p + 1);
+    numbers[i] = float(kTrellisLevels[bits].level[code]) * unit[run];
+  }
+}
+
+// A tiered key: weighted, tier by tier, each rotated, as the prepared queries are.
+inline void TierRow(const KeyLayout& layout, const uint8_t* row, float* out) {
+  float unit[kTiers];
+  TierUnits(layout, row, unit);
+  TrellisNumbers(RunsOf(layout), row, unit, out);
+}
+
+// False when the value is not finite.
+inline bool TrellisValue(const ValueLayout& layout, const uint8_t* row, float* out) {
+  if (row[0] == kValueGainNotFinite) return false;
+  const float unit = ValueGainGrid::Value(row[0]) / kTrellisLevels[TrellisBits(layout.number)].top;
+  TrellisNumbers(RunsOf(layout), row, &unit, out);
+  return true;
+}

@@ -12,25 +12,23 @@ namespace sparkv {
 
 inline constexpr int kMaxTrellisBits = 7;
 
-// Levels are whole 127ths of the outermost one, closer together near zero, as numbers about normal
-// want it: magnitude i of h = 2^b is x (c + (1 - c) x) with x = (i + 0.5) / (h - 0.5). 7 bits leave
-// no room for that: all odd 255ths. Part of the format: must never change.
-static constexpr int TrellisTop(int bits) { return bits == 7 ? 255 : 127; }
+// Levels are whole 127ths of the outermost one, from 6 bits on 1023rds, closer together near zero,
+// as numbers about normal want it: magnitude i of h = 2^b is x (0.45 + 0.55 x) with x = (i + 0.5) /
+// (h - 0.5). Part of the format: must never change.
+static constexpr int TrellisTop(int bits) { return bits >= 6 ? 1023 : 127; }
 static constexpr int TrellisMagnitude(int bits, int i) {
-  if (bits == 7) return 2 * i + 1;
-  const double c = bits == 6 ? 0.6 : 0.45;  // 6 bits: else two levels would be the same number
   const double x = (i + 0.5) / ((1 << bits) - 0.5);
-  return int(127.0 * x * (c + (1.0 - c) * x) + 0.5);
+  return int(TrellisTop(bits) * x * (0.45 + 0.55 * x) + 0.5);
 }
 
 // Levels of `bits` bits by code, and what an encoder needs.
 struct TrellisLevels {
-  static constexpr int kLowest = -256;
+  static constexpr int kLowest = -1024;
   int n = 0;
   float top = 0.0f;       // level of the last code
   float best_top = 0.0f;  // where it loses least, for numbers of deviation 1
   int16_t level[2 << kMaxTrellisBits] = {};
-  uint16_t below[512] = {};  // levels that are at most m + kLowest
+  uint16_t below[2048] = {};  // levels that are at most m + kLowest
 
   constexpr TrellisLevels(int bits, float best)
       : n(2 << bits), top(TrellisTop(bits)), best_top(best) {
@@ -38,7 +36,7 @@ struct TrellisLevels {
       level[n / 2 + i] = int16_t(TrellisMagnitude(bits, i));
       level[n / 2 - 1 - i] = int16_t(-TrellisMagnitude(bits, i));
     }
-    for (int m = 0, at = 0; m < 512; ++m) {
+    for (int m = 0, at = 0; m < 2048; ++m) {
       while (at < n && level[at] <= m + kLowest) ++at;
       below[m] = uint16_t(at);
     }
@@ -46,6 +44,6 @@ struct TrellisLevels {
 };
 inline constexpr TrellisLevels kTrellisLevels[kMaxTrellisBits + 1] = {
     {0, 1.0f},  {1, 1.226f}, {2, 1.857f}, {3, 2.33f},
-    {4, 2.77f}, {5, 3.08f},  {6, 3.322f}, {7, 3.4f}};
+    {4, 2.77f}, {5, 3.08f},  {6, 3.42f},  {7, 3.75f}};
 
 }  // namespace sparkv

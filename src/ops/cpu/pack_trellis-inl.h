@@ -4,7 +4,7 @@
 
 // A row that was unpacked lies on levels but for f16's rounding: this close to them, in their
 // units.
-constexpr float kOnLevel = 0.1f;
+constexpr float OnLevel(int bits) { return bits >= 6 ? 0.45f : 0.1f; }
 constexpr int kGainSteps = 13;  // of a quarter octave that the outermost level used may lie inside
 
 // The gain under which all of x lies on levels, 0: none.
@@ -20,10 +20,11 @@ inline int GainOfLevels(const float* x, int n, int bits) {
     int i = 0;
     for (; i < n; ++i) {
       const float at = x[i] * per_unit;
-      if (!(std::fabs(at) < 255.5f)) break;
-      const int level = int(at + 256.5f) - 256;
+      if (!(std::fabs(at) < 1023.5f)) break;
+      const int level = int(at + 1024.5f) + levels.kLowest;
       const int below = levels.below[level - levels.kLowest];
-      if (std::fabs(at - float(level)) > kOnLevel || below == 0 || levels.level[below - 1] != level)
+      if (std::fabs(at - float(level)) > OnLevel(bits) || below == 0 ||
+          levels.level[below - 1] != level)
         break;
     }
     if (i == n) return e;
@@ -66,7 +67,7 @@ inline void PackTrellis(const TrellisRuns& runs, const float* x, uint8_t* row, i
     for (const int end = i + runs.per_run; i < end; ++i) {
       float at = x[i] * per_unit;
       at = at > levels.top ? levels.top : at < -levels.top - 1.0f ? -levels.top - 1.0f : at;
-      const int below = levels.below[int(at + 256.0f)];
+      const int below = levels.below[int(at - float(levels.kLowest))];
       // The four levels at or below x and the four above it: two of each subset.
       float best[4];
       for (int c = 0; c < 4; ++c) {

@@ -194,9 +194,10 @@ SPARKV_API sparkv_status sparkv_think(const float* q, int32_t group, int32_t n_q
 SPARKV_API size_t sparkv_key_row_bytes(const sparkv_config* config, int32_t head_dim);
 SPARKV_API size_t sparkv_value_row_bytes(const sparkv_config* config, int32_t head_dim);
 /* Weight table of one head from u: f16 [head_dim], what is stored once per sequence, layer and
- * head. */
+ * head. key_energy: sums of squares of some keys per channel, for tiers; else not read, NULL. */
 SPARKV_API sparkv_status sparkv_make_table(const sparkv_config* config, const float* u,
-                                           int32_t head_dim, uint16_t* table, sparkv_error* error);
+                                           const float* key_energy, int32_t head_dim,
+                                           uint16_t* table, sparkv_error* error);
 /* One row of one head, f16 in, packed bytes out and back. `table` may be NULL when nothing is
  * pruned. `row_size` must be the exact row bytes. Unpacking treats the bytes as hostile:
  * SPARKV_CORRUPT names the field. */

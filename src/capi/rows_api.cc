@@ -123,13 +123,21 @@ size_t sparkv_value_row_bytes(const sparkv_config* config, int32_t head_dim) {
   return status == SPARKV_OK || status == SPARKV_UNSUPPORTED ? row.value.bytes : 0;
 }
 
-sparkv_status sparkv_make_table(const sparkv_config* config, const float* u, int32_t head_dim,
-                                uint16_t* table, sparkv_error* error) {
+sparkv_status sparkv_make_table(const sparkv_config* config, const float* u,
+                                const float* key_energy, int32_t head_dim, uint16_t* table,
+                                sparkv_error* error) {
   return Guard(error, [&] {
     Row row;
     if (Status s = sparkv::MakeRow(config, head_dim, &row); !s.ok()) return s;
     if (u == nullptr || table == nullptr)
       return Status::Invalid(u == nullptr ? "u: NULL" : "table: NULL");
+    if (row.key.tiered()) {
+      if (key_energy == nullptr) return Status::Invalid("key_energy: NULL, but tiers need it");
+      float query_energy[sparkv::kMaxHeadDim];
+      for (int j = 0; j < head_dim; ++j) query_energy[j] = u[j] * u[j];
+      sparkv::MakeTierTable(query_energy, key_energy, head_dim, table);
+      return Status::Ok();
+    }
     sparkv::MakeTable(row.key.recover, u, head_dim, table);
     return Status::Ok();
   });

@@ -54,16 +54,20 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   sparkv_config config{};
   config.struct_size = sizeof config;
   Require(sparkv_config_preset(&config, nullptr, &error) == SPARKV_OK, "a default", error);
-  constexpr int kValueNumbers[] = {SPARKV_F16, SPARKV_INT8, SPARKV_INT4};
+  constexpr int kValueNumbers[] = {SPARKV_F16,      SPARKV_INT8,     SPARKV_INT4,
+                                   SPARKV_TRELLIS4, SPARKV_TRELLIS3, SPARKV_TRELLIS2};
   config.recover = input.Below(3);
-  config.kept = input.Below(5);
-  config.values = kValueNumbers[input.Below(3)];
+  config.kept = input.Below(SPARKV_TIERS_5321 + 1);
+  config.values = kValueNumbers[input.Below(6)];
   config.ratio = input.Below(101) / 100.0;
+  if (config.kept >= SPARKV_TIERS_7543) config.ratio = 0.0;
   const int dim = 32 + 8 * input.Below(61);
 
   const std::vector<float> weight = input.TakePositive(dim);
+  const std::vector<float> energy = input.TakePositive(dim);
   std::vector<uint16_t> table(dim);
-  Require(sparkv_make_table(&config, weight.data(), dim, table.data(), &error) == SPARKV_OK,
+  Require(sparkv_make_table(&config, weight.data(), energy.data(), dim, table.data(), &error) ==
+              SPARKV_OK,
           "a table of finite numbers", error);
 
   const std::vector<uint16_t> row_in = input.Take<uint16_t>(dim);

@@ -64,7 +64,9 @@ class State : public testing::TestWithParam<std::pair<const char*, const char*>>
 INSTANTIATE_TEST_SUITE_P(Presets, State,
                          testing::Values(std::pair{"exact", ""}, std::pair{"spark-0.5", ""},
                                          std::pair{"spark-0.8", ""}, std::pair{"spark-0.5-i8", ""},
-                                         std::pair{"spark-0.5-i5", ""},
+                                         std::pair{"spark-0.5-i5", ""}, std::pair{"tiers-7432", ""},
+                                         std::pair{"tiers-5321", ""},
+                                         std::pair{"tiers-6321", "1=spark-0.5-i5"},
                                          std::pair{"spark-0.5-i5", "0=spark-0-i8"},
                                          std::pair{"spark-0.5-i5", "0=exact"},
                                          std::pair{"exact", "1=spark-0.8-i4+q8"}));
@@ -187,7 +189,9 @@ class Lossy : public State {};
 INSTANTIATE_TEST_SUITE_P(Presets, Lossy,
                          testing::Values(std::pair{"spark-0.5", ""}, std::pair{"spark-0.8", ""},
                                          std::pair{"spark-0.5-i8", ""},
-                                         std::pair{"spark-0.5-i5", ""},
+                                         std::pair{"spark-0.5-i5", ""}, std::pair{"tiers-7432", ""},
+                                         std::pair{"tiers-5321", ""},
+                                         std::pair{"tiers-6321", "1=spark-0.5-i5"},
                                          std::pair{"spark-0.5-i5", "0=spark-0-i8"}));
 
 TEST_P(Lossy, WithoutWeightsPackedRowsStayAsTheyWereReadAndAreCounted) {
@@ -218,7 +222,7 @@ void PlainRowsArePackedLater(const char* preset) {
 }
 
 TEST(CacheState, PlainRowsOfAStateFileArePackedLater) {
-  for (const char* preset : {"exact", "spark-0.5-i8", "spark-0.5-i5"})
+  for (const char* preset : {"exact", "spark-0.5-i8", "spark-0.5-i5", "tiers-7432"})
     PlainRowsArePackedLater(preset);
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cache_model.h"
+#include "format/row_layout.h"
 
 namespace sparkv::test {
 namespace {
@@ -137,7 +138,9 @@ class OneAnswer : public testing::TestWithParam<const char*> {
   Model Small() const {
     Model model;
     model.set = {{"window", "16"}, {"observe", "24"}};
-    if (std::strncmp(GetParam(), "spark", 5) == 0) {
+    sparkv_config config{};
+    config.struct_size = sizeof(config);
+    if (sparkv_config_preset(&config, GetParam(), nullptr) == SPARKV_OK) {
       model.preset = GetParam();
     } else {
       model.set.emplace_back("baseline", GetParam());
@@ -147,7 +150,8 @@ class OneAnswer : public testing::TestWithParam<const char*> {
 };
 INSTANTIATE_TEST_SUITE_P(Presets, OneAnswer,
                          testing::Values("spark-0.5", "spark-0.8", "spark-0.5-i8", "spark-0.5-i5",
-                                         "spark-1-i4", "kivi-2", "think-0.5"));
+                                         "spark-1-i4", "tiers-7432", "tiers-5321", "kivi-2",
+                                         "think-0.5"));
 
 TEST_P(OneAnswer, DoesNotDependOnHowAPromptIsCut) {
   Host whole(Small());
@@ -217,7 +221,7 @@ TEST_P(OneAnswer, IsTheSameInStreamsOfItsOwn) {
 }
 
 TEST(Cache, AnswersHaveTheSameBitsForEveryNumberOfThreads) {
-  for (const char* preset : {"spark-0.8", "spark-0.5-i5"}) {
+  for (const char* preset : {"spark-0.8", "spark-0.5-i5", "tiers-6321"}) {
     const auto run = [&](int threads) {
       Model model;
       model.preset = preset;
@@ -367,11 +371,16 @@ TEST_P(OneAnswer, PackedRowsAreThoseOfPackKeyUnderTheWeightsOfTheFirstQueries) {
     const Layer& layer = host.layer(l);
     const size_t dim = size_t(layer.k_dim), v_dim = size_t(layer.v_dim);
     for (int h = 0; h < layer.n_kv_heads; ++h, at += parts * dim) {
-      // What a pruned channel is restored to falls with the root of its weight.
+      // What a pruned channel is restored to falls with the root of its weight; tiers scale a
+      // channel by its weight, and use two bits of it.
       const std::vector<float> u = Observed(host, 5, l, h);
-      const double unit = HalfToFloat(table[at]) * std::sqrt(double(u[0]));
+      const bool tiers = TierBits(sparkv_number(host.config.kept), 0) > 0;
+      const auto unit_of = [&](size_t j) {
+        return HalfToFloat(table[at + j]) * (tiers ? double(u[j]) : std::sqrt(double(u[j])));
+      };
+      const double unit = unit_of(0);
       for (size_t j = 0; j < dim; ++j) {
-        ASSERT_NEAR(HalfToFloat(table[at + j]) * std::sqrt(double(u[j])), unit, unit * 3e-3)
+        ASSERT_NEAR(unit_of(j), unit, unit * (tiers ? 6e-3 : 3e-3))
             << "layer " << l << " channel " << j;
       }
       for (int t = host.config.sinks; t < 100 - host.config.window; ++t) {
@@ -552,7 +561,7 @@ TEST(Cache, ValuesWithoutKeysAreRefusedByName) {
 
 // llama.cpp may abort a graph between layers; what was there before must be whole.
 TEST(Cache, AStepThatStopsHalfwayLeavesOlderTokensWhole) {
-  for (const char* preset : {"exact", "spark-0.5-i5"}) {
+  for (const char* preset : {"exact", "spark-0.5-i5", "tiers-7543"}) {
     Model model;
     model.preset = preset;
     model.set = {{"window", "8"}, {"observe", "8"}};

@@ -80,6 +80,13 @@ TEST(Config, IntegerPresetsChooseTheirValues) {
   EXPECT_EQ(Preset("spark-0.5-i5").values, SPARKV_INT4);
   EXPECT_EQ(Preset("spark-0.5-i4").values, SPARKV_INT4);
   EXPECT_EQ(Preset("spark-0.5-i6").kept, SPARKV_INT6);
+  EXPECT_EQ(Preset("tiers-7432").kept, SPARKV_TIERS_7432);
+  EXPECT_EQ(Preset("tiers-7432").values, SPARKV_TRELLIS4);
+  EXPECT_EQ(Preset("tiers-6321").values, SPARKV_TRELLIS3);
+  EXPECT_EQ(Preset("tiers-5321").values, SPARKV_TRELLIS2);
+  EXPECT_EQ(Preset("tiers-7432").ratio, 0.0);
+  EXPECT_EQ(Text(Preset("tiers-6321")),
+            "tiers-6321 ratio 0 recover mean kept t6321 values t3 sinks 4 window 96 seal stream");
 }
 
 TEST(Config, PresetNamesAreNormalised) {
@@ -94,13 +101,16 @@ TEST(Config, PresetNamesAreNormalised) {
 TEST(Config, UnknownPresetsAreNamed) {
   EXPECT_EQ(
       PresetError("foo"),
-      "preset: \"foo\" is unknown (exact, spark-0.5, spark-0.8, spark-0.5-i8, spark-0.5-i5, ...)");
+      "preset: \"foo\" is unknown (exact, spark-0.5, spark-0.8, spark-0.5-i8, spark-0.5-i5, ..., "
+      "tiers-7543, tiers-7432, tiers-6321, tiers-5321)");
   EXPECT_NE(PresetError("spark-0.5-i7").find("one of i8, i6, i5, i4"), std::string::npos);
   EXPECT_EQ(PresetError("spark-2"), "preset: \"spark-2\" has a ratio outside [0, 1]");
   for (const char* name :
-       {"spark", "spark-", "spark-x", "spark-0.5x", "spark-0.5-", "spark-0.5-i", "spark--0.5",
-        "spark-nan", "spark-inf", "spark-1e-1", "spark-0.5-i5x", "spark-0.5-i5-i5", "Exact",
-        "exact ", " exact", "spark-0,5", "spark-1e999"}) {
+       {"spark",           "spark-",     "spark-x",   "spark-0.5x", "spark-0.5-",
+        "spark-0.5-i",     "spark--0.5", "tiers-",    "tiers-9999", "tiers-7432x",
+        "spark-0.5-t7432", "spark-nan",  "spark-inf", "spark-1e-1", "spark-0.5-i5x",
+        "spark-0.5-i5-i5", "Exact",      "exact ",    " exact",     "spark-0,5",
+        "spark-1e999"}) {
     EXPECT_EQ(PresetError(name).substr(0, 8), "preset: ") << name;
   }
   EXPECT_NE(PresetError("spark-0.0000000000000000000000000001").find("too many digits"),
@@ -165,8 +175,9 @@ TEST(Config, BadCountsAreRefused) {
 
 TEST(Config, UnknownNamesListTheKnownOnes) {
   EXPECT_EQ(SetError("recover", "median"), "recover: \"median\" is unknown (zero, mean, paper)");
-  EXPECT_EQ(SetError("kept", "i7"), "kept: \"i7\" is unknown (f16, i8, i6, i5, i4)");
-  EXPECT_EQ(SetError("values", "i5"), "values: \"i5\" is unknown (f16, q8, q4)");
+  EXPECT_EQ(SetError("kept", "i7"),
+            "kept: \"i7\" is unknown (f16, i8, i6, i5, i4, t7543, t7432, t6321, t5321)");
+  EXPECT_EQ(SetError("values", "i5"), "values: \"i5\" is unknown (f16, q8, q4, t4, t3, t2)");
   EXPECT_EQ(SetError("seal", ""), "seal: \"\" is unknown (stream, prefill-end)");
   EXPECT_EQ(SetError("raito", "1"),
             "parameter: \"raito\" is unknown (ratio, layers, protect, budget, sensitivity, evict, "
@@ -260,7 +271,7 @@ TEST(Config, BadLayersAreNamedAndChangeNothing) {
       {"0-99999999999=exact", "layers: \"0-99999999999=exact\" names no layers in 0..9999"},
       {"0=", "layers: \"0=\" names no preset"},
       {"0=exact+", "layers: \"0=exact+\" has no values behind the +"},
-      {"0=exact+q5", "values: \"q5\" is unknown (f16, q8, q4)"},
+      {"0=exact+q5", "values: \"q5\" is unknown (f16, q8, q4, t4, t3, t2)"},
   };
   for (const auto& [text, why] : cases) EXPECT_EQ(SetError("layers", text), why) << text;
   EXPECT_NE(SetError("layers", "0=spork").find("preset: \"spork\" is unknown"), std::string::npos);
@@ -301,10 +312,11 @@ TEST(Config, CheckFindsTheFirstFieldOutOfRange) {
   EXPECT_EQ(CheckConfig(config).text, "ratio: nan is outside [0, 1]");
   config = good;
   config.kept = 9;
-  EXPECT_EQ(CheckConfig(config).text, "kept: 9 is unknown (f16, i8, i6, i5, i4)");
+  EXPECT_EQ(CheckConfig(config).text,
+            "kept: 9 is unknown (f16, i8, i6, i5, i4, t7543, t7432, t6321, t5321)");
   config = good;
   config.values = SPARKV_INT5;
-  EXPECT_EQ(CheckConfig(config).text, "values: 3 is unknown (f16, q8, q4)");
+  EXPECT_EQ(CheckConfig(config).text, "values: 3 is unknown (f16, q8, q4, t4, t3, t2)");
   config = good;
   config.observe = 0;
   EXPECT_EQ(CheckConfig(config).text, "observe: 0 is outside [1, 1024]");

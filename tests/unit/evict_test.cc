@@ -231,7 +231,8 @@ TEST_P(EvictMethod, HeadsKeepTheBestScoresAndAttentionReadsNothingElse) {
 
 class EvictPreset : public testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Presets, EvictPreset,
-                         testing::Values("exact", "spark-0.5", "spark-0.8-i4", "spark-0.5-i5"));
+                         testing::Values("exact", "spark-0.5", "spark-0.8-i4", "spark-0.5-i5",
+                                         "tiers-7432"));
 
 TEST_P(EvictPreset, BytesShrinkAndTheReportCountsThem) {
   Host all(Evicting(GetParam(), "none")), some(Evicting(GetParam(), "snapkv:80"));

@@ -59,6 +59,19 @@ PrunedValues PruneValuesTopP(const float* v, int n_tokens, int head_dim, double 
 Mask ThinkMask(const float* q, int group, int n_queries, const float* k, int n_tokens, int head_dim,
                double ratio);
 
+// Trellis-coded rows (docs/method.md, section 13; docs/format.md), bit by bit and state by state.
+// Level of a code of `bits` bits, outermost 1.
+double TrellisLevel(int bits, int code);
+// Levels of consecutive numbers, bits[i] each, of a row whose planes start at `planes`,
+// [bits.size()].
+Row TrellisLevels(const uint8_t* planes, const std::vector<int>& bits);
+// Smallest sum of (x[i] - scale[i] * level)^2 over all paths. bits[i]: of number i.
+double TrellisLoss(const Row& x, const Row& scale, const std::vector<int>& bits);
+// A key with tiers of tier_bits[0..3] bits; table: f16 weights, their two lowest bits the tier.
+Row UnpackTiers(const uint8_t* row, const uint16_t* table, int head_dim, const int* tier_bits);
+// A value, back from the rotated basis.
+Row UnpackTrellisValue(const uint8_t* row, int head_dim, int bits);
+
 // Dense attention with the meaning of ggml's FLASH_ATTN_EXT. Head i reads KV head i / (n_heads /
 // n_kv_heads).
 struct Attention {

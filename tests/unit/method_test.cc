@@ -12,7 +12,10 @@
 #include <vector>
 
 #include "base/half.h"
+#include "cache/weight_tables.h"
 #include "config/config.h"
+#include "format/row_layout.h"
+#include "method/observe.h"
 #include "method/select.h"
 #include "reference/reference.h"
 #include "sparkv/sparkv.h"
@@ -138,6 +141,53 @@ TEST(ChannelWeight, HeadsOfAGroupCancelOnlyWhenSigned) {
   SPARKV_CALL(sparkv_channel_weight(q.data(), 2, 1, 2, SPARKV_GROUP_ENERGY, u, &error));
   EXPECT_EQ(u[0], 3.0f);
   EXPECT_EQ(u[1], 1.0f);
+}
+
+TEST(ShareInPairs, PairsThatRopeTurnsGetTheirMeanAndNothingElseChanges) {
+  Floats normal = {1, 3, 5, 9, 7, 7, 2, 4};
+  ShareInPairs(normal.data(), 8, 6, false);
+  EXPECT_EQ(normal, (Floats{2, 2, 7, 7, 7, 7, 2, 4}));
+  Floats neox = {1, 3, 5, 9, 7, 7, 2, 4};
+  ShareInPairs(neox.data(), 8, 6, true);
+  EXPECT_EQ(neox, (Floats{5, 5, 6, 5, 5, 6, 2, 4}));
+  for (const int n_rot : {0, -2, 10}) {
+    Floats same = {1, 3, 5, 9, 7, 7, 2, 4};
+    ShareInPairs(same.data(), 8, n_rot, true);
+    EXPECT_EQ(same, (Floats{1, 3, 5, 9, 7, 7, 2, 4})) << n_rot;
+  }
+}
+
+TEST(MakeTierTable, TiersGoByFallingSaliencyAndWeightedKeysAreAboutOne) {
+  std::mt19937 random(3);
+  for (const int dim : kHeadDims) {
+    Floats q(static_cast<size_t>(dim)), k(q.size());
+    std::lognormal_distribution<float> energy(0.0f, 2.0f);
+    for (float& x : q) x = energy(random);
+    for (float& x : k) x = energy(random);
+    q[1] = kNaN;
+    k[2] = kInf;
+    q[3] = 0.0f;  // not read so far
+    k[1] = k[3] = 1e-6f;
+    std::vector<uint16_t> table(q.size());
+    MakeTierTable(q.data(), k.data(), dim, table.data());
+    int count[4] = {};
+    double lowest[4] = {1e30, 1e30, 1e30, 1e30}, highest[4] = {}, sum = 0.0;
+    for (size_t j = 0; j < q.size(); ++j) {
+      const int tier = TierOf(table[j]);
+      ++count[tier];
+      EXPECT_GT(table[j], 0x0400u);
+      EXPECT_LT(table[j], 0x7c00u);
+      if (j == 1 || j == 2 || j == 3) continue;
+      const double s = double(q[j]) * double(k[j]), a = HalfToFloat(table[j]);
+      lowest[tier] = std::min(lowest[tier], s);
+      highest[tier] = std::max(highest[tier], s);
+      sum += k[j] / (a * a);
+    }
+    for (int tier = 0; tier < 4; ++tier) EXPECT_EQ(count[tier], dim / 4);
+    for (int tier = 0; tier < 3; ++tier) EXPECT_GE(lowest[tier], highest[tier + 1]);
+    EXPECT_NEAR(sum / dim, 1.0, 0.3) << dim;
+    EXPECT_EQ(TierOf(table[3]), 3);
+  }
 }
 
 TEST(SelectTop, AgreesWithAStableSortOnEverySizeAndKind) {

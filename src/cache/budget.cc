@@ -13,26 +13,17 @@ namespace sparkv {
 namespace {
 
 // Kinds of rows by falling loss: mean KL divergence with these keys and f16 values, or these values
-// and dense keys (docs/results.md, "grid"; with more than 4 bits at ratio .8 they cost more and
-// lose nearly as much). Only the ratios of losses count.
-struct KeyKind {
-  const char* preset;
-  double ratio;
-  sparkv_number number;
+// and dense keys (docs/results.md, "grid"; other rows cost more and lose more). Only the ratios of
+// losses count.
+struct Kind {
+  const char* name;  // a preset, or values
   double loss;
 };
-constexpr KeyKind kKeys[] = {
-    {"spark-0.8-i4", 0.8, SPARKV_INT4, .0490}, {"spark-0.5-i4", 0.5, SPARKV_INT4, .0138},
-    {"spark-0.5-i5", 0.5, SPARKV_INT5, .0039}, {"spark-0.5-i6", 0.5, SPARKV_INT6, .0017},
-    {"spark-0.3-i6", 0.3, SPARKV_INT6, .0010}, {"spark-0.3-i8", 0.3, SPARKV_INT8, .0003},
-    {"spark-0-i8", 0.0, SPARKV_INT8, .0001},   {"spark-0", 0.0, SPARKV_F16, 0.0}};
-struct ValueKind {
-  const char* name;
-  sparkv_number number;
-  double loss;
-};
-constexpr ValueKind kValues[] = {
-    {"q4", SPARKV_INT4, .0005}, {"q8", SPARKV_INT8, .000002}, {"f16", SPARKV_F16, 0.0}};
+constexpr Kind kKeys[] = {{"tiers-5321", .0102}, {"tiers-6321", .0052},   {"tiers-7432", .0015},
+                          {"tiers-7543", .0006}, {"spark-0.3-i8", .0003}, {"spark-0-i8", .0001},
+                          {"spark-0", 0.0}};
+constexpr Kind kValues[] = {
+    {"t2", .0091}, {"t3", .0023}, {"t4", .0004}, {"q8", .000002}, {"f16", 0.0}};
 
 // One layer that the budget may change. Loss and bytes by kind.
 struct Layer {
@@ -55,10 +46,11 @@ struct FullLayer {
     dense = stay * streams * s.n_kv_heads;
     packed = (cells - stay) * streams * s.n_kv_heads;
   }
-  double Keys(const sparkv_config& config, const sparkv_layer_shape& s, double ratio,
-              sparkv_number number) const {
-    const KeyLayout row = KeyLayout::Make(s.k_dim, KeptChannels(ratio, s.k_dim), number,
-                                          sparkv_recover(config.recover));
+  // rows: what the layer has; recovery is the cache's.
+  double Keys(const sparkv_config& config, const sparkv_layer_shape& s,
+              const sparkv_config& rows) const {
+    const KeyLayout row = KeyLayout::Make(s.k_dim, KeptChannels(rows.ratio, s.k_dim),
+                                          sparkv_number(rows.kept), sparkv_recover(config.recover));
     const double weights = row.needs_table() ? 2.0 * s.k_dim * s.n_kv_heads * streams : 0.0;
     return dense * 2.0 * s.k_dim + packed * row.bytes + weights;
   }
@@ -75,7 +67,7 @@ struct Step {
   double bytes = 0.0, gain = -1.0;  // gain: loss removed per byte
 };
 
-template <size_t kKinds, typename Kind>
+template <size_t kKinds>
 void Consider(Layer* layer, bool keys, size_t now, const Kind (&kinds)[kKinds],
               const double (&bytes)[kKinds], double left, Step* best) {
   for (size_t to = now + 1; to < kKinds; ++to) {
@@ -101,7 +93,7 @@ std::string LayersText(std::vector<Layer> layers) {
     }
     text += (text.empty() ? "" : ",") + std::to_string(layer.number);
     if (end > first + 1) text += "-" + std::to_string(layers[end - 1].number);
-    text += std::string("=") + kKeys[layer.key].preset + "+" + kValues[layer.value].name;
+    text += std::string("=") + kKeys[layer.key].name + "+" + kValues[layer.value].name;
   }
   return text;
 }
@@ -174,18 +166,22 @@ Status SolveBudget(std::span<const sparkv_shape> shapes, sparkv_config* config) 
       if (Status status = SetLayer(layer.number, n_model_layers, &rows); !status.ok())
         return status;
       elements += (full.dense + full.packed) * double(s.k_dim + s.v_dim);
-      const double bytes = full.Keys(*config, s, rows.ratio, sparkv_number(rows.kept)) +
-                           full.Values(s, sparkv_number(rows.values));
+      const double bytes = full.Keys(*config, s, rows) + full.Values(s, sparkv_number(rows.values));
       as_configured += bytes;
       if (HasRule(*config, layer.number, n_model_layers)) {
         used += bytes;
         continue;
       }
       layer.sensitivity = SensitivityOf(*config, layer.number);
-      for (size_t k = 0; k < std::size(kKeys); ++k)
-        layer.key_bytes[k] = full.Keys(*config, s, kKeys[k].ratio, kKeys[k].number);
-      for (size_t k = 0; k < std::size(kValues); ++k)
-        layer.value_bytes[k] = full.Values(s, kValues[k].number);
+      for (size_t k = 0; k < std::size(kKeys); ++k) {
+        if (Status status = SetPreset(kKeys[k].name, &rows); !status.ok()) return status;
+        layer.key_bytes[k] = full.Keys(*config, s, rows);
+      }
+      for (size_t k = 0; k < std::size(kValues); ++k) {
+        if (Status status = SetParameter("values", kValues[k].name, &rows); !status.ok())
+          return status;
+        layer.value_bytes[k] = full.Values(s, sparkv_number(rows.values));
+      }
       used += layer.key_bytes[0] + layer.value_bytes[0];
       layers.push_back(layer);
     }

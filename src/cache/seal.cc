@@ -74,11 +74,13 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
   const LayerLayout& layer = layout_.layers[size_t(args.layer)];
   if (!layer.has_table) return;
   const int dim = layer.k_dim(), group = args.n_heads / layer.n_kv_heads;
+  // Weights of tiers are scales of numbers, not ranks alone: heads must not cancel.
+  const sparkv_group how = layer.key.tiered() ? SPARKV_GROUP_ENERGY : sparkv_group(config_.group);
   const auto energy = [&](int64_t cell, float* out) {
     const uint8_t* q = FlightQuery(args, cell);
     for (int h = 0; h < layer.n_kv_heads; ++h) {
       QueryEnergy(reinterpret_cast<const float*>(q + size_t(h * group) * args.q_head_stride),
-                  args.q_head_stride / sizeof(float), group, dim, sparkv_group(config_.group),
+                  args.q_head_stride / sizeof(float), group, dim, how,
                   out + size_t(h) * size_t(dim));
     }
   };

@@ -25,7 +25,6 @@ constexpr Start kPaper = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED, 32};
 // The newest tokens are read most: 64 more dense ones take 0.18 bits at 4,096 tokens and a third of
 // the divergence away.
 constexpr Start kPacked = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_SIGNED, 96};
-constexpr Start kTiersStart = {SPARKV_RECOVER_MEAN, SPARKV_GROUP_ENERGY, 96};
 constexpr int kSinks = 4, kObserve = 32;
 
 // The first name of a number is the one written; the others are read as well.
@@ -112,9 +111,7 @@ bool RatioAllowed(double ratio) { return ratio >= 0.0 && ratio <= 1.0; }
 
 bool Tiered(int32_t kept) { return kept >= SPARKV_TIERS_7543 && kept <= SPARKV_TIERS_5321; }
 
-Start StartOf(int32_t kept) {
-  return kept == SPARKV_F16 ? kPaper : Tiered(kept) ? kTiersStart : kPacked;
-}
+Start StartOf(int32_t kept) { return kept == SPARKV_F16 ? kPaper : kPacked; }
 
 Status SetRatio(std::string_view value, sparkv_config* config) {
   double ratio = 0.0;

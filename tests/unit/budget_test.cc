@@ -61,7 +61,8 @@ double Bytes(const sparkv_config& config, const std::vector<sparkv_shape>& shape
       EXPECT_EQ(sparkv_config_layer(&config, number, n_layers, &rows, &error), SPARKV_OK);
       const double stay =
           double(std::min<int64_t>(shape.cells_per_stream, config.sinks + config.window));
-      const bool weights = rows.ratio > 0 && int(rows.ratio * s.k_dim) > 0;
+      const bool weights =
+          rows.kept >= SPARKV_TIERS_7543 || (rows.ratio > 0 && int(rows.ratio * s.k_dim) > 0);
       bytes += shape.n_streams * s.n_kv_heads *
                (stay * 2.0 * (s.k_dim + s.v_dim) +
                 (double(shape.cells_per_stream) - stay) *
@@ -78,7 +79,7 @@ constexpr double kElements = 4096.0 * 30 * 3 * 128;
 
 TEST(Budget, IsSpentAndNotExceeded) {
   const std::vector<sparkv_shape> shapes = {Shape(kSmol)};
-  for (const double bits : {4.0, 4.57, 5.25, 6.0, 7.3, 8.5, 12.0, 16.0}) {
+  for (const double bits : {3.1, 3.5, 4.0, 4.57, 5.25, 6.0, 7.3, 8.5, 12.0, 16.0}) {
     const std::string text = std::to_string(bits) + "bpe";
     const Solved solved = Solve(Config({{"budget", text.c_str()}}), shapes);
     ASSERT_EQ(solved.status, SPARKV_OK) << solved.error;

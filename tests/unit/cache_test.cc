@@ -351,8 +351,10 @@ std::vector<float> Observed(const Host& host, int text, int l, int head) {
       std::copy_n(from, dim, q.data() + (g * n + t) * dim);
     }
   }
+  const bool tiers = TierBits(sparkv_number(host.config.kept), 0) > 0;
   EXPECT_EQ(sparkv_channel_weight(q.data(), layer.group, int(n), layer.k_dim,
-                                  sparkv_group(host.config.group), u.data(), nullptr),
+                                  tiers ? SPARKV_GROUP_ENERGY : sparkv_group(host.config.group),
+                                  u.data(), nullptr),
             SPARKV_OK);
   return u;
 }

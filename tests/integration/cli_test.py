@@ -969,7 +969,7 @@ class Command(unittest.TestCase):
         rows = {g["first_layer"]: g["key_row_bytes"] for g in layers}
         self.assertGreater(rows[2], rows[0])
         inspect = ["inspect", "-m", self.model, *args]
-        self.refuses(2, ["--kv-budget", "3bpe", "least"], *inspect, "3bpe")
+        self.refuses(2, ["--kv-budget", "2bpe", "least"], *inspect, "2bpe")
         self.refuses(2, ["--kv-budget", "4 bits"], *inspect, "4 bits")
         self.refuses(2, ["--kv-sensitivity", "2"], *inspect, "5bpe", "--kv-sensitivity", "2")
         self.refuses(

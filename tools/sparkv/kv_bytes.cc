@@ -38,10 +38,10 @@ RowBytes BytesPerHead(const Cache& cache, const ModelShape& model, size_t layer)
                           &error) != SPARKV_OK) {
     throw Error(kUsage, fmt::format("--kv-{}", error.text));
   }
-  const bool prunes = int(rows.ratio * model.key_length) > 0;
+  const bool weighted = rows.kept >= SPARKV_TIERS_7543 || int(rows.ratio * model.key_length) > 0;
   const RowBytes bytes = {double(sparkv_key_row_bytes(&rows, model.key_length)),
                           double(sparkv_value_row_bytes(&rows, model.value_length)),
-                          prunes ? 2.0 * model.key_length : 0.0};
+                          weighted ? 2.0 * model.key_length : 0.0};
   if (bytes.key > 0 && bytes.value > 0) return bytes;
   throw Error(
       kRuntime,

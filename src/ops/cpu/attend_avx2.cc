@@ -93,8 +93,51 @@ inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* cod
   }
 }
 
+// TrellisNumbers, 64 codes at a time, then eight numbers of one run, else one by one.
+inline void TrellisFloats(const TrellisRuns& runs, const uint8_t* row, const float* unit,
+                          float* out) {
+  if (runs.per_run % 8 != 0) return TrellisNumbers(runs, row, unit, out);
+  const PlaneLayout& planes = *runs.planes;
+  uint64_t before = 0;
+  for (int first = 0; first < runs.n(); first += 64) {
+    const uint64_t path = PlaneWord(planes, row, 0, first);
+    const PathPlanes c(path, before);
+    before = path;
+    __m256i code[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    const auto add = [&](uint64_t plane, int bit) {
+      for (int half = 0; half < 2; ++half) {
+        const __m256i set = ByteMask<true>(uint32_t(plane >> (32 * half)));
+        code[half] =
+            _mm256_or_si256(code[half], _mm256_and_si256(set, _mm256_set1_epi8(char(bit))));
+      }
+    };
+    add(c.c0, 1);
+    add(c.c1, 2);
+    for (int p = 1; p < planes.n_planes; ++p) {
+      if (const uint64_t plane = PlaneWord(planes, row, p, first); plane != 0) add(plane, 2 << p);
+    }
+    alignas(32) uint8_t codes[64];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(codes), code[0]);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 32), code[1]);
+    for (int i = first; i < first + 64 && i < runs.n(); i += 8) {
+      const int run = i / runs.per_run;
+      const LevelFormula level(runs.bits[run]);
+      const __m256 y = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(
+                                         reinterpret_cast<const __m128i*>(codes + i - first)))),
+                                     _mm256_set1_ps(level.centre));
+      const __m256 sign = _mm256_and_ps(y, _mm256_set1_ps(-0.0f));
+      const __m256 size = _mm256_xor_ps(y, sign);
+      const __m256 curve =
+          _mm256_fmadd_ps(size, _mm256_set1_ps(level.square), _mm256_set1_ps(level.linear));
+      const __m256 whole = _mm256_floor_ps(_mm256_fmadd_ps(size, curve, _mm256_set1_ps(0.5f)));
+      _mm256_storeu_ps(out + i,
+                       _mm256_mul_ps(_mm256_or_ps(whole, sign), _mm256_set1_ps(unit[run])));
+    }
+  }
+}
+
 inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
-  if (layout.tiered()) return TierRow(layout, row, out);
+  if (layout.tiered()) return TierRow(layout, row, out, TrellisFloats);
   const int n = layout.head_dim;
   const uint8_t* halves = row + layout.low_at;
   if (layout.pruned == 0 && layout.number == SPARKV_F16) {
@@ -145,7 +188,7 @@ inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* r
 }
 
 inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
-  if (layout.trellis()) return TrellisValue(layout, row, out);
+  if (layout.trellis()) return TrellisValue(layout, row, out, TrellisFloats);
   const int n = layout.head_dim;
   const uint8_t* code = row + layout.scale_bytes;
   if (layout.number == SPARKV_F16) return HalfRow(reinterpret_cast<const uint16_t*>(row), n, out);

@@ -167,14 +167,51 @@ inline void HalfKey(const KeyLayout& layout, const float* restore, const uint8_t
   }
 }
 
+// TrellisNumbers, 64 at a time: a plane is a mask, codes are sums of bits under it. Sixteen numbers
+// belong to one run, else one by one.
+inline void TrellisFloats(const TrellisRuns& runs, const uint8_t* row, const float* unit,
+                          float* out) {
+  if (runs.per_run % 16 != 0) return TrellisNumbers(runs, row, unit, out);
+  const PlaneLayout& planes = *runs.planes;
+  uint64_t before = 0;
+  for (int first = 0; first < runs.n(); first += 64) {
+    const uint64_t path = PlaneWord(planes, row, 0, first);
+    const PathPlanes c(path, before);
+    before = path;
+    __m512i code = _mm512_maskz_set1_epi8(c.c0, 1);
+    code = _mm512_mask_add_epi8(code, c.c1, code, _mm512_set1_epi8(2));
+    for (int p = 1; p < planes.n_planes; ++p) {
+      code = _mm512_mask_add_epi8(code, PlaneWord(planes, row, p, first), code,
+                                  _mm512_set1_epi8(char(2 << p)));
+    }
+    alignas(64) uint8_t codes[64];
+    _mm512_store_si512(codes, code);
+    for (int i = first; i < first + 64 && i < runs.n(); i += 16) {
+      const int run = i / runs.per_run;
+      const LevelFormula level(runs.bits[run]);
+      const __m512 y = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128(
+                                         reinterpret_cast<const __m128i*>(codes + i - first)))),
+                                     _mm512_set1_ps(level.centre));
+      const __m512 size = _mm512_abs_ps(y);
+      const __m512 curve =
+          _mm512_fmadd_ps(size, _mm512_set1_ps(level.square), _mm512_set1_ps(level.linear));
+      const __m512 whole = _mm512_roundscale_ps(_mm512_fmadd_ps(size, curve, _mm512_set1_ps(0.5f)),
+                                                _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+      const __m512 sign = _mm512_and_ps(y, _mm512_set1_ps(-0.0f));
+      _mm512_storeu_ps(out + i,
+                       _mm512_mul_ps(_mm512_or_ps(whole, sign), _mm512_set1_ps(unit[run])));
+    }
+  }
+}
+
 inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
-  if (layout.tiered()) return TierRow(layout, row, out);
+  if (layout.tiered()) return TierRow(layout, row, out, TrellisFloats);
   if (layout.number == SPARKV_F16) return HalfKey(layout, table, row, out);
   WithInteger(layout.number, [&](auto number) { IntegerKey<number()>(layout, table, row, out); });
 }
 
 inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
-  if (layout.trellis()) return TrellisValue(layout, row, out);
+  if (layout.trellis()) return TrellisValue(layout, row, out, TrellisFloats);
   const int n = layout.head_dim;
   const uint8_t* code = row + layout.scale_bytes;
   if (layout.number == SPARKV_F16) return HalfRow(reinterpret_cast<const uint16_t*>(row), n, out);

@@ -86,7 +86,7 @@ inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, int8_t* leve
 }
 
 void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
-  if (layout.tiered()) return TierRow(layout, row, out);
+  if (layout.tiered()) return TierRow(layout, row, out, TrellisNumbers);
   const int n = layout.head_dim;
   const uint8_t* halves = row + layout.low_at;
   if (layout.pruned == 0 && layout.number == SPARKV_F16) {
@@ -134,7 +134,7 @@ void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, flo
 }
 
 bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
-  if (layout.trellis()) return TrellisValue(layout, row, out);
+  if (layout.trellis()) return TrellisValue(layout, row, out, TrellisNumbers);
   const int n = layout.head_dim;
   if (layout.number == SPARKV_F16) return HalfBytes(row, n, out);
   const int e = int(GetScale(row));

@@ -19,7 +19,7 @@ bool HalfRow(const uint16_t* half, int n, float* out) {
 }
 
 void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
-  if (layout.tiered()) return TierRow(layout, row, out);
+  if (layout.tiered()) return TierRow(layout, row, out, TrellisNumbers);
   const uint8_t* codes = row + layout.low_at;
   const bool integers = layout.number != SPARKV_F16;
   if (layout.pruned == 0 && !integers) {
@@ -55,7 +55,7 @@ void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, flo
 }
 
 bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
-  if (layout.trellis()) return TrellisValue(layout, row, out);
+  if (layout.trellis()) return TrellisValue(layout, row, out, TrellisNumbers);
   if (layout.number == SPARKV_F16) {
     alignas(64) uint16_t half[kMaxHeadDim];
     std::memcpy(half, row, layout.bytes);

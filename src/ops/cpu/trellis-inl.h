@@ -35,6 +35,35 @@ inline bool PlaneBit(const PlaneLayout& planes, const uint8_t* row, int plane, i
   return row[planes.at[plane] + unsigned(i) / 8] >> (i % 8) & 1;
 }
 
+// Bits of plane p of numbers first .. first + 63, first a multiple of 64; those behind the plane's
+// last are zero. May read 8 bytes past the plane.
+inline uint64_t PlaneWord(const PlaneLayout& planes, const uint8_t* row, int p, int first) {
+  const int n = planes.numbers[p] - first;
+  if (n <= 0) return 0;
+  uint64_t bits;
+  std::memcpy(&bits, row + planes.at[p] + unsigned(first) / 8, 8);
+  return n >= 64 ? bits : bits & ((uint64_t{1} << n) - 1);
+}
+
+// Planes of the code that follow from the path: bits 0 and 1 of 64 codes. before: the path of the
+// 64 numbers before them, 0 at the start.
+struct PathPlanes {
+  uint64_t c0, c1;
+  PathPlanes(uint64_t path, uint64_t before)
+      : c0(path << 1 | before >> 63), c1(path ^ (path << 2 | before >> 62)) {}
+};
+
+// The level of a code in floating point, exactly: with y = code - (h - 0.5), x = |y| / (h - 0.5),
+//   level = sign(y) floor(top x (0.45 + 0.55 x) + 0.5) = sign(y) floor(|y| (linear + square |y|) +
+//   0.5)
+struct LevelFormula {
+  float centre, linear, square;
+  explicit LevelFormula(int bits)
+      : centre(float(1 << bits) - 0.5f),
+        linear(0.45f * float(TrellisTop(bits)) / centre),
+        square(0.55f * float(TrellisTop(bits)) / centre / centre) {}
+};
+
 // numbers[i] = level of code i * unit of its run.
 inline void TrellisNumbers(const TrellisRuns& runs, const uint8_t* row, const float* unit,
                            float* numbers) {
@@ -48,17 +77,21 @@ inline void TrellisNumbers(const TrellisRuns& runs, const uint8_t* row, const fl
   }
 }
 
-// A tiered key: weighted, tier by tier, each rotated, as the prepared queries are.
-inline void TierRow(const KeyLayout& layout, const uint8_t* row, float* out) {
+// A tiered key: weighted, tier by tier, each rotated, as the prepared queries are. numbers: what
+// TrellisNumbers does, or faster.
+template <typename Numbers>
+inline void TierRow(const KeyLayout& layout, const uint8_t* row, float* out, Numbers&& numbers) {
   float unit[kTiers];
   TierUnits(layout, row, unit);
-  TrellisNumbers(RunsOf(layout), row, unit, out);
+  numbers(RunsOf(layout), row, unit, out);
 }
 
 // False when the value is not finite.
-inline bool TrellisValue(const ValueLayout& layout, const uint8_t* row, float* out) {
+template <typename Numbers>
+inline bool TrellisValue(const ValueLayout& layout, const uint8_t* row, float* out,
+                         Numbers&& numbers) {
   if (row[0] == kValueGainNotFinite) return false;
   const float unit = ValueGainGrid::Value(row[0]) / kTrellisLevels[TrellisBits(layout.number)].top;
-  TrellisNumbers(RunsOf(layout), row, &unit, out);
+  numbers(RunsOf(layout), row, &unit, out);
   return true;
 }

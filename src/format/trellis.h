@@ -25,13 +25,16 @@ static constexpr int TrellisMagnitude(int bits, int i) {
 struct TrellisLevels {
   static constexpr int kLowest = -1024;
   int n = 0;
-  float top = 0.0f;       // level of the last code
-  float best_top = 0.0f;  // where it loses least, for numbers of deviation 1
+  float top = 0.0f, inverse_top = 0.0f;  // level of the last code
+  float best_top = 0.0f;                 // where it loses least, for numbers of deviation 1
   int16_t level[2 << kMaxTrellisBits] = {};
   uint16_t below[2048] = {};  // levels that are at most m + kLowest
 
   constexpr TrellisLevels(int bits, float best)
-      : n(2 << bits), top(TrellisTop(bits)), best_top(best) {
+      : n(2 << bits),
+        top(float(TrellisTop(bits))),
+        inverse_top(1.0f / float(TrellisTop(bits))),
+        best_top(best) {
     for (int i = 0; i < n / 2; ++i) {
       level[n / 2 + i] = int16_t(TrellisMagnitude(bits, i));
       level[n / 2 - 1 - i] = int16_t(-TrellisMagnitude(bits, i));

@@ -274,19 +274,24 @@ inline void AttendUnpacked(const QueryBlock& block, uint64_t rows, const uint64_
 }
 
 // Queries as tiered keys meet them: q . k = (R P q / w) . (R P w k), P the order of the channels
-// and R the rotation of the tiers. [n_rows][PadTo16(k_dim)]
+// and R the rotation of the tiers.
+inline void PrepareTierRow(const KeyLayout& layout, const KeyWeights& w, const float* q,
+                           float* out) {
+  for (int i = 0; i < layout.head_dim; ++i) {
+    const int j = int(w.order[i]);
+    out[i] = q[j] * w.restore[j];
+  }
+  Rotate(out, layout.head_dim, RotationBlock(layout.per_tier()));
+}
+
+// All rows: [n_rows][PadTo16(k_dim)]
 inline void PrepareTiers(const KeyLayout& layout, const float* table, const QueryBlock& block,
                          const Scratch& scratch) {
   const KeyWeights w(table, layout.head_dim);
   const size_t stride = PadTo16(layout.head_dim);
   for (int r = 0; r < block.n_rows; ++r) {
-    const float* q = block.q + size_t(r) * block.q_stride;
-    float* to = scratch.queries + size_t(r) * stride;
-    for (int i = 0; i < layout.head_dim; ++i) {
-      const int j = int(w.order[i]);
-      to[i] = q[j] * w.restore[j];
-    }
-    Rotate(to, layout.head_dim, RotationBlock(layout.per_tier()));
+    PrepareTierRow(layout, w, block.q + size_t(r) * block.q_stride,
+                   scratch.queries + size_t(r) * stride);
   }
 }
 

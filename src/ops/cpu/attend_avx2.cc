@@ -121,7 +121,7 @@ inline void TrellisFloats(const TrellisRuns& runs, const uint8_t* row, const flo
     _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 32), code[1]);
     for (int i = first; i < first + 64 && i < runs.n(); i += 8) {
       const int run = i / runs.per_run;
-      const LevelFormula level(runs.bits[run]);
+      const LevelFormula& level = kLevelFormulas[runs.bits[run]];
       const __m256 y = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(
                                          reinterpret_cast<const __m128i*>(codes + i - first)))),
                                      _mm256_set1_ps(level.centre));

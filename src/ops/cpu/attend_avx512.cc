@@ -167,39 +167,63 @@ inline void HalfKey(const KeyLayout& layout, const float* restore, const uint8_t
   }
 }
 
-// TrellisNumbers, 64 at a time: a plane is a mask, codes are sums of bits under it. Sixteen numbers
-// belong to one run, else one by one.
+// Levels of up to four bits, 32 codes: two registers to look up in.
+constexpr int kLookUpBits = 4;
+struct LevelTable {
+  alignas(64) float level[kLookUpBits + 1][32] = {};
+  constexpr LevelTable() {
+    for (int bits = 0; bits <= kLookUpBits; ++bits) {
+      for (int code = 0; code < 2 << bits; ++code)
+        level[bits][code] = float(kTrellisLevels[bits].level[code]);
+    }
+  }
+};
+constexpr LevelTable kLevelTable;
+
+inline __m512 LevelsOfCodes(int bits, __m512i code) {
+  if (bits <= kLookUpBits) {
+    const float* level = kLevelTable.level[bits];
+    return _mm512_permutex2var_ps(_mm512_load_ps(level), code, _mm512_load_ps(level + 16));
+  }
+  const LevelFormula& level = kLevelFormulas[bits];
+  const __m512 y = _mm512_sub_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(level.centre));
+  const __m512 size = _mm512_abs_ps(y);
+  const __m512 curve =
+      _mm512_fmadd_ps(size, _mm512_set1_ps(level.square), _mm512_set1_ps(level.linear));
+  const __m512 whole = _mm512_roundscale_ps(_mm512_fmadd_ps(size, curve, _mm512_set1_ps(0.5f)),
+                                            _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_or_ps(whole, _mm512_and_ps(y, _mm512_set1_ps(-0.0f)));
+}
+
+// Codes of 64 trellis-coded numbers from number `first` on: a plane is a mask, a code the sum of
+// the bits under it. before: the path of the 64 numbers before them, which becomes that of these.
+inline __m512i Codes64(const PlaneLayout& planes, const uint8_t* row, int first, uint64_t* before) {
+  const uint64_t path = PlaneWord(planes, row, 0, first);
+  const PathPlanes c(path, *before);
+  *before = path;
+  __m512i code = _mm512_maskz_set1_epi8(c.c0, 1);
+  code = _mm512_mask_add_epi8(code, c.c1, code, _mm512_set1_epi8(2));
+  for (int p = 1; p < planes.n_planes && planes.numbers[p] > first; ++p) {
+    code = _mm512_mask_add_epi8(code, PlaneWord(planes, row, p, first), code,
+                                _mm512_set1_epi8(char(2 << p)));
+  }
+  return code;
+}
+
+// TrellisNumbers; sixteen numbers belong to one run, else one by one.
 inline void TrellisFloats(const TrellisRuns& runs, const uint8_t* row, const float* unit,
                           float* out) {
   if (runs.per_run % 16 != 0) return TrellisNumbers(runs, row, unit, out);
-  const PlaneLayout& planes = *runs.planes;
   uint64_t before = 0;
   for (int first = 0; first < runs.n(); first += 64) {
-    const uint64_t path = PlaneWord(planes, row, 0, first);
-    const PathPlanes c(path, before);
-    before = path;
-    __m512i code = _mm512_maskz_set1_epi8(c.c0, 1);
-    code = _mm512_mask_add_epi8(code, c.c1, code, _mm512_set1_epi8(2));
-    for (int p = 1; p < planes.n_planes; ++p) {
-      code = _mm512_mask_add_epi8(code, PlaneWord(planes, row, p, first), code,
-                                  _mm512_set1_epi8(char(2 << p)));
-    }
     alignas(64) uint8_t codes[64];
-    _mm512_store_si512(codes, code);
+    _mm512_store_si512(codes, Codes64(*runs.planes, row, first, &before));
     for (int i = first; i < first + 64 && i < runs.n(); i += 16) {
       const int run = i / runs.per_run;
-      const LevelFormula level(runs.bits[run]);
-      const __m512 y = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128(
-                                         reinterpret_cast<const __m128i*>(codes + i - first)))),
-                                     _mm512_set1_ps(level.centre));
-      const __m512 size = _mm512_abs_ps(y);
-      const __m512 curve =
-          _mm512_fmadd_ps(size, _mm512_set1_ps(level.square), _mm512_set1_ps(level.linear));
-      const __m512 whole = _mm512_roundscale_ps(_mm512_fmadd_ps(size, curve, _mm512_set1_ps(0.5f)),
-                                                _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-      const __m512 sign = _mm512_and_ps(y, _mm512_set1_ps(-0.0f));
-      _mm512_storeu_ps(out + i,
-                       _mm512_mul_ps(_mm512_or_ps(whole, sign), _mm512_set1_ps(unit[run])));
+      const __m512i sixteen =
+          _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + i - first)));
+      _mm512_storeu_ps(out + i, _mm512_mul_ps(LevelsOfCodes(runs.bits[run], sixteen),
+                                              _mm512_set1_ps(unit[run])));
     }
   }
 }
@@ -265,12 +289,13 @@ inline __m512i AddProducts(__m512i sum, __m512i a, const int32_t& b) {
 }
 
 // A query row: two vectors of 16-bit numbers as bytes, [4][padded]: q high, q low, w high, w low,
-// behind these numbers.
+// behind these numbers. With tiers only q, in their order and basis.
 struct PreparedRow {
   float q_scale, w_scale;
-  int32_t bias[4];  // what the offset of the other operand (128 for levels, 1 for signs) adds to
-                    // the four sums, negative
-  int32_t unused[10];
+  int32_t bias[2 * kTiers];  // what the offset of the other operand (128 for levels, 1 for signs)
+                             // adds to the sums with q high, q low, w high, w low, or q high and q
+                             // low of each tier, negative
+  int32_t unused[6];
 };
 static_assert(sizeof(PreparedRow) == 64);
 inline size_t Padded64(int n) { return size_t(n + 63) / 64 * 64; }
@@ -278,6 +303,8 @@ inline PreparedRow* PreparedAt(const Scratch& scratch, int k_dim, int row) {
   return reinterpret_cast<PreparedRow*>(scratch.queries + size_t(row) * (Padded64(k_dim) + 16));
 }
 inline int8_t* PreparedBytes(PreparedRow* row) { return reinterpret_cast<int8_t*>(row + 1); }
+// Four channels that meet a query together are in one tier.
+inline bool TiersByBytes(const KeyLayout& layout) { return layout.per_tier() % 4 == 0; }
 
 // x [n] (times y, if given) = scale * (256 high + low); padding is zero. Not finite: the scale is
 // NaN.
@@ -314,13 +341,26 @@ inline void Split(const float* x, const float* y, int n, float* scale, int32_t* 
 
 void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBlock& block,
                     const Scratch& scratch) {
-  if (layout.tiered()) return PrepareTiers(layout, table, block, scratch);
+  if (layout.tiered() && !TiersByBytes(layout)) return PrepareTiers(layout, table, block, scratch);
   if (layout.number == SPARKV_F16) return;
   const size_t padded = Padded64(block.k_dim);
   for (int r = 0; r < block.n_rows; ++r) {
     PreparedRow* row = PreparedAt(scratch, block.k_dim, r);
     int8_t* bytes = PreparedBytes(row);
     const float* q = block.q + size_t(r) * block.q_stride;
+    if (layout.tiered()) {
+      float x[kMaxHeadDim];
+      PrepareTierRow(layout, KeyWeights(table, block.k_dim), q, x);
+      int32_t sums[2];
+      Split(x, nullptr, block.k_dim, &row->q_scale, sums, bytes, bytes + padded, padded);
+      for (int t = 0; t < kTiers; ++t) {
+        for (int part = 0; part < 2; ++part) {
+          const int8_t* from = bytes + size_t(part) * padded + t * layout.per_tier();
+          row->bias[2 * t + part] = -128 * std::accumulate(from, from + layout.per_tier(), 0);
+        }
+      }
+      continue;
+    }
     Split(q, nullptr, block.k_dim, &row->q_scale, row->bias, bytes, bytes + padded, padded);
     row->bias[0] *= -128;
     row->bias[1] *= -128;
@@ -366,6 +406,7 @@ struct KeyBytes {
   alignas(64) uint8_t level[kTile * kMaxHeadDim];  // 128 + level, 128 where pruned
   alignas(64) uint8_t sign[kTile * kMaxHeadDim];   // s
   alignas(64) float unit[kTile], magnitude[kTile];
+  float* FirstUnit() { return unit; }
 };
 
 template <sparkv_number kNumber>
@@ -438,27 +479,26 @@ inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned r
   _mm512_store_ps(out->magnitude + 16 * run, _mm512_maskz_mul_ps(__mmask16(~nan), largest, ratio));
 }
 
-// Products of R query rows with 16 tokens: sum[r] = 256 high . bytes + low . bytes + bias. `part`:
-// 0 for q and levels, 1 for w and signs.
+// A vector of 16-bit numbers of a prepared row, four channels an element.
+struct QueryBytes {
+  const int32_t *high, *low;
+  int32_t bias_high, bias_low;
+};
+
+// Products of R query rows with 16 tokens: out[r] = 256 high . bytes + low . bytes + bias.
 template <int R>
-inline void ByteProducts(const QueryBlock& block, int row, int part, const uint8_t* bytes,
-                         const Scratch& scratch, Vec (&out)[R]) {
-  const size_t padded = Padded64(block.k_dim);
-  const int n_quads = block.k_dim / 4;
-  const int32_t* query[R];
+inline void ByteProducts(const QueryBytes (&query)[R], int n_quads, const uint8_t* bytes,
+                         Vec (&out)[R]) {
   __m512i high[R], low[R];
   for (int r = 0; r < R; ++r) {
-    PreparedRow* prepared = PreparedAt(scratch, block.k_dim, row + r);
-    query[r] =
-        reinterpret_cast<const int32_t*>(PreparedBytes(prepared) + size_t(2 * part) * padded);
-    high[r] = _mm512_set1_epi32(prepared->bias[2 * part]);
-    low[r] = _mm512_set1_epi32(prepared->bias[2 * part + 1]);
+    high[r] = _mm512_set1_epi32(query[r].bias_high);
+    low[r] = _mm512_set1_epi32(query[r].bias_low);
   }
   for (int c = 0; c < n_quads; ++c) {
     const __m512i k = _mm512_load_si512(bytes + 64 * c);
     for (int r = 0; r < R; ++r) {
-      high[r] = AddProducts(high[r], k, query[r][c]);
-      low[r] = AddProducts(low[r], k, query[r][padded / 4 + size_t(c)]);
+      high[r] = AddProducts(high[r], k, query[r].high[c]);
+      low[r] = AddProducts(low[r], k, query[r].low[c]);
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -469,24 +509,201 @@ inline void ByteProducts(const QueryBlock& block, int row, int part, const uint8
 
 // score [R][64] of query rows row .. row + R - 1.
 template <int R>
-inline void ByteScores(const QueryBlock& block, bool signs, int row, const KeyBytes& keys,
-                       uint64_t any, const Scratch& scratch) {
-  const size_t run_bytes = Padded64(block.k_dim) * 16;
+inline void ByteScores(const KeyLayout& layout, int row, const KeyBytes& keys, uint64_t any,
+                       const Scratch& scratch) {
+  const size_t padded = Padded64(layout.head_dim), run_bytes = padded * 16;
+  const int n_quads = layout.head_dim / 4;
+  PreparedRow* prepared[R];
+  QueryBytes q[R], w[R];
+  for (int r = 0; r < R; ++r) {
+    prepared[r] = PreparedAt(scratch, layout.head_dim, row + r);
+    const int8_t* bytes = PreparedBytes(prepared[r]);
+    const auto at = [&](size_t part) {
+      return reinterpret_cast<const int32_t*>(bytes + part * padded);
+    };
+    const int32_t* bias = prepared[r]->bias;
+    q[r] = {at(0), at(1), bias[0], bias[1]};
+    w[r] = {at(2), at(3), bias[2], bias[3]};
+  }
   for (int run = 0; run < 4; ++run) {
     if ((any >> (16 * run) & 0xffff) == 0) continue;
     Vec score[R];
-    ByteProducts<R>(block, row, 0, keys.level + size_t(run) * run_bytes, scratch, score);
+    ByteProducts<R>(q, n_quads, keys.level + size_t(run) * run_bytes, score);
     const Vec unit = Load(keys.unit + 16 * run);
-    for (int r = 0; r < R; ++r)
-      score[r] *= unit * PreparedAt(scratch, block.k_dim, row + r)->q_scale;
-    if (signs) {
+    for (int r = 0; r < R; ++r) score[r] *= unit * prepared[r]->q_scale;
+    if (layout.sign_bytes != 0) {
       Vec pruned[R];
-      ByteProducts<R>(block, row, 1, keys.sign + size_t(run) * run_bytes, scratch, pruned);
+      ByteProducts<R>(w, n_quads, keys.sign + size_t(run) * run_bytes, pruned);
       const Vec magnitude = Load(keys.magnitude + 16 * run);
-      for (int r = 0; r < R; ++r)
-        score[r] += pruned[r] * (magnitude * PreparedAt(scratch, block.k_dim, row + r)->w_scale);
+      for (int r = 0; r < R; ++r) score[r] += pruned[r] * (magnitude * prepared[r]->w_scale);
     }
     for (int r = 0; r < R; ++r) Store(scratch.score + r * kTile + 16 * run, score[r]);
+  }
+}
+
+// ---- trellis-coded keys and values as bytes ----
+
+// Levels of up to 5 bits as bytes, by code; those of 6 and 7 bits as 8 (high - 128) + low.
+constexpr int kByteBits = 5;
+struct CodeTables {
+  alignas(64) int8_t level[kByteBits + 1][64] = {};
+  alignas(64) uint8_t centred[kByteBits + 1][64] = {};  // 128 + level
+  alignas(64) uint8_t high[2][256] = {}, low[2][256] = {};
+  float key_unit[kMaxTrellisBits + 1][64] = {}, value_unit[5][256] = {};  // by code of the gain
+  constexpr CodeTables() {
+    for (int bits = 1; bits <= kMaxTrellisBits; ++bits) {
+      const TrellisLevels& levels = kTrellisLevels[bits];
+      for (int code = 0; code < 2 << bits; ++code) {
+        const int x = levels.level[code];
+        if (bits <= kByteBits) {
+          level[bits][code] = int8_t(x);
+          centred[bits][code] = uint8_t(128 + x);
+        } else {
+          high[bits - 6][code] = uint8_t((x + 1024) >> 3);
+          low[bits - 6][code] = uint8_t((x + 1024) & 7);
+        }
+      }
+      for (int e = 0; e < 64; ++e) key_unit[bits][e] = TierGainGrid::Value(e) * levels.inverse_top;
+      key_unit[bits][kTierGainNotFinite] = std::numeric_limits<float>::quiet_NaN();
+      if (bits > 4) continue;
+      for (int e = 0; e < 255; ++e)
+        value_unit[bits][e] = ValueGainGrid::Value(e) * levels.inverse_top;
+      value_unit[bits][kValueGainNotFinite] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+};
+constexpr CodeTables kCodes;
+
+// table [256] at the codes of 64 numbers.
+inline __m512i LookUp256(const uint8_t* table, __m512i code) {
+  const auto half = [&](const uint8_t* at) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(at), code, _mm512_load_si512(at + 64));
+  };
+  return _mm512_mask_mov_epi8(half(table), _mm512_movepi8_mask(code), half(table + 128));
+}
+
+// Tiered keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
+struct TierBytes {
+  alignas(64) uint8_t level[kTile * kMaxHeadDim];         // 128 + level
+  alignas(64) uint8_t low[kTile * kMaxHeadDim / kTiers];  // of the first tier, if it has 6 bits or
+                                                          // more; its levels are 8 times that much
+  alignas(64) float unit[kTiers][kTile];
+  float* FirstUnit() { return unit[0]; }
+};
+
+inline bool WideTier(const KeyLayout& layout, int tier) {
+  return TierBits(layout.number, tier) > kByteBits;
+}
+
+void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, int run,
+               TierBytes* out) {
+  const int n = layout.head_dim, per_tier = layout.per_tier(), n_pieces = (n + 63) / 64;
+  alignas(64) uint8_t code[kMaxHeadDim / 64][16][64];
+  alignas(64) uint32_t gains[16];
+  for (int i = 0; i < 16; ++i) {
+    const uint8_t* row = rows16 + size_t(i) * layout.bytes;
+    gains[i] = 0;
+    if ((rows >> i & 1) != 0) std::memcpy(&gains[i], row, 4);
+    uint64_t before = 0;
+    for (int p = 0; p < n_pieces; ++p) {
+      _mm512_store_si512(code[p][i], (rows >> i & 1) != 0
+                                         ? Codes64(layout.planes, row, 64 * p, &before)
+                                         : _mm512_setzero_si512());
+    }
+  }
+  for (int p = 0; p < n_pieces; ++p) {
+    Vec block[16];
+    for (int i = 0; i < 16; ++i) block[i] = _mm512_load_ps(code[p][i]);
+    TransposeStage<1>(block);
+    uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
+    for (int c = 0; c < 16 && 64 * p + 4 * c < n; ++c) {
+      const int channel = 64 * p + 4 * c, tier = channel / per_tier;
+      const int bits = TierBits(layout.number, tier);
+      const __m512i codes = _mm512_castps_si512(block[c]);
+      if (bits > kByteBits) {
+        _mm512_store_si512(to + 64 * c, LookUp256(kCodes.high[bits - 6], codes));
+        _mm512_store_si512(out->low + 16 * (run * per_tier + channel),
+                           LookUp256(kCodes.low[bits - 6], codes));
+      } else {
+        _mm512_store_si512(to + 64 * c,
+                           _mm512_permutexvar_epi8(codes, _mm512_load_si512(kCodes.centred[bits])));
+      }
+    }
+  }
+  const __m512i words = _mm512_load_si512(gains);
+  for (int t = 0; t < kTiers; ++t) {
+    const __m512i e =
+        _mm512_and_si512(_mm512_srli_epi32(words, unsigned(6 * t)), _mm512_set1_epi32(63));
+    _mm512_store_ps(out->unit[t] + 16 * run,
+                    _mm512_i32gather_ps(e, kCodes.key_unit[TierBits(layout.number, t)], 4));
+  }
+}
+
+template <int R>
+inline void ByteScores(const KeyLayout& layout, int row, const TierBytes& keys, uint64_t any,
+                       const Scratch& scratch) {
+  const size_t padded = Padded64(layout.head_dim), run_bytes = padded * 16;
+  const size_t per_tier = size_t(layout.per_tier());
+  for (int run = 0; run < 4; ++run) {
+    if ((any >> (16 * run) & 0xffff) == 0) continue;
+    Vec score[R] = {};
+    for (int t = 0; t < kTiers; ++t) {
+      QueryBytes q[R];
+      for (int r = 0; r < R; ++r) {
+        PreparedRow* prepared = PreparedAt(scratch, layout.head_dim, row + r);
+        const int8_t* bytes = PreparedBytes(prepared) + size_t(t) * per_tier;
+        q[r] = {reinterpret_cast<const int32_t*>(bytes),
+                reinterpret_cast<const int32_t*>(bytes + padded), prepared->bias[2 * t],
+                prepared->bias[2 * t + 1]};
+      }
+      Vec sum[R];
+      ByteProducts<R>(q, int(per_tier) / 4,
+                      keys.level + size_t(run) * run_bytes + 16 * size_t(t) * per_tier, sum);
+      if (WideTier(layout, t)) {
+        for (int r = 0; r < R; ++r) q[r].bias_high = q[r].bias_low = 0;
+        Vec low[R];
+        ByteProducts<R>(q, int(per_tier) / 4, keys.low + 16 * size_t(run) * per_tier, low);
+        for (int r = 0; r < R; ++r) sum[r] = sum[r] * 8.0f + low[r];
+      }
+      const Vec unit = Load(keys.unit[t] + 16 * run);
+      for (int r = 0; r < R; ++r) score[r] += sum[r] * unit;
+    }
+    for (int r = 0; r < R; ++r) {
+      Store(scratch.score + r * kTile + 16 * run,
+            score[r] * PreparedAt(scratch, layout.head_dim, row + r)->q_scale);
+    }
+  }
+}
+
+// Trellis-coded values of a tile as levels: [four tokens][piece][4][16 lanes][4 tokens]. Lane 4 l +
+// i of vector k is channel 16 l + 4 k + i of the piece.
+struct ValueBytes {
+  alignas(64) int8_t level[kTile * kMaxHeadDim];
+};
+
+void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
+  const int n_pieces = (layout.head_dim + 63) / 64;
+  const __m512i levels = _mm512_load_si512(kCodes.level[TrellisBits(layout.number)]);
+  for (int g = 0; g < kTile / 4; ++g) {
+    const unsigned rows = unsigned(tile.rows >> (4 * g)) & 15;
+    if (rows == 0) continue;
+    uint64_t before[4] = {};
+    for (int p = 0; p < n_pieces; ++p) {
+      __m512i x[4];
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t* row = tile.value[g / 4] + size_t(g % 4 * 4 + i) * layout.bytes;
+        x[i] = (rows >> i & 1) != 0 ? _mm512_permutexvar_epi8(
+                                          Codes64(layout.planes, row, 64 * p, &before[i]), levels)
+                                    : _mm512_setzero_si512();
+      }
+      const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+      const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+      int8_t* to = out->level + (size_t(g) * size_t(n_pieces) + size_t(p)) * 256;
+      _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
+      _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(a, c));
+      _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(b, d));
+      _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(b, d));
+    }
   }
 }
 
@@ -599,67 +816,169 @@ inline void ByteValues(const ValueLayout& layout, const PackedTile& tile,
   }
 }
 
-// Rows row .. row + R - 1 of the block, keys unpacked.
+// The same with levels: value = unit level, the units in the weights.
 template <int R>
-inline void ByteRows(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
-                     int row, const PackedTile& tile, const KeyBytes& keys, const float* top,
-                     const uint64_t* visible, const uint16_t* const* mask, const Scratch& scratch,
-                     const AttentionState& state) {
+inline void ByteValues(const ValueLayout& layout, uint64_t rows, const ValueBytes& values,
+                       const WeightBytes* weights, const float* correction, float* o,
+                       size_t o_stride) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const int n_pieces = (layout.head_dim + 63) / 64;
+  for (int p = 0; p < n_pieces; ++p) {
+    for (int half = 0; half < 2; ++half) {
+      __m512i high0[R], high1[R], low0[R], low1[R];
+      for (int r = 0; r < R; ++r) high0[r] = high1[r] = low0[r] = low1[r] = _mm512_setzero_si512();
+      for (int g = 0; g < kTile / 4; ++g) {
+        if ((rows >> (4 * g) & 15) == 0) continue;
+        const int8_t* from =
+            values.level + (size_t(g) * size_t(n_pieces) + size_t(p)) * 256 + 128 * half;
+        const __m512i x = _mm512_load_si512(from), y = _mm512_load_si512(from + 64);
+        for (int r = 0; r < R; ++r) {
+          const __m512i h = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weights[r].high)[g]);
+          const __m512i l = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weights[r].low)[g]);
+          high0[r] = AddProducts(high0[r], h, x);
+          high1[r] = AddProducts(high1[r], h, y);
+          low0[r] = AddProducts(low0[r], l, x);
+          low1[r] = AddProducts(low1[r], l, y);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        const auto number = [&](__m512i h, __m512i l) {
+          return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l)),
+                               _mm512_set1_ps(weights[r].factor));
+        };
+        const __m512 x = number(high0[r], low0[r]), y = number(high1[r], low1[r]);
+        float* to = o + size_t(r) * o_stride + 64 * p + 8 * half;
+        const __m256 scale = _mm256_set1_ps(correction[r]);
+        const auto add = [&](int at, __m256 z) {
+          if (64 * p + 8 * half + at < layout.head_dim)
+            _mm256_storeu_ps(to + at, _mm256_fmadd_ps(_mm256_loadu_ps(to + at), scale, z));
+        };
+        const auto add_pair = [&](int at, __m512 z) {
+          add(at, _mm512_castps512_ps256(z));
+          add(at + 16, _mm512_extractf32x8_ps(z, 1));
+        };
+        add_pair(0, _mm512_permutex2var_ps(x, first, y));
+        add_pair(32, _mm512_permutex2var_ps(x, second, y));
+      }
+    }
+  }
+}
+
+// Values of a tile: levels of trellis-coded ones, numbers in the scratch of f16 ones, else the
+// packed rows themselves.
+struct TileValues {
+  const ValueLayout& layout;
+  const PackedTile& tile;
+  const ValueBytes& levels;
+  alignas(64) float unit[kTile];  // what weights are multiplied with first; not for f16
+};
+
+// Rows row .. row + R - 1 of the block, keys unpacked: KeyBytes or TierBytes.
+template <int R, typename Keys>
+inline void ByteRows(const KeyLayout& key, const QueryBlock& block, int row, const Keys& keys,
+                     const TileValues& values, const uint64_t* visible, const uint16_t* const* mask,
+                     const Scratch& scratch, const AttentionState& state) {
   uint64_t any = 0;
   for (int r = 0; r < R; ++r) any |= visible[(row + r) / block.group];
   if (any == 0) return;
-  ByteScores<R>(block, key.sign_bytes != 0, row, keys, any, scratch);
-  WeightBytes weights[R];
+  ByteScores<R>(key, row, keys, any, scratch);
+  const ValueLayout& value = values.layout;
   float correction[R];
-  for (int r = 0; r < R; ++r) {
-    const int token = (row + r) / block.group;
-    float* score = scratch.score + r * kTile;
-    correction[r] = 1.0f;
-    if (visible[token] == 0) {
-      std::memset(weights[r].high, 0, kTile);
-      std::memset(weights[r].low, 0, kTile);
-      continue;
-    }
-    correction[r] = Softmax(block, (row + r) % block.group, visible[token],
-                            mask != nullptr ? mask[token] : nullptr, score, &state.m[row + r],
-                            &state.d[row + r]);
-    SplitWeights(score, top, state.d[row + r] * 0.0f, &weights[r]);
-  }
   float* o = state.o + size_t(row) * size_t(block.o_stride);
-  if (value.number == SPARKV_INT8) {
-    ByteValues<R, true>(value, tile, weights, correction, o, size_t(block.o_stride));
-  } else {
-    ByteValues<R, false>(value, tile, weights, correction, o, size_t(block.o_stride));
+  const size_t o_stride = size_t(block.o_stride);
+  SoftmaxRows(block, row, R, visible, mask, scratch.score, state, correction);
+  if (!value.rotated()) {
+    const uint64_t rows = values.tile.rows;
+    return ValueKernel<R>(scratch.score, correction, scratch.value, int(PadTo16(block.v_dim)),
+                          std::countr_zero(rows), 64 - std::countl_zero(rows), o, block.o_stride);
   }
+  WeightBytes weights[R];
+  for (int r = 0; r < R; ++r) {
+    SplitWeights(scratch.score + r * kTile, values.unit, state.d[row + r] * 0.0f, &weights[r]);
+  }
+  if (value.trellis()) {
+    ByteValues<R>(value, values.tile.rows, values.levels, weights, correction, o, o_stride);
+  } else if (value.number == SPARKV_INT8) {
+    ByteValues<R, true>(value, values.tile, weights, correction, o, o_stride);
+  } else {
+    ByteValues<R, false>(value, values.tile, weights, correction, o, o_stride);
+  }
+}
+
+// Units of 16 value rows; returns those that are not finite.
+inline __mmask16 ValueUnits(const ValueLayout& layout, const uint8_t* rows16, unsigned rows,
+                            float* unit) {
+  __mmask16 nan;
+  __m512 x;
+  if (layout.trellis()) {
+    const __m512i e =
+        _mm512_and_si512(ScaleWords(rows16, layout.bytes, rows), _mm512_set1_epi32(255));
+    nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kValueGainNotFinite));
+    x = _mm512_i32gather_ps(e, kCodes.value_unit[TrellisBits(layout.number)], 4);
+  } else {
+    const __m512i e =
+        _mm512_and_si512(ScaleWords(rows16, layout.bytes, rows), _mm512_set1_epi32(4095));
+    nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kValueScaleNotFinite));
+    x = GridValues<64, 32>(e);
+  }
+  _mm512_store_ps(unit, _mm512_maskz_mov_ps(__mmask16(~nan), x));
+  return nan;
+}
+
+// unpack_run(rows16, rows, run, keys): keys of 16 rows.
+template <typename Keys, typename UnpackRun>
+inline void AttendBytes(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+                        const PackedTile& tile, const uint64_t* visible,
+                        const uint16_t* const* mask, const Scratch& scratch,
+                        const AttentionState& state, UnpackRun&& unpack_run) {
+  Keys keys;
+  ValueBytes levels;
+  TileValues values{value, tile, levels, {}};
+  for (int run = 0; run < 4; ++run) {
+    const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
+    if (rows == 0) continue;
+    unpack_run(tile.key[run], rows, run, &keys);
+    // A value that is not finite gives no number: its key does, to those who see it.
+    unsigned nan = 0;
+    if (value.rotated()) {
+      nan = ValueUnits(value, tile.value[run], rows, values.unit + 16 * run);
+    } else {
+      for (unsigned left = rows; left != 0; left &= left - 1) {
+        const int i = std::countr_zero(left);
+        float* v = scratch.value + size_t(16 * run + i) * PadTo16(block.v_dim);
+        if (ValueRow(value, tile.value[run] + size_t(i) * value.bytes, v)) continue;
+        std::memset(v, 0, size_t(block.v_dim) * sizeof(float));
+        nan |= 1u << i;
+      }
+    }
+    _mm512_mask_store_ps(keys.FirstUnit() + 16 * run, __mmask16(nan),
+                         _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
+  }
+  if (value.trellis()) UnpackValues(value, tile, &levels);
+  if (!value.rotated()) ClearHoles(tile.rows, scratch.value, PadTo16(block.v_dim));
+  InParts<4>(block.n_rows, [&](int row, auto n) {
+    ByteRows<n()>(key, block, row, keys, values, visible, mask, scratch, state);
+  });
 }
 
 void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
                       const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                       const Scratch& scratch, const AttentionState& state) {
-  if (key.number == SPARKV_F16 || !value.rotated() || key.tiered() || value.trellis()) {
+  if (key.number == SPARKV_F16 || (key.tiered() && !TiersByBytes(key)))
     return AttendPacked(key, value, block, tile, visible, mask, scratch, state);
+  if (key.tiered()) {
+    return AttendBytes<TierBytes>(
+        key, value, block, tile, visible, mask, scratch, state,
+        [&](const uint8_t* rows16, unsigned rows, int run, TierBytes* keys) {
+          UnpackRun(key, rows16, rows, run, keys);
+        });
   }
-  KeyBytes keys;
-  alignas(64) float top[kTile];
   WithInteger(key.number, [&](auto number) {
-    for (int run = 0; run < 4; ++run) {
-      const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
-      if (rows == 0) {
-        _mm512_store_ps(top + 16 * run, _mm512_setzero_ps());
-        continue;
-      }
-      UnpackRun<number()>(key, tile.key[run], rows, run, &keys);
-      // A value that is not finite gives no number: its key does, to those who see it.
-      const __m512i e =
-          _mm512_and_si512(ScaleWords(tile.value[run], value.bytes, rows), _mm512_set1_epi32(4095));
-      const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kValueScaleNotFinite));
-      _mm512_store_ps(top + 16 * run, _mm512_maskz_mov_ps(__mmask16(~nan), GridValues<64, 32>(e)));
-      _mm512_mask_store_ps(keys.unit + 16 * run, nan,
-                           _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
-    }
-  });
-  InParts<4>(block.n_rows, [&](int row, auto n) {
-    ByteRows<n()>(key, value, block, row, tile, keys, top, visible, mask, scratch, state);
+    AttendBytes<KeyBytes>(key, value, block, tile, visible, mask, scratch, state,
+                          [&](const uint8_t* rows16, unsigned rows, int run, KeyBytes* keys) {
+                            UnpackRun<number()>(key, rows16, rows, run, keys);
+                          });
   });
 }
 

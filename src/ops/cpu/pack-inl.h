@@ -268,7 +268,8 @@ void UnpackValue(const ValueLayout& layout, const uint8_t* row, uint16_t* v) {
     return;
   }
   if (layout.trellis()) {
-    const float unit = ValueGainGrid::Value(e) / kTrellisLevels[TrellisBits(layout.number)].top;
+    const float unit =
+        ValueGainGrid::Value(e) * kTrellisLevels[TrellisBits(layout.number)].inverse_top;
     TrellisNumbers(RunsOf(layout), row, &unit, x);
   } else {
     const bool bytes = layout.number == SPARKV_INT8;

@@ -27,7 +27,7 @@ inline void TierUnits(const KeyLayout& layout, const uint8_t* row, float unit[kT
     const int e = TierGain(row, t);
     unit[t] = e == kTierGainNotFinite
                   ? std::numeric_limits<float>::quiet_NaN()
-                  : TierGainGrid::Value(e) / kTrellisLevels[TierBits(layout.number, t)].top;
+                  : TierGainGrid::Value(e) * kTrellisLevels[TierBits(layout.number, t)].inverse_top;
   }
 }
 
@@ -58,11 +58,13 @@ struct PathPlanes {
 //   0.5)
 struct LevelFormula {
   float centre, linear, square;
-  explicit LevelFormula(int bits)
+  constexpr LevelFormula(int bits)
       : centre(float(1 << bits) - 0.5f),
         linear(0.45f * float(TrellisTop(bits)) / centre),
         square(0.55f * float(TrellisTop(bits)) / centre / centre) {}
 };
+
+constexpr LevelFormula kLevelFormulas[kMaxTrellisBits + 1] = {0, 1, 2, 3, 4, 5, 6, 7};
 
 // numbers[i] = level of code i * unit of its run.
 inline void TrellisNumbers(const TrellisRuns& runs, const uint8_t* row, const float* unit,
@@ -91,7 +93,8 @@ template <typename Numbers>
 inline bool TrellisValue(const ValueLayout& layout, const uint8_t* row, float* out,
                          Numbers&& numbers) {
   if (row[0] == kValueGainNotFinite) return false;
-  const float unit = ValueGainGrid::Value(row[0]) / kTrellisLevels[TrellisBits(layout.number)].top;
+  const float unit =
+      ValueGainGrid::Value(row[0]) * kTrellisLevels[TrellisBits(layout.number)].inverse_top;
   numbers(RunsOf(layout), row, &unit, out);
   return true;
 }

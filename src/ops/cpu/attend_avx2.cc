@@ -93,45 +93,85 @@ inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* cod
   }
 }
 
-// TrellisNumbers, 64 codes at a time, then eight numbers of one run, else one by one.
+// Codes of 64 trellis-coded numbers from number `first` on. before: the path of the 64 numbers
+// before them, which becomes that of these.
+inline void Codes64(const PlaneLayout& planes, const uint8_t* row, int first, uint64_t* before,
+                    __m128i (&codes)[4]) {
+  const uint64_t path = PlaneWord(planes, row, 0, first);
+  const PathPlanes c(path, *before);
+  *before = path;
+  __m256i code[2];
+  const auto bits = [](uint64_t plane, int half, int bit) {
+    return _mm256_and_si256(ByteMask<true>(uint32_t(plane >> (32 * half))),
+                            _mm256_set1_epi8(char(bit)));
+  };
+  for (int half = 0; half < 2; ++half)
+    code[half] = _mm256_or_si256(bits(c.c0, half, 1), bits(c.c1, half, 2));
+  for (int p = 1; p < planes.n_planes && planes.numbers[p] > first; ++p) {
+    const uint64_t plane = PlaneWord(planes, row, p, first);
+    code[0] = _mm256_or_si256(code[0], bits(plane, 0, 2 << p));
+    if (planes.numbers[p] > first + 32) code[1] = _mm256_or_si256(code[1], bits(plane, 1, 2 << p));
+  }
+  for (int i = 0; i < 4; ++i)
+    codes[i] =
+        i % 2 == 0 ? _mm256_castsi256_si128(code[i / 2]) : _mm256_extracti128_si256(code[i / 2], 1);
+}
+
+// Levels of up to 5 bits fit a byte: their magnitudes from the middle outwards.
+constexpr int kByteBits = 5;
+struct Magnitudes {
+  alignas(16) int8_t of[kByteBits + 1][32] = {};
+  constexpr Magnitudes() {
+    for (int bits = 1; bits <= kByteBits; ++bits) {
+      for (int i = 0; i < 1 << bits; ++i) of[bits][i] = int8_t(TrellisMagnitude(bits, i));
+    }
+  }
+};
+constexpr Magnitudes kMagnitudes;
+
+inline __m128i NarrowLevels(int bits, __m128i code) {
+  const int half = 1 << bits;
+  const __m128i negative = _mm_cmpgt_epi8(_mm_set1_epi8(char(half)), code);
+  // code - half above the middle, half - 1 - code below.
+  const __m128i place = _mm_xor_si128(_mm_xor_si128(code, _mm_set1_epi8(char(half))),
+                                      _mm_and_si128(negative, _mm_set1_epi8(char(2 * half - 1))));
+  const auto* table = reinterpret_cast<const __m128i*>(kMagnitudes.of[bits]);
+  __m128i size = _mm_shuffle_epi8(_mm_load_si128(table), place);
+  if (bits == kByteBits) {
+    size = _mm_blendv_epi8(size, _mm_shuffle_epi8(_mm_load_si128(table + 1), place),
+                           _mm_cmpgt_epi8(place, _mm_set1_epi8(15)));
+  }
+  return _mm_sub_epi8(_mm_xor_si128(size, negative), negative);
+}
+
+inline __m256 WideLevels(int bits, __m128i eight_codes) {
+  const LevelFormula& level = kLevelFormulas[bits];
+  const __m256 y = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight_codes)),
+                                 _mm256_set1_ps(level.centre));
+  const __m256 sign = _mm256_and_ps(y, _mm256_set1_ps(-0.0f));
+  const __m256 size = _mm256_xor_ps(y, sign);
+  const __m256 curve =
+      _mm256_fmadd_ps(size, _mm256_set1_ps(level.square), _mm256_set1_ps(level.linear));
+  return _mm256_or_ps(_mm256_floor_ps(_mm256_fmadd_ps(size, curve, _mm256_set1_ps(0.5f))), sign);
+}
+
+inline __m256 Floats8(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
+
+// TrellisNumbers, eight numbers of one run at a time, else one by one.
 inline void TrellisFloats(const TrellisRuns& runs, const uint8_t* row, const float* unit,
                           float* out) {
   if (runs.per_run % 8 != 0) return TrellisNumbers(runs, row, unit, out);
-  const PlaneLayout& planes = *runs.planes;
   uint64_t before = 0;
   for (int first = 0; first < runs.n(); first += 64) {
-    const uint64_t path = PlaneWord(planes, row, 0, first);
-    const PathPlanes c(path, before);
-    before = path;
-    __m256i code[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    const auto add = [&](uint64_t plane, int bit) {
-      for (int half = 0; half < 2; ++half) {
-        const __m256i set = ByteMask<true>(uint32_t(plane >> (32 * half)));
-        code[half] =
-            _mm256_or_si256(code[half], _mm256_and_si256(set, _mm256_set1_epi8(char(bit))));
-      }
-    };
-    add(c.c0, 1);
-    add(c.c1, 2);
-    for (int p = 1; p < planes.n_planes; ++p) {
-      if (const uint64_t plane = PlaneWord(planes, row, p, first); plane != 0) add(plane, 2 << p);
-    }
-    alignas(32) uint8_t codes[64];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(codes), code[0]);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 32), code[1]);
+    __m128i codes[4];
+    Codes64(*runs.planes, row, first, &before, codes);
     for (int i = first; i < first + 64 && i < runs.n(); i += 8) {
-      const int run = i / runs.per_run;
-      const LevelFormula& level = kLevelFormulas[runs.bits[run]];
-      const __m256 y = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(
-                                         reinterpret_cast<const __m128i*>(codes + i - first)))),
-                                     _mm256_set1_ps(level.centre));
-      const __m256 sign = _mm256_and_ps(y, _mm256_set1_ps(-0.0f));
-      const __m256 size = _mm256_xor_ps(y, sign);
-      const __m256 curve =
-          _mm256_fmadd_ps(size, _mm256_set1_ps(level.square), _mm256_set1_ps(level.linear));
-      const __m256 whole = _mm256_floor_ps(_mm256_fmadd_ps(size, curve, _mm256_set1_ps(0.5f)));
-      _mm256_storeu_ps(out + i,
-                       _mm256_mul_ps(_mm256_or_ps(whole, sign), _mm256_set1_ps(unit[run])));
+      const int run = i / runs.per_run, bits = runs.bits[run];
+      __m128i code = codes[(i - first) / 16];
+      if (i % 16 != 0) code = _mm_srli_si128(code, 8);
+      const __m256 level =
+          bits > kByteBits ? WideLevels(bits, code) : Floats8(NarrowLevels(bits, code));
+      _mm256_storeu_ps(out + i, _mm256_mul_ps(level, _mm256_set1_ps(unit[run])));
     }
   }
 }
@@ -333,8 +373,7 @@ template <int R>
   const float* q = block.q + size_t(row) * q_stride;
   score += row * kTile + 16 * run;
   const auto wide = [](const int8_t* p) {
-    return _mm256_cvtepi32_ps(
-        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    return Floats8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   };
   for (int t0 = 0; t0 < 16; t0 += 8) {
     __m256 sum[R][8];
@@ -463,30 +502,217 @@ inline void RunValues(const ValueLayout& layout, const PackedTile& tile, const f
   }
 }
 
+// Tiered keys of 16 rows: levels as bytes, those of a first tier of more than 5 bits as floats.
+struct TierRun {
+  alignas(32) int8_t level[16][kMaxHeadDim];
+  alignas(32) float wide[16][kMaxHeadDim / kTiers];
+  float unit[16][kTiers];
+};
+
+inline bool WideTier(const KeyLayout& layout) { return TierBits(layout.number, 0) > kByteBits; }
+
+struct GainTable {
+  float key[kMaxTrellisBits + 1][64] = {}, value[5][256] = {};
+  constexpr GainTable() {
+    for (int bits = 1; bits <= kMaxTrellisBits; ++bits) {
+      const float inverse_top = kTrellisLevels[bits].inverse_top;
+      for (int e = 0; e < 64; ++e) key[bits][e] = TierGainGrid::Value(e) * inverse_top;
+      key[bits][kTierGainNotFinite] = std::numeric_limits<float>::quiet_NaN();
+      for (int e = 0; bits < 5 && e < 255; ++e)
+        value[bits][e] = ValueGainGrid::Value(e) * inverse_top;
+    }
+  }
+};
+constexpr GainTable kGains;
+
+[[gnu::noinline]] void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows,
+                                 TierRun* out) {
+  const int n = layout.head_dim, per_tier = layout.per_tier();
+  // Rows that are not there score zero, whatever was left at their place.
+  if (rows != 0xffff) std::memset(out->unit, 0, sizeof(out->unit));
+  for (; rows != 0; rows &= rows - 1) {
+    const int i = std::countr_zero(rows);
+    const uint8_t* row = rows16 + size_t(i) * layout.bytes;
+    for (int t = 0; t < kTiers; ++t)
+      out->unit[i][t] = kGains.key[TierBits(layout.number, t)][TierGain(row, t)];
+    uint64_t before = 0;
+    for (int first = 0; first < n; first += 64) {
+      __m128i codes[4];
+      Codes64(layout.planes, row, first, &before, codes);
+      for (int c = 0; c < 4 && first + 16 * c < n; ++c) {
+        const int j = first + 16 * c, bits = TierBits(layout.number, j / per_tier);
+        if (bits > kByteBits) {
+          _mm256_store_ps(out->wide[i] + j, WideLevels(bits, codes[c]));
+          _mm256_store_ps(out->wide[i] + j + 8, WideLevels(bits, _mm_srli_si128(codes[c], 8)));
+        } else {
+          _mm_store_si128(reinterpret_cast<__m128i*>(out->level[i] + j),
+                          NarrowLevels(bits, codes[c]));
+        }
+      }
+    }
+  }
+}
+
+// The same for tiers; queries as PrepareTiers left them.
+template <int R>
+[[gnu::noinline]] void RunScores(const KeyLayout& layout, const float* queries, int row,
+                                 const TierRun& keys, int run, float* score) {
+  const size_t stride = PadTo16(layout.head_dim);
+  const size_t per_tier = size_t(layout.per_tier());
+  const float* q = queries + size_t(row) * stride;
+  const bool wide = WideTier(layout);
+  score += row * kTile + 16 * run;
+  for (int t0 = 0; t0 < 16; t0 += 8) {
+    __m256 sum[R][8];
+    for (int i = 0; i < 8; i += 2) {
+      __m256 acc[2][R];
+      for (int r = 0; r < R; ++r) acc[0][r] = acc[1][r] = _mm256_setzero_ps();
+      const auto meet = [&](size_t j, __m256 k0, __m256 k1) {
+        for (int r = 0; r < R; ++r) {
+          const __m256 x = _mm256_loadu_ps(q + size_t(r) * stride + j);
+          acc[0][r] = _mm256_fmadd_ps(k0, x, acc[0][r]);
+          acc[1][r] = _mm256_fmadd_ps(k1, x, acc[1][r]);
+        }
+      };
+      const int key = t0 + i;
+      for (size_t t = 0; t < size_t(kTiers); ++t) {
+        const __m256 unit0 = _mm256_broadcast_ss(&keys.unit[key][t]),
+                     unit1 = _mm256_broadcast_ss(&keys.unit[key + 1][t]);
+        for (size_t j = t * per_tier; j < (t + 1) * per_tier; j += 8) {
+          if (t == 0 && wide) {
+            meet(j, _mm256_mul_ps(unit0, _mm256_load_ps(keys.wide[key] + j)),
+                 _mm256_mul_ps(unit1, _mm256_load_ps(keys.wide[key + 1] + j)));
+          } else {
+            const auto level = [&](int k) {
+              return Floats8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(keys.level[k] + j)));
+            };
+            meet(j, _mm256_mul_ps(unit0, level(key)), _mm256_mul_ps(unit1, level(key + 1)));
+          }
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        sum[r][i] = acc[0][r];
+        sum[r][i + 1] = acc[1][r];
+      }
+    }
+    for (int r = 0; r < R; ++r) _mm256_storeu_ps(score + r * kTile + t0, SumLanes(sum[r]));
+  }
+}
+
+// Trellis-coded values of a tile as levels; rows that are not there are not touched.
+struct ValueLevels {
+  alignas(32) int8_t level[kTile][kMaxHeadDim];
+};
+
+[[gnu::noinline]] void UnpackValues(const ValueLayout& layout, const PackedTile& tile,
+                                    ValueLevels* out) {
+  const int bits = TrellisBits(layout.number);
+  for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
+    const int t = std::countr_zero(rows);
+    const uint8_t* row = tile.value[t / 16] + size_t(t % 16) * layout.bytes;
+    uint64_t before = 0;
+    for (int first = 0; first < layout.head_dim; first += 64) {
+      __m128i codes[4];
+      Codes64(layout.planes, row, first, &before, codes);
+      for (int c = 0; c < 4; ++c) {
+        _mm_store_si128(reinterpret_cast<__m128i*>(out->level[t] + first + 16 * c),
+                        NarrowLevels(bits, codes[c]));
+      }
+    }
+  }
+}
+
+// o[r] = o[r] * correction[r] + sum_t weight_rt level_t, kBlock vectors of eight channels from c.
+template <int R, int kBlock>
+inline void LevelBlock(const ValueLevels& values, uint64_t rows, const float* weight,
+                       const float* correction, int c, float* o, size_t o_stride) {
+  __m256 sum[R][kBlock];
+  Unroll<R * kBlock>([&](auto i) { sum[i / kBlock][i % kBlock] = _mm256_setzero_ps(); });
+  for (; rows != 0; rows &= rows - 1) {
+    const int t = std::countr_zero(rows);
+    __m256 x[kBlock];
+    Unroll<kBlock>([&](auto v) {
+      x[v] = Floats8(
+          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values.level[t] + c + 8 * int(v))));
+    });
+    Unroll<R>([&](auto r) {
+      const __m256 w = _mm256_broadcast_ss(weight + r * kTile + t);
+      Unroll<kBlock>([&](auto v) { sum[r][v] = _mm256_fmadd_ps(w, x[v], sum[r][v]); });
+    });
+  }
+  Unroll<R>([&](auto r) {
+    Unroll<kBlock>([&](auto v) {
+      float* to = o + size_t(r) * o_stride + c + 8 * v;
+      Store(to, Load(to) * correction[r] + sum[r][v]);
+    });
+  });
+}
+
+template <int R>
+[[gnu::noinline]] void LevelValues(const ValueLayout& layout, const ValueLevels& values,
+                                   uint64_t rows, const float* weight, const float* correction,
+                                   float* o, size_t o_stride) {
+  int c = 0;
+  for (; c + 32 <= layout.head_dim; c += 32)
+    LevelBlock<R, 4>(values, rows, weight, correction, c, o, o_stride);
+  for (; c < layout.head_dim; c += 8)
+    LevelBlock<R, 1>(values, rows, weight, correction, c, o, o_stride);
+}
+
+// What the weights of a value row are multiplied with, NaN where it is not finite.
+inline float ValueUnit(const ValueLayout& layout, const uint8_t* row) {
+  if (layout.trellis()) {
+    return row[0] == kValueGainNotFinite ? std::numeric_limits<float>::quiet_NaN()
+                                         : kGains.value[TrellisBits(layout.number)][row[0]];
+  }
+  const int e = int(GetScale(row));
+  return e == kValueScaleNotFinite ? std::numeric_limits<float>::quiet_NaN()
+                                   : ValueScaleGrid::Value(e);
+}
+
 void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
                const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                const Scratch& scratch, const AttentionState& state) {
-  const float* restore =
-      key.sign_bytes != 0 ? KeyWeights(tile.table, key.head_dim).restore : nullptr;
-  KeyRun keys;
-  alignas(32) float top[kTile] = {};
-  for (int run = 0; run < kTile / 16; ++run) {
-    const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
-    if (rows == 0) continue;
-    UnpackRun(key, tile.key[run], rows, &keys);
-    for (unsigned left = rows; left != 0; left &= left - 1) {
-      const int i = std::countr_zero(left);
-      const int e = int(GetScale(tile.value[run] + size_t(i) * value.bytes));
-      // A value that is not finite gives no number: its key does, to those who see it.
-      if (e == kValueScaleNotFinite) {
-        keys.unit[i] = std::numeric_limits<float>::quiet_NaN();
-      } else {
-        top[16 * run + i] = ValueScaleGrid::Value(e);
-      }
+  alignas(32) float unit[kTile] = {};
+  uint64_t not_finite = 0;
+  for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
+    const int t = std::countr_zero(rows);
+    unit[t] = ValueUnit(value, tile.value[t / 16] + size_t(t % 16) * value.bytes);
+    if (unit[t] != unit[t]) {
+      unit[t] = 0.0f;
+      not_finite |= uint64_t{1} << t;
     }
-    InParts<4>(block.n_rows, [&](int row, auto n) {
-      RunScores<n()>(block, row, restore, keys, run, scratch.score);
+  }
+  const auto in_runs = [&](auto&& body) {
+    for (int run = 0; run < kTile / 16; ++run) {
+      if (const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu; rows != 0)
+        body(run, rows);
+    }
+  };
+  if (key.tiered()) {
+    TierRun keys;
+    in_runs([&](int run, unsigned rows) {
+      UnpackRun(key, tile.key[run], rows, &keys);
+      InParts<4>(block.n_rows, [&](int row, auto n) {
+        RunScores<n()>(key, scratch.queries, row, keys, run, scratch.score);
+      });
     });
+  } else {
+    const float* restore =
+        key.sign_bytes != 0 ? KeyWeights(tile.table, key.head_dim).restore : nullptr;
+    KeyRun keys;
+    in_runs([&](int run, unsigned rows) {
+      UnpackRun(key, tile.key[run], rows, &keys);
+      InParts<4>(block.n_rows, [&](int row, auto n) {
+        RunScores<n()>(block, row, restore, keys, run, scratch.score);
+      });
+    });
+  }
+  // A value that is not finite gives no number: its score does, to those who see it.
+  for (; not_finite != 0; not_finite &= not_finite - 1) {
+    for (int r = 0; r < block.n_rows; ++r)
+      scratch.score[r * kTile + std::countr_zero(not_finite)] =
+          std::numeric_limits<float>::quiet_NaN();
   }
   float correction[kFewRows], total[kFewRows];
   SoftmaxRows(block, 0, block.n_rows, visible, mask, scratch.score, state, correction);
@@ -495,21 +721,24 @@ void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock&
     total[r] = 0.0f;
     Vec sum = {};
     for (int t = 0; t < kTile; t += kVec) {
-      const Vec weight = Load(score + t) * Load(top + t);
+      const Vec weight = Load(score + t) * Load(unit + t);
       Store(score + t, weight);
       sum += weight;
     }
     for (int i = 0; i < kVec; ++i) total[r] += sum[i];
   }
+  ValueLevels levels;
+  if (value.trellis()) UnpackValues(value, tile, &levels);
   InParts<3>(block.n_rows, [&](int row, auto n) {
-    float* o = state.o + size_t(row) * size_t(block.o_stride);
+    const size_t o_stride = size_t(block.o_stride);
+    float* o = state.o + size_t(row) * o_stride;
     const float* weight = scratch.score + row * kTile;
-    if (value.number == SPARKV_INT8) {
-      RunValues<n(), true>(value, tile, weight, total + row, correction + row, o,
-                           size_t(block.o_stride));
+    if (value.trellis()) {
+      LevelValues<n()>(value, levels, tile.rows, weight, correction + row, o, o_stride);
+    } else if (value.number == SPARKV_INT8) {
+      RunValues<n(), true>(value, tile, weight, total + row, correction + row, o, o_stride);
     } else {
-      RunValues<n(), false>(value, tile, weight, total + row, correction + row, o,
-                            size_t(block.o_stride));
+      RunValues<n(), false>(value, tile, weight, total + row, correction + row, o, o_stride);
     }
   });
 }
@@ -620,7 +849,7 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
                       const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                       const Scratch& scratch, const AttentionState& state) {
   if (block.n_rows <= kFewRows) {
-    if (key.number != SPARKV_F16 && value.rotated() && !key.tiered() && !value.trellis())
+    if (key.number != SPARKV_F16 && value.rotated() && (!key.tiered() || key.per_tier() % 16 == 0))
       return AttendFew(key, value, block, tile, visible, mask, scratch, state);
     if (key.number == SPARKV_F16 && key.pruned == 0 && !value.rotated()) {
       HalfRows in;

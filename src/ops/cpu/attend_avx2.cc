@@ -93,30 +93,6 @@ inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* cod
   }
 }
 
-// Codes of 64 trellis-coded numbers from number `first` on. before: the path of the 64 numbers
-// before them, which becomes that of these.
-inline void Codes64(const PlaneLayout& planes, const uint8_t* row, int first, uint64_t* before,
-                    __m128i (&codes)[4]) {
-  const uint64_t path = PlaneWord(planes, row, 0, first);
-  const PathPlanes c(path, *before);
-  *before = path;
-  __m256i code[2];
-  const auto bits = [](uint64_t plane, int half, int bit) {
-    return _mm256_and_si256(ByteMask<true>(uint32_t(plane >> (32 * half))),
-                            _mm256_set1_epi8(char(bit)));
-  };
-  for (int half = 0; half < 2; ++half)
-    code[half] = _mm256_or_si256(bits(c.c0, half, 1), bits(c.c1, half, 2));
-  for (int p = 1; p < planes.n_planes && planes.numbers[p] > first; ++p) {
-    const uint64_t plane = PlaneWord(planes, row, p, first);
-    code[0] = _mm256_or_si256(code[0], bits(plane, 0, 2 << p));
-    if (planes.numbers[p] > first + 32) code[1] = _mm256_or_si256(code[1], bits(plane, 1, 2 << p));
-  }
-  for (int i = 0; i < 4; ++i)
-    codes[i] =
-        i % 2 == 0 ? _mm256_castsi256_si128(code[i / 2]) : _mm256_extracti128_si256(code[i / 2], 1);
-}
-
 // Levels of up to 5 bits fit a byte: their magnitudes from the middle outwards.
 constexpr int kByteBits = 5;
 struct Magnitudes {
@@ -128,20 +104,110 @@ struct Magnitudes {
   }
 };
 constexpr Magnitudes kMagnitudes;
+alignas(32) constexpr int8_t kLaneNumbers[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                                 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                                 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
-inline __m128i NarrowLevels(int bits, __m128i code) {
-  const int half = 1 << bits;
-  const __m128i negative = _mm_cmpgt_epi8(_mm_set1_epi8(char(half)), code);
-  // code - half above the middle, half - 1 - code below.
-  const __m128i place = _mm_xor_si128(_mm_xor_si128(code, _mm_set1_epi8(char(half))),
-                                      _mm_and_si128(negative, _mm_set1_epi8(char(2 * half - 1))));
-  const auto* table = reinterpret_cast<const __m128i*>(kMagnitudes.of[bits]);
-  __m128i size = _mm_shuffle_epi8(_mm_load_si128(table), place);
-  if (bits == kByteBits) {
-    size = _mm_blendv_epi8(size, _mm_shuffle_epi8(_mm_load_si128(table + 1), place),
-                           _mm_cmpgt_epi8(place, _mm_set1_epi8(15)));
+// Where the codes of 64 trellis-coded numbers lie in a row, numbers first .. first + 63, and what
+// levels they mean, by 32. Behind the last number codes are anything.
+struct Piece {
+  int n_planes = 0, half_planes = 0;  // planes that reach number 0, number 32 of the piece
+  bool later = false;                 // not the first: the path goes on
+  uint32_t at[kMaxPlanes];
+  __m256i bit[kMaxPlanes][2];  // what a bit of a plane adds to a code
+  int bits[4] = {};            // of 16 numbers each; those above kByteBits are no bytes
+  bool five[2] = {};           // whether some have five bits
+  __m256i middle[2], flip[2], small[2], large[2];
+
+  Piece() = default;
+  Piece(const TrellisRuns& runs, int first) : later(first > 0) {
+    const PlaneLayout& planes = *runs.planes;
+    for (int p = 0; p < planes.n_planes && planes.numbers[p] > first; ++p, ++n_planes) {
+      const int n = planes.numbers[p] - first;
+      half_planes += n > 32;
+      at[p] = planes.at[p] + unsigned(first) / 8;
+      const __m256i lane = _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneNumbers));
+      for (int h = 0; h < 2; ++h) {
+        const __m256i end = _mm256_set1_epi8(char(std::clamp(n - 32 * h, 0, 32)));
+        bit[p][h] = _mm256_and_si256(_mm256_cmpgt_epi8(end, lane), _mm256_set1_epi8(char(2 << p)));
+      }
+    }
+    __m128i m[4], f[4], table[4][2];
+    for (int c = 0; c < 4; ++c) {
+      const int i = first + 16 * c;
+      bits[c] = i < runs.n() ? runs.bits[i / runs.per_run] : 0;
+      const int in_byte = bits[c] <= kByteBits ? bits[c] : 0;
+      m[c] = _mm_set1_epi8(char(1 << in_byte));
+      f[c] = _mm_set1_epi8(char((2 << in_byte) - 1));
+      five[c / 2] |= bits[c] == kByteBits;
+      const auto* from = reinterpret_cast<const __m128i*>(kMagnitudes.of[in_byte]);
+      for (int half = 0; half < 2; ++half) table[c][half] = _mm_load_si128(from + half);
+    }
+    for (int h = 0; h < 2; ++h) {
+      middle[h] = _mm256_set_m128i(m[2 * h + 1], m[2 * h]);
+      flip[h] = _mm256_set_m128i(f[2 * h + 1], f[2 * h]);
+      small[h] = _mm256_set_m128i(table[2 * h + 1][0], table[2 * h][0]);
+      large[h] = _mm256_set_m128i(table[2 * h + 1][1], table[2 * h][1]);
+    }
   }
-  return _mm_sub_epi8(_mm_xor_si128(size, negative), negative);
+
+  // Codes of numbers 32 h .. 32 h + 31.
+  template <int kPlanes>
+  [[gnu::always_inline]] void Codes(const uint8_t* row, __m256i (&codes)[2]) const {
+    const auto word = [](const uint8_t* from) {
+      uint64_t bits;
+      std::memcpy(&bits, from, 8);
+      return bits;
+    };
+    const uint64_t place = 0x0101010101010101u;
+    const __m256i places[2] = {
+        _mm256_setr_epi64x(0, int64_t(place), int64_t(2 * place), int64_t(3 * place)),
+        _mm256_setr_epi64x(int64_t(4 * place), int64_t(5 * place), int64_t(6 * place),
+                           int64_t(7 * place))};
+    const __m256i select = _mm256_set1_epi64x(int64_t(0x8040201008040201u));
+    const auto set = [&](uint64_t plane, int h) {
+      return _mm256_cmpeq_epi8(
+          _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi64x(int64_t(plane)), places[h]),
+                           select),
+          select);
+    };
+    const uint8_t* path = row + at[0];
+    const PathPlanes c(word(path), later ? word(path - 8) : 0);
+    for (int h = 0; h < 2; ++h) {
+      codes[h] = _mm256_or_si256(_mm256_and_si256(set(c.c0, h), _mm256_set1_epi8(1)),
+                                 _mm256_and_si256(set(c.c1, h), _mm256_set1_epi8(2)));
+    }
+    for (int p = 1; p < kPlanes; ++p) {
+      const uint64_t plane = word(row + at[p]);
+      codes[0] = _mm256_or_si256(codes[0], _mm256_and_si256(set(plane, 0), bit[p][0]));
+      if (p < half_planes)
+        codes[1] = _mm256_or_si256(codes[1], _mm256_and_si256(set(plane, 1), bit[p][1]));
+    }
+  }
+
+  [[gnu::always_inline]] __m256i Levels(int h, __m256i code) const {
+    const __m256i negative = _mm256_cmpgt_epi8(middle[h], code);
+    // code - middle at or above it, middle - 1 - code below.
+    const __m256i place =
+        _mm256_xor_si256(_mm256_xor_si256(code, middle[h]), _mm256_and_si256(negative, flip[h]));
+    __m256i size = _mm256_shuffle_epi8(small[h], place);
+    if (five[h]) {
+      size = _mm256_blendv_epi8(size, _mm256_shuffle_epi8(large[h], place),
+                                _mm256_cmpgt_epi8(place, _mm256_set1_epi8(15)));
+    }
+    return _mm256_sub_epi8(_mm256_xor_si256(size, negative), negative);
+  }
+};
+
+// Calls body(constant) with the number of planes at compile time.
+template <int kMost = kMaxPlanes, typename Body>
+inline void WithPlanes(int n, Body&& body) {
+  if constexpr (kMost == 1) {
+    body(std::integral_constant<int, 1>());
+  } else {
+    if (n >= kMost) return body(std::integral_constant<int, kMost>());
+    WithPlanes<kMost - 1>(n, body);
+  }
 }
 
 inline __m256 WideLevels(int bits, __m128i eight_codes) {
@@ -157,21 +223,28 @@ inline __m256 WideLevels(int bits, __m128i eight_codes) {
 
 inline __m256 Floats8(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
 
-// TrellisNumbers, eight numbers of one run at a time, else one by one.
+// TrellisNumbers, 16 numbers of one run at a time, else one by one.
 inline void TrellisFloats(const TrellisRuns& runs, const uint8_t* row, const float* unit,
                           float* out) {
-  if (runs.per_run % 8 != 0) return TrellisNumbers(runs, row, unit, out);
-  uint64_t before = 0;
+  if (runs.per_run % 16 != 0) return TrellisNumbers(runs, row, unit, out);
   for (int first = 0; first < runs.n(); first += 64) {
-    __m128i codes[4];
-    Codes64(*runs.planes, row, first, &before, codes);
-    for (int i = first; i < first + 64 && i < runs.n(); i += 8) {
-      const int run = i / runs.per_run, bits = runs.bits[run];
-      __m128i code = codes[(i - first) / 16];
-      if (i % 16 != 0) code = _mm_srli_si128(code, 8);
-      const __m256 level =
-          bits > kByteBits ? WideLevels(bits, code) : Floats8(NarrowLevels(bits, code));
-      _mm256_storeu_ps(out + i, _mm256_mul_ps(level, _mm256_set1_ps(unit[run])));
+    const Piece piece(runs, first);
+    __m256i codes[2];
+    WithPlanes(piece.n_planes, [&](auto planes) { piece.Codes<planes()>(row, codes); });
+    alignas(32) uint8_t code[64];
+    alignas(32) int8_t level[64];
+    for (int h = 0; h < 2; ++h) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(code + 32 * h), codes[h]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(level + 32 * h), piece.Levels(h, codes[h]));
+    }
+    for (int i = 0; i < 64 && first + i < runs.n(); i += 8) {
+      const int bits = piece.bits[i / 16];
+      const __m256 x =
+          bits > kByteBits
+              ? WideLevels(bits, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(code + i)))
+              : Floats8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(level + i)));
+      _mm256_storeu_ps(out + first + i,
+                       _mm256_mul_ps(x, _mm256_set1_ps(unit[(first + i) / runs.per_run])));
     }
   }
 }
@@ -525,31 +598,41 @@ struct GainTable {
 };
 constexpr GainTable kGains;
 
-[[gnu::noinline]] void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows,
-                                 TierRun* out) {
-  const int n = layout.head_dim, per_tier = layout.per_tier();
-  // Rows that are not there score zero, whatever was left at their place.
+[[gnu::noinline]] void UnpackRun(const KeyLayout& layout, const Piece* pieces,
+                                 const uint8_t* rows16, unsigned rows, TierRun* out) {
+  const size_t bytes = layout.bytes;
+  // Rows that are not there score zero, whatever is at their place.
   if (rows != 0xffff) std::memset(out->unit, 0, sizeof(out->unit));
+  const float* units[kTiers];
+  for (int t = 0; t < kTiers; ++t) units[t] = kGains.key[TierBits(layout.number, t)];
   for (; rows != 0; rows &= rows - 1) {
     const int i = std::countr_zero(rows);
-    const uint8_t* row = rows16 + size_t(i) * layout.bytes;
-    for (int t = 0; t < kTiers; ++t)
-      out->unit[i][t] = kGains.key[TierBits(layout.number, t)][TierGain(row, t)];
-    uint64_t before = 0;
-    for (int first = 0; first < n; first += 64) {
-      __m128i codes[4];
-      Codes64(layout.planes, row, first, &before, codes);
-      for (int c = 0; c < 4 && first + 16 * c < n; ++c) {
-        const int j = first + 16 * c, bits = TierBits(layout.number, j / per_tier);
-        if (bits > kByteBits) {
-          _mm256_store_ps(out->wide[i] + j, WideLevels(bits, codes[c]));
-          _mm256_store_ps(out->wide[i] + j + 8, WideLevels(bits, _mm_srli_si128(codes[c], 8)));
-        } else {
-          _mm_store_si128(reinterpret_cast<__m128i*>(out->level[i] + j),
-                          NarrowLevels(bits, codes[c]));
+    const uint32_t gains = Word32(rows16 + size_t(i) * bytes);
+    for (int t = 0; t < kTiers; ++t) out->unit[i][t] = units[t][gains >> (6 * t) & 63];
+  }
+  for (int first = 0; first < layout.head_dim; first += 64) {
+    const Piece& piece = pieces[first / 64];
+    const int wide =
+        int(std::count_if(piece.bits, piece.bits + 4, [](int bits) { return bits > kByteBits; }));
+    WithPlanes(piece.n_planes, [&](auto planes) {
+      for (int i = 0; i < 16; ++i) {
+        __m256i codes[2];
+        piece.Codes<planes()>(rows16 + size_t(i) * bytes, codes);
+        for (int h = 0; h < 2; ++h) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(out->level[i] + first + 32 * h),
+                             piece.Levels(h, codes[h]));
         }
+        const auto widen = [&](int c, __m128i code) {
+          float* to = out->wide[i] + first + 16 * c;
+          _mm256_store_ps(to, WideLevels(piece.bits[c], code));
+          _mm256_store_ps(to + 8, WideLevels(piece.bits[c], _mm_srli_si128(code, 8)));
+        };
+        if (wide > 0) widen(0, _mm256_castsi256_si128(codes[0]));
+        if (wide > 1) widen(1, _mm256_extracti128_si256(codes[0], 1));
+        if (wide > 2) widen(2, _mm256_castsi256_si128(codes[1]));
+        if (wide > 3) widen(3, _mm256_extracti128_si256(codes[1], 1));
       }
-    }
+    });
   }
 }
 
@@ -606,19 +689,19 @@ struct ValueLevels {
 
 [[gnu::noinline]] void UnpackValues(const ValueLayout& layout, const PackedTile& tile,
                                     ValueLevels* out) {
-  const int bits = TrellisBits(layout.number);
-  for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
-    const int t = std::countr_zero(rows);
-    const uint8_t* row = tile.value[t / 16] + size_t(t % 16) * layout.bytes;
-    uint64_t before = 0;
-    for (int first = 0; first < layout.head_dim; first += 64) {
-      __m128i codes[4];
-      Codes64(layout.planes, row, first, &before, codes);
-      for (int c = 0; c < 4; ++c) {
-        _mm_store_si128(reinterpret_cast<__m128i*>(out->level[t] + first + 16 * c),
-                        NarrowLevels(bits, codes[c]));
+  for (int first = 0; first < layout.head_dim; first += 64) {
+    const Piece piece(RunsOf(layout), first);
+    WithPlanes<4>(piece.n_planes, [&](auto planes) {
+      for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
+        const int t = std::countr_zero(rows);
+        __m256i codes[2];
+        piece.Codes<planes()>(tile.value[t / 16] + size_t(t % 16) * layout.bytes, codes);
+        for (int h = 0; h < 2; ++h) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(out->level[t] + first + 32 * h),
+                             piece.Levels(h, codes[h]));
+        }
       }
-    }
+    });
   }
 }
 
@@ -659,29 +742,20 @@ template <int R>
     LevelBlock<R, 1>(values, rows, weight, correction, c, o, o_stride);
 }
 
-// What the weights of a value row are multiplied with, NaN where it is not finite.
-inline float ValueUnit(const ValueLayout& layout, const uint8_t* row) {
-  if (layout.trellis()) {
-    return row[0] == kValueGainNotFinite ? std::numeric_limits<float>::quiet_NaN()
-                                         : kGains.value[TrellisBits(layout.number)][row[0]];
-  }
-  const int e = int(GetScale(row));
-  return e == kValueScaleNotFinite ? std::numeric_limits<float>::quiet_NaN()
-                                   : ValueScaleGrid::Value(e);
-}
-
 void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
                const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                const Scratch& scratch, const AttentionState& state) {
+  // What the weights of a value row are multiplied with.
   alignas(32) float unit[kTile] = {};
   uint64_t not_finite = 0;
+  const float* gains = value.trellis() ? kGains.value[TrellisBits(value.number)] : nullptr;
   for (uint64_t rows = tile.rows; rows != 0; rows &= rows - 1) {
     const int t = std::countr_zero(rows);
-    unit[t] = ValueUnit(value, tile.value[t / 16] + size_t(t % 16) * value.bytes);
-    if (unit[t] != unit[t]) {
-      unit[t] = 0.0f;
-      not_finite |= uint64_t{1} << t;
-    }
+    const uint8_t* row = tile.value[t / 16] + size_t(t % 16) * value.bytes;
+    const int e = gains != nullptr ? row[0] : int(GetScale(row));
+    const bool finite = e != (gains != nullptr ? kValueGainNotFinite : kValueScaleNotFinite);
+    not_finite |= uint64_t{!finite} << t;
+    unit[t] = gains != nullptr ? gains[e] : finite ? ValueScaleGrid::Value(e) : 0.0f;
   }
   const auto in_runs = [&](auto&& body) {
     for (int run = 0; run < kTile / 16; ++run) {
@@ -691,8 +765,11 @@ void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock&
   };
   if (key.tiered()) {
     TierRun keys;
+    Piece pieces[kMaxHeadDim / 64];
+    for (int first = 0; first < key.head_dim; first += 64)
+      pieces[first / 64] = Piece(RunsOf(key), first);
     in_runs([&](int run, unsigned rows) {
-      UnpackRun(key, tile.key[run], rows, &keys);
+      UnpackRun(key, pieces, tile.key[run], rows, &keys);
       InParts<4>(block.n_rows, [&](int row, auto n) {
         RunScores<n()>(key, scratch.queries, row, keys, run, scratch.score);
       });

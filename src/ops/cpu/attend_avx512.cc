@@ -195,29 +195,55 @@ inline __m512 LevelsOfCodes(int bits, __m512i code) {
   return _mm512_or_ps(whole, _mm512_and_ps(y, _mm512_set1_ps(-0.0f)));
 }
 
-// Codes of 64 trellis-coded numbers from number `first` on: a plane is a mask, a code the sum of
-// the bits under it. before: the path of the 64 numbers before them, which becomes that of these.
-inline __m512i Codes64(const PlaneLayout& planes, const uint8_t* row, int first, uint64_t* before) {
-  const uint64_t path = PlaneWord(planes, row, 0, first);
-  const PathPlanes c(path, *before);
-  *before = path;
-  __m512i code = _mm512_maskz_set1_epi8(c.c0, 1);
-  code = _mm512_mask_add_epi8(code, c.c1, code, _mm512_set1_epi8(2));
-  for (int p = 1; p < planes.n_planes && planes.numbers[p] > first; ++p) {
-    code = _mm512_mask_add_epi8(code, PlaneWord(planes, row, p, first), code,
-                                _mm512_set1_epi8(char(2 << p)));
+// Where the codes of 64 trellis-coded numbers lie in a row, numbers first .. first + 63: a plane is
+// a mask, a code the sum of the bits under it. Behind a plane's last number a bit counts for
+// nothing; behind the last number of all, codes are anything.
+struct Piece {
+  int n_planes = 0;
+  bool later;  // not the first: the path goes on
+  uint32_t at[kMaxPlanes];
+  __m512i bit[kMaxPlanes];
+  Piece(const PlaneLayout& planes, int first) : later(first > 0) {
+    for (int p = 0; p < planes.n_planes && planes.numbers[p] > first; ++p, ++n_planes) {
+      const int n = planes.numbers[p] - first;
+      const __mmask64 lanes = n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+      at[p] = planes.at[p] + unsigned(first) / 8;
+      bit[p] = _mm512_maskz_set1_epi8(lanes, char(2 << p));
+    }
   }
-  return code;
+
+  template <int kPlanes>
+  __m512i Codes(const uint8_t* row) const {
+    const uint8_t* path = row + at[0];
+    const PathPlanes c(Word(path), later ? Word(path - 8) : 0);
+    __m512i code = _mm512_maskz_set1_epi8(c.c0, 1);
+    code = _mm512_mask_add_epi8(code, c.c1, code, _mm512_set1_epi8(2));
+    for (int p = 1; p < kPlanes; ++p)
+      code = _mm512_mask_add_epi8(code, Word(row + at[p]), code, bit[p]);
+    return code;
+  }
+};
+
+// Calls body(constant) with the number of planes at compile time.
+template <int kMost = kMaxPlanes, typename Body>
+inline void WithPlanes(int n, Body&& body) {
+  if constexpr (kMost == 1) {
+    body(std::integral_constant<int, 1>());
+  } else {
+    if (n >= kMost) return body(std::integral_constant<int, kMost>());
+    WithPlanes<kMost - 1>(n, body);
+  }
 }
 
 // TrellisNumbers; sixteen numbers belong to one run, else one by one.
 inline void TrellisFloats(const TrellisRuns& runs, const uint8_t* row, const float* unit,
                           float* out) {
   if (runs.per_run % 16 != 0) return TrellisNumbers(runs, row, unit, out);
-  uint64_t before = 0;
   for (int first = 0; first < runs.n(); first += 64) {
+    const Piece piece(*runs.planes, first);
     alignas(64) uint8_t codes[64];
-    _mm512_store_si512(codes, Codes64(*runs.planes, row, first, &before));
+    WithPlanes(piece.n_planes,
+               [&](auto planes) { _mm512_store_si512(codes, piece.Codes<planes()>(row)); });
     for (int i = first; i < first + 64 && i < runs.n(); i += 16) {
       const int run = i / runs.per_run;
       const __m512i sixteen =
@@ -549,7 +575,6 @@ struct CodeTables {
   alignas(64) int8_t level[kByteBits + 1][64] = {};
   alignas(64) uint8_t centred[kByteBits + 1][64] = {};  // 128 + level
   alignas(64) uint8_t high[2][256] = {}, low[2][256] = {};
-  float key_unit[kMaxTrellisBits + 1][64] = {}, value_unit[5][256] = {};  // by code of the gain
   constexpr CodeTables() {
     for (int bits = 1; bits <= kMaxTrellisBits; ++bits) {
       const TrellisLevels& levels = kTrellisLevels[bits];
@@ -563,12 +588,6 @@ struct CodeTables {
           low[bits - 6][code] = uint8_t((x + 1024) & 7);
         }
       }
-      for (int e = 0; e < 64; ++e) key_unit[bits][e] = TierGainGrid::Value(e) * levels.inverse_top;
-      key_unit[bits][kTierGainNotFinite] = std::numeric_limits<float>::quiet_NaN();
-      if (bits > 4) continue;
-      for (int e = 0; e < 255; ++e)
-        value_unit[bits][e] = ValueGainGrid::Value(e) * levels.inverse_top;
-      value_unit[bits][kValueGainNotFinite] = std::numeric_limits<float>::quiet_NaN();
     }
   }
 };
@@ -598,22 +617,14 @@ inline bool WideTier(const KeyLayout& layout, int tier) {
 void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, int run,
                TierBytes* out) {
   const int n = layout.head_dim, per_tier = layout.per_tier(), n_pieces = (n + 63) / 64;
-  alignas(64) uint8_t code[kMaxHeadDim / 64][16][64];
-  alignas(64) uint32_t gains[16];
-  for (int i = 0; i < 16; ++i) {
-    const uint8_t* row = rows16 + size_t(i) * layout.bytes;
-    gains[i] = 0;
-    if ((rows >> i & 1) != 0) std::memcpy(&gains[i], row, 4);
-    uint64_t before = 0;
-    for (int p = 0; p < n_pieces; ++p) {
-      _mm512_store_si512(code[p][i], (rows >> i & 1) != 0
-                                         ? Codes64(layout.planes, row, 64 * p, &before)
-                                         : _mm512_setzero_si512());
-    }
-  }
   for (int p = 0; p < n_pieces; ++p) {
+    const Piece piece(layout.planes, 64 * p);
     Vec block[16];
-    for (int i = 0; i < 16; ++i) block[i] = _mm512_load_ps(code[p][i]);
+    // Rows that are not there give codes as well; without a unit they score zero.
+    WithPlanes(piece.n_planes, [&](auto planes) {
+      for (int i = 0; i < 16; ++i)
+        block[i] = _mm512_castsi512_ps(piece.Codes<planes()>(rows16 + size_t(i) * layout.bytes));
+    });
     TransposeStage<1>(block);
     uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
     for (int c = 0; c < 16 && 64 * p + 4 * c < n; ++c) {
@@ -630,12 +641,19 @@ void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, in
       }
     }
   }
-  const __m512i words = _mm512_load_si512(gains);
+  alignas(64) uint32_t gains[16];
+  for (int i = 0; i < 16; ++i) std::memcpy(&gains[i], rows16 + size_t(i) * layout.bytes, 4);
+  const __m512i words = _mm512_maskz_load_epi32(__mmask16(rows), gains);
   for (int t = 0; t < kTiers; ++t) {
     const __m512i e =
         _mm512_and_si512(_mm512_srli_epi32(words, unsigned(6 * t)), _mm512_set1_epi32(63));
-    _mm512_store_ps(out->unit[t] + 16 * run,
-                    _mm512_i32gather_ps(e, kCodes.key_unit[TierBits(layout.number, t)], 4));
+    const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kTierGainNotFinite));
+    const __m512 unit =
+        _mm512_mul_ps(GridValues<4, 8>(e),
+                      _mm512_set1_ps(kTrellisLevels[TierBits(layout.number, t)].inverse_top));
+    _mm512_store_ps(
+        out->unit[t] + 16 * run,
+        _mm512_mask_mov_ps(unit, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN())));
   }
 }
 
@@ -681,20 +699,18 @@ struct ValueBytes {
   alignas(64) int8_t level[kTile * kMaxHeadDim];
 };
 
+template <int kBits>
 void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
   const int n_pieces = (layout.head_dim + 63) / 64;
-  const __m512i levels = _mm512_load_si512(kCodes.level[TrellisBits(layout.number)]);
-  for (int g = 0; g < kTile / 4; ++g) {
-    const unsigned rows = unsigned(tile.rows >> (4 * g)) & 15;
-    if (rows == 0) continue;
-    uint64_t before[4] = {};
-    for (int p = 0; p < n_pieces; ++p) {
+  const __m512i levels = _mm512_load_si512(kCodes.level[kBits]);
+  for (int p = 0; p < n_pieces; ++p) {
+    const Piece piece(layout.planes, 64 * p);
+    for (int g = 0; g < kTile / 4; ++g) {
+      if ((tile.rows >> (4 * g) & 15) == 0) continue;
+      const uint8_t* row = tile.value[g / 4] + size_t(g % 4 * 4) * layout.bytes;
       __m512i x[4];
       for (int i = 0; i < 4; ++i) {
-        const uint8_t* row = tile.value[g / 4] + size_t(g % 4 * 4 + i) * layout.bytes;
-        x[i] = (rows >> i & 1) != 0 ? _mm512_permutexvar_epi8(
-                                          Codes64(layout.planes, row, 64 * p, &before[i]), levels)
-                                    : _mm512_setzero_si512();
+        x[i] = _mm512_permutexvar_epi8(piece.Codes<kBits>(row + size_t(i) * layout.bytes), levels);
       }
       const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
       const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
@@ -915,7 +931,8 @@ inline __mmask16 ValueUnits(const ValueLayout& layout, const uint8_t* rows16, un
     const __m512i e =
         _mm512_and_si512(ScaleWords(rows16, layout.bytes, rows), _mm512_set1_epi32(255));
     nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kValueGainNotFinite));
-    x = _mm512_i32gather_ps(e, kCodes.value_unit[TrellisBits(layout.number)], 4);
+    x = _mm512_mul_ps(GridValues<4, 40>(e),
+                      _mm512_set1_ps(kTrellisLevels[TrellisBits(layout.number)].inverse_top));
   } else {
     const __m512i e =
         _mm512_and_si512(ScaleWords(rows16, layout.bytes, rows), _mm512_set1_epi32(4095));
@@ -955,7 +972,10 @@ inline void AttendBytes(const KeyLayout& key, const ValueLayout& value, const Qu
     _mm512_mask_store_ps(keys.FirstUnit() + 16 * run, __mmask16(nan),
                          _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
   }
-  if (value.trellis()) UnpackValues(value, tile, &levels);
+  if (value.trellis()) {
+    WithPlanes<4>(TrellisBits(value.number),
+                  [&](auto bits) { UnpackValues<bits()>(value, tile, &levels); });
+  }
   if (!value.rotated()) ClearHoles(tile.rows, scratch.value, PadTo16(block.v_dim));
   InParts<4>(block.n_rows, [&](int row, auto n) {
     ByteRows<n()>(key, block, row, keys, values, visible, mask, scratch, state);

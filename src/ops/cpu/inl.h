@@ -1,6 +1,7 @@
 // What the -inl.h files need, included before the namespace of the instruction set is opened.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>

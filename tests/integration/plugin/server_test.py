@@ -140,7 +140,7 @@ class State(Case):
             self.assertLess(self.assertStops(server)["bits_per_element"], 9)
         with self.subTest("in one that has not"), self.serve(weights=False) as server:
             # What comes next is packed with weights of its own.
-            self.assertEqual(self.resume(server, 1).parts_from(expected, tie=1), "")
+            self.assertEqual(self.resume(server, 1).parts_from(expected, tie=1.5), "")
             self.assertRegex(server.log(), "sparkv: warning: [0-9]+ restored rows stay dense")
             self.assertStops(server)
 

@@ -14,9 +14,10 @@ namespace sparkv {
 namespace {
 
 constexpr char kPrefix[] = "SPARKV_";
-constexpr const char* kParameters[] = {
-    "RATIO", "RECOVER", "GROUP",  "KEPT",    "VALUES", "SINKS",       "WINDOW", "OBSERVE", "SEAL",
-    "SIMD",  "THREADS", "LAYERS", "PROTECT", "BUDGET", "SENSITIVITY", "EVICT",  "BASELINE"};
+constexpr const char* kParameters[] = {"RATIO",   "RECOVER", "GROUP",   "KEPT",   "VALUES",
+                                       "SINKS",   "WINDOW",  "OBSERVE", "SEAL",   "SIMD",
+                                       "THREADS", "LAYERS",  "PROTECT", "BUDGET", "SENSITIVITY",
+                                       "RECENT",  "EVICT",   "BASELINE"};
 constexpr const char* kOthers[] = {"PRESET", "LOG", "STATS", "WEIGHTS", "SALIENCY", "ALLOW_RPC"};
 constexpr const char* kLevels[] = {"off", "error", "warn", "info", "debug"};
 

@@ -56,9 +56,9 @@ typedef enum sparkv_recover {
 /* How the query heads of one group become one channel weight: signed mean (reference) or energy
  * (ours). */
 typedef enum sparkv_group { SPARKV_GROUP_SIGNED = 0, SPARKV_GROUP_ENERGY = 1 } sparkv_group;
-/* Number type of kept key channels and of value rows. All but f16 values are Hadamard-rotated. Tiers
- * (keys only) prune nothing: a quarter of the channels each, by falling saliency, has as many bits as
- * the name says. Trellis (values only): 4, 3 or 2 bits (docs/method.md, section 13). */
+/* Number type of kept key channels and of value rows. All but f16 values are Hadamard-rotated.
+ * Tiers (keys only) prune nothing: a quarter of the channels each, by falling saliency, has as many
+ * bits as the name says. Trellis (values only): 4, 3 or 2 bits (docs/method.md, section 13). */
 typedef enum sparkv_number {
   SPARKV_F16 = 0,
   SPARKV_INT8 = 1,
@@ -82,16 +82,16 @@ typedef enum sparkv_simd {
   SPARKV_SIMD_NEON = 4
 } sparkv_simd;
 
-/* Which rows of a KV head leave when a prompt has ended, and again whenever 128 more are packed. All
- * keep the dense rows (sinks, window). */
+/* Which rows of a KV head leave when a prompt has ended, and again whenever 128 more are packed.
+ * All keep the dense rows (sinks, window). */
 typedef enum sparkv_evict {
   SPARKV_EVICT_NONE = 0,
   SPARKV_EVICT_STREAMINGLLM = 1, /* all but the newest (arXiv 2309.17453) */
-  SPARKV_EVICT_TOVA = 2,      /* least read by the newest query, of all heads (arXiv 2401.06104) */
-  SPARKV_EVICT_KNORM = 3,     /* largest keys (arXiv 2406.11430) */
-  SPARKV_EVICT_KEYDIFF = 4,   /* keys most like the mean key (arXiv 2504.15364) */
-  SPARKV_EVICT_SNAPKV = 5,    /* least read by the newest `observe` queries (arXiv 2404.14469) */
-  SPARKV_EVICT_PYRAMIDKV = 6  /* SnapKV, more tokens in lower layers (arXiv 2406.02069) */
+  SPARKV_EVICT_TOVA = 2,     /* least read by the newest query, of all heads (arXiv 2401.06104) */
+  SPARKV_EVICT_KNORM = 3,    /* largest keys (arXiv 2406.11430) */
+  SPARKV_EVICT_KEYDIFF = 4,  /* keys most like the mean key (arXiv 2504.15364) */
+  SPARKV_EVICT_SNAPKV = 5,   /* least read by the newest `observe` queries (arXiv 2404.14469) */
+  SPARKV_EVICT_PYRAMIDKV = 6 /* SnapKV, more tokens in lower layers (arXiv 2406.02069) */
 } sparkv_evict;
 
 typedef struct sparkv_config {
@@ -99,7 +99,7 @@ typedef struct sparkv_config {
   int32_t recover; /* sparkv_recover */
   int32_t group;   /* sparkv_group */
   int32_t kept;    /* sparkv_number of kept key channels */
-  int32_t values;  /* sparkv_number of value rows: F16, INT8 or INT4 */
+  int32_t values;  /* sparkv_number of value rows: F16, INT8, INT4 or TRELLIS */
   int32_t seal;    /* sparkv_seal */
   int32_t simd;    /* sparkv_simd */
   double ratio;    /* share of key channels pruned, [0, 1]; kept = D - int(ratio * D), the product
@@ -111,18 +111,22 @@ typedef struct sparkv_config {
   int32_t threads; /* 0: as many as the host says, else [1, 256] */
   int32_t protect_first; /* the model's first and last layers that are protected: nothing pruned, */
   int32_t protect_last;  /* 8-bit numbers; [0, 9999] */
-  char preset[32];  /* the name the configuration started from, for reports */
-  char layers[2048]; /* layers of their own: "0-1=spark-0-i8,29=spark-0.5-i6+q8"; empty: none */
-  char budget[32];   /* what all rows may take: "4bpe" (bits per element, dense rows and weights
-                        counted), "512MiB", "auto" (what `config` takes without it); empty: none */
+  char preset[32];       /* the name the configuration started from, for reports */
+  char layers[2048];     /* layers of their own: "0-1=spark-0-i8,29=spark-0.5-i6+q8"; empty: none */
+  char budget[32];       /* what all rows may take: "4bpe" (bits per element, dense rows and weights
+                            counted), "512MiB", "auto" (what `config` takes without it); empty: none */
   char sensitivity[512]; /* what a budget takes from which layer: "0-4:0.5,15-19:7.1", layers that
                             are not named count 1; empty: all count alike */
-  int32_t evict;        /* sparkv_evict */
+  char recent[96]; /* rows between the window and the packed ones: "256:i8+q8,1024:t7432+t4": rows
+                      less than 256 tokens old have 8-bit keys, none pruned, and 8-bit values, then
+                      less than 1,024 the next; layers whose packed rows take more bytes than a
+                      stage keep packed ones; at most three; empty: none. Ours */
+  int32_t evict;   /* sparkv_evict */
   int32_t evict_tokens; /* tokens that stay in a KV head, dense ones counted (a mean over layers for
                            PyramidKV); above sinks + window, 0 without eviction */
-  char baseline[32]; /* for comparison only: rows that are packed are coded and decoded as this
-                        codec of others would and stored dense; kivi-2, turboquant-3, think-0.5,
-                        ... go with preset "exact" alone; empty: none */
+  char baseline[32];    /* for comparison only: rows that are packed are coded and decoded as this
+                           codec of others would and stored dense; kivi-2, turboquant-3, think-0.5,
+                           ... go with preset "exact" alone; empty: none */
 } sparkv_config;
 
 /* Fills `config` from a preset: "exact", "spark-R" (f16 kept, f16 values) or "spark-R-iB" (B in 8,
@@ -131,9 +135,9 @@ typedef struct sparkv_config {
 SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name,
                                               sparkv_error* error);
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,
- * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, evict: "snapkv:512"
- * or "none", baseline) from text. Unknown names and bad values are SPARKV_INVALID and leave
- * `config` as it was. */
+ * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, recent, evict:
+ * "snapkv:512" or "none", baseline) from text. Unknown names and bad values are SPARKV_INVALID and
+ * leave `config` as it was. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
                                            const char* value, sparkv_error* error);
 /* *out = `config` as it counts for layer `layer` of a model with n_layers, 0..9999. Entries of

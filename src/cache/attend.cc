@@ -54,8 +54,9 @@ Status KvCache::Attend(const sparkv_attend_args& args) {
     MakeTables(args);
     KeepQueries(args);
   }
-  // No tile asks for weights while nothing is packed.
-  if (n_sealed_ > 0 || n_evicted_ > 0 || !step_.sealing.empty()) ExpandTables(args.layer);
+  // No tile asks for weights while all rows are f16.
+  if (n_sealed_ > 0 || n_evicted_ > 0 || n_dense_ > in_stage_[0] || !step_.aging.empty())
+    ExpandTables(args.layer);
   if (first) SealLayer(args.layer);
   AttendLayer(args);
   if (first) {
@@ -99,7 +100,12 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
                       double(args.n_kv) * double(k_dim + v_dim);
   const int n_threads = work < kWorthWaking ? 1 : pool_.size();
   const size_t kernel_floats = ScratchFloats(k_dim, v_dim, block_rows);
-  const size_t scratch_floats = kernel_floats + block_rows * (size_t(k_dim) + o_stride + 2) + 16;
+  // A tile of rows of a stage, and what kernels may read past it.
+  size_t tile_bytes = 0;
+  for (const StageLayout& rows : layer.stages)
+    tile_bytes = std::max(tile_bytes, size_t(kTile) * (rows.key.bytes + rows.value.bytes) + 128);
+  const size_t scratch_floats =
+      kernel_floats + block_rows * (size_t(k_dim) + o_stride + 2) + tile_bytes / sizeof(float) + 16;
   if (thread_space_.size() < size_t(n_threads)) thread_space_.resize(size_t(n_threads));
   for (auto& space : thread_space_) {
     if (space.size() < scratch_floats) space.assign(scratch_floats, 0.0f);
@@ -130,11 +136,12 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
                                              size_t(token) * args.mask_token_stride);
   };
 
-  // Scratch of a thread: kernels' scratch | queries of the block | state.
+  // Scratch of a thread: kernels' scratch | queries of the block | state | rows of a tile.
   struct Space {
     Scratch scratch;
     float* q;
     float* state;
+    uint8_t* rows;
   };
   const auto space_of = [&](int thread) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(thread_space_[size_t(thread)].data());
@@ -143,6 +150,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     s.scratch = MakeScratch(p, k_dim, v_dim);
     s.q = p + kernel_floats;
     s.state = s.q + block_rows * size_t(k_dim);
+    s.rows = reinterpret_cast<uint8_t*>(s.state + block_rows * (o_stride + 2));
     return s;
   };
   const auto state_at = [&](float* p) {
@@ -170,15 +178,15 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     bool any = false;
     const float* table = nullptr;  // the scratch has the queries in the form for it
   };
-  const auto attend_under = [&](const float* table, const QueryBlock& block,
-                                const uint64_t* visible, const uint16_t* const* mask,
-                                const Space& space, const AttentionState& state, PackedTile* tile,
-                                Prepared* prepared) {
+  const auto attend_under = [&](const KeyLayout& key, const ValueLayout& value, const float* table,
+                                const QueryBlock& block, const uint64_t* visible,
+                                const uint16_t* const* mask, const Space& space,
+                                const AttentionState& state, PackedTile* tile, Prepared* prepared) {
     tile->table = table;
     if (!prepared->any || prepared->table != table)
-      ops_->prepare_queries(layer.key, table, block, space.scratch);
+      ops_->prepare_queries(key, table, block, space.scratch);
     *prepared = {true, table};
-    ops_->attend_packed(layer.key, layer.value, block, *tile, visible, mask, space.scratch, state);
+    ops_->attend_packed(key, value, block, *tile, visible, mask, space.scratch, state);
   };
 
   const auto attend_packed = [&](int stream, int head, int64_t first, int64_t n, int64_t tile_begin,
@@ -193,8 +201,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     PackedTile tile;
     Prepared prepared;
     const auto attend_rows = [&](uint16_t id) {
-      attend_under(HeadTable(layer, id, head), block, visible, mask, space, state, &tile,
-                   &prepared);
+      attend_under(layer.key, layer.value, HeadTable(layer, id, head), block, visible, mask, space,
+                   state, &tile, &prepared);
     };
     for (int64_t w = tile_begin; w < tile_end; ++w) {
       uint64_t any = 0;
@@ -285,8 +293,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
           [&](uint16_t id, uint64_t rows) {
             tile.rows = rows;
             for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-            attend_under(HeadTable(layer, id, head), block, visible, mask, space, state, &tile,
-                         &prepared);
+            attend_under(layer.key, layer.value, HeadTable(layer, id, head), block, visible, mask,
+                         space, state, &tile, &prepared);
           });
     };
     int64_t n_rows = 0;
@@ -298,57 +306,110 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     if (n_rows > 0) attend_tile(n_rows);
   };
 
-  const auto attend_dense = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
-                                const AttentionState& state) {
-    const QueryBlock block = query_block(head, n * group, space.q);
+  // Calls body(columns, rows, visible, mask) for tiles of columns that somebody sees in `stage`.
+  const auto each_tile_of = [&](int stage, int stream, int64_t first, int64_t n,
+                                const QueryBlock& block, auto&& body) {
     const std::vector<Column>& columns = view_.columns[size_t(stream)];
+    const std::vector<uint64_t>& bits = view_.stage_bits[size_t(stage)];
     const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
     uint64_t visible[kBlockTokens];
     const uint16_t* mask[kBlockTokens];
     uint16_t gathered[kBlockTokens][kTile];
-    DenseTile tile;
+    for (int64_t t = 0; t < n; ++t) mask[t] = gathered[t];
     for (size_t w = 0; w < view_.dense_words; ++w) {
+      const Column* tile = columns.data() + w * 64;
       uint64_t any = 0;
       for (int64_t t = 0; t < n; ++t) {
-        visible[t] =
-            view_.dense_bits[size_t(stream * args.n_tokens + first + t) * view_.dense_words + w];
+        visible[t] = bits[size_t(stream * args.n_tokens + first + t) * view_.dense_words + w];
         any |= visible[t];
       }
       if (any == 0) continue;
-      tile.rows = any;
-      for (uint64_t rows = any; rows != 0; rows &= rows - 1) {
-        const size_t i = size_t(std::countr_zero(rows));
-        const Column& column = columns[w * 64 + i];
-        tile.key[i] = ColumnNumbers(layer, column, true) + size_t(head) * size_t(k_dim);
-        tile.value[i] = ColumnNumbers(layer, column, false) + size_t(head) * size_t(v_dim);
-        if (few) {
-          // Dense rows of a layer lie in runs too short for hardware that looks ahead.
-          for (size_t line = 0; line < size_t(k_dim); line += 32)
-            __builtin_prefetch(tile.key[i] + line);
-          for (size_t line = 0; line < size_t(v_dim); line += 32)
-            __builtin_prefetch(tile.value[i] + line);
-        }
-        if (block.slope != nullptr) {
+      if (block.slope != nullptr) {
+        ForEachBit(&any, 1, [&](int64_t i) {
           for (int64_t t = 0; t < n; ++t)
-            gathered[t][i] = mask_row(stream, first + t)[column.cell - stream_cell];
-        }
+            gathered[t][i] = mask_row(stream, first + t)[tile[i].cell - stream_cell];
+        });
       }
-      for (int64_t t = 0; t < n; ++t) mask[t] = gathered[t];
-      ops_->attend_dense(block, tile, visible, mask, space.scratch, state);
+      body(tile, any, visible, mask);
     }
   };
 
-  // Packed values are summed in the rotated basis: turned back once, then the dense rows join the
-  // same state.
+  const auto attend_window = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
+                                 const AttentionState& state) {
+    const QueryBlock block = query_block(head, n * group, space.q);
+    DenseTile dense;
+    each_tile_of(
+        0, stream, first, n, block,
+        [&](const Column* tile, uint64_t rows, const uint64_t* visible,
+            const uint16_t* const* mask) {
+          dense.rows = rows;
+          ForEachBit(&rows, 1, [&](int64_t i) {
+            dense.key[i] = WindowNumbers(layer, tile[i], true) + size_t(head) * size_t(k_dim);
+            dense.value[i] = WindowNumbers(layer, tile[i], false) + size_t(head) * size_t(v_dim);
+            if (few) {
+              // Rows of a layer lie in runs too short for hardware that looks ahead.
+              for (size_t line = 0; line < size_t(k_dim); line += 32)
+                __builtin_prefetch(dense.key[i] + line);
+              for (size_t line = 0; line < size_t(v_dim); line += 32)
+                __builtin_prefetch(dense.value[i] + line);
+            }
+          });
+          ops_->attend_dense(block, dense, visible, mask, space.scratch, state);
+        });
+  };
+
+  // Rows of a later stage lie in slots: copied into runs, they are read as packed ones.
+  const auto attend_recent = [&](int stage, int stream, int head, int64_t first, int64_t n,
+                                 const Space& space, const AttentionState& state) {
+    const QueryBlock block = query_block(head, n * group, space.q);
+    const StageLayout& layout = layer.stages[size_t(stage)];
+    const size_t key_bytes = layout.key.bytes, value_bytes = layout.value.bytes;
+    PackedTile packed;
+    for (size_t run = 0; run < kTile / 16; ++run) {
+      packed.key[run] = space.rows + run * 16 * key_bytes;
+      packed.value[run] = space.rows + kTile * key_bytes + run * 16 * value_bytes;
+    }
+    Prepared prepared;
+    each_tile_of(
+        stage, stream, first, n, block,
+        [&](const Column* tile, uint64_t any, const uint64_t* all, const uint16_t* const* mask) {
+          ForEachBit(&any, 1, [&](int64_t i) {
+            const int32_t slot =
+                tile[i].stage == stage ? tile[i].slot : tile[i].coded[size_t(stage)];
+            std::memcpy(space.rows + size_t(i) * key_bytes,
+                        StageRows(layer, stage, slot, true) + size_t(head) * key_bytes, key_bytes);
+            std::memcpy(space.rows + kTile * key_bytes + size_t(i) * value_bytes,
+                        StageRows(layer, stage, slot, false) + size_t(head) * value_bytes,
+                        value_bytes);
+          });
+          uint64_t visible[kBlockTokens];
+          EachTable(
+              any,
+              [&](int64_t i) {
+                return layout.key.needs_table() ? cells_.table(tile[i].cell) : uint16_t{0};
+              },
+              [&](uint16_t id, uint64_t rows) {
+                packed.rows = rows;
+                for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
+                attend_under(layout.key, layout.value, HeadTable(layer, id, head), block, visible,
+                             mask, space, state, &packed, &prepared);
+              });
+        });
+  };
+
+  // Packed values are summed in the rotated basis: turned back once, then the f16 rows of the
+  // window join the same state.
   const auto finish = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
                           const AttentionState& state) {
+    for (int stage = 1; stage < layout_.n_stages(); ++stage)
+      attend_recent(stage, stream, head, first, n, space, state);
     if (layer.value.rotated()) {
       for (size_t r = 0; r < size_t(n) * size_t(group); ++r) {
         // A row that saw nothing packed is still zero.
         if (state.d[r] != 0.0f) Rotate(state.o + r * o_stride, v_dim, RotationBlock(v_dim));
       }
     }
-    attend_dense(stream, head, first, n, space, state);
+    attend_window(stream, head, first, n, space, state);
     for (int64_t t = 0; t < n; ++t) {
       for (int g = 0; g < group; ++g) {
         const size_t r = size_t(t) * size_t(group) + size_t(g);

@@ -14,10 +14,19 @@ namespace sparkv {
 // arithmetic, and memory grows with tokens, a few pages at a time, whatever the number of layers.
 inline constexpr int64_t kGroupCells = 16;
 
+// Rows of a stage in its slots: key rows of all heads, then value rows.
+struct StageLayout {
+  KeyLayout key;
+  ValueLayout value;
+  size_t at = 0;  // byte offset in a slot
+  size_t bytes(int n_kv_heads) const { return size_t(n_kv_heads) * (key.bytes + value.bytes); }
+};
+
 struct LayerLayout {
   int n_kv_heads = 0;
   KeyLayout key;
   ValueLayout value;
+  std::vector<StageLayout> stages;  // 0: the window, f16
   int k_dim() const { return key.head_dim; }
   int v_dim() const { return value.head_dim; }
   size_t k_row() const { return size_t(n_kv_heads) * size_t(key.head_dim); }  // numbers per token
@@ -25,7 +34,6 @@ struct LayerLayout {
   size_t head_group_bytes() const { return size_t(kGroupCells) * (key.bytes + value.bytes); }
 
   size_t packed_at = 0;    // byte offset in a group
-  size_t dense_at = 0;     // offset in a dense slot, f16 numbers: key row, then value row
   size_t channel_at = 0;   // offset in an observation row, channels
   size_t head_at = 0;      // heads of the layers before it
   bool has_table = false;  // weights, or a baseline's channels, of its own
@@ -40,12 +48,20 @@ struct CacheLayout {
   int64_t cells_per_stream = 0;
   int n_streams = 0;
   size_t group_bytes = 0;
-  size_t dense_slot_numbers = 0;
-  size_t heads = 0;          // KV heads of all layers
-  size_t channels = 0;       // of an observation row
-  size_t table_numbers = 0;  // of a weight table
+  std::vector<int32_t> until;      // per stage: rows of it are less than that many tokens old
+  std::vector<size_t> slot_bytes;  // per stage
+  size_t heads = 0;                // KV heads of all layers
+  size_t channels = 0;             // of an observation row
+  size_t table_numbers = 0;        // of a weight table
 
   int64_t cells() const { return cells_per_stream * n_streams; }
+  int n_stages() const { return int(until.size()); }
+  // Of a row that is `age` tokens old and not packed.
+  int StageOf(int32_t age) const {
+    int s = 0;
+    while (s + 1 < n_stages() && age >= until[size_t(s)]) ++s;
+    return s;
+  }
   int64_t groups_per_stream() const { return (cells_per_stream + kGroupCells - 1) / kGroupCells; }
   int64_t words_per_stream() const { return (cells_per_stream + 63) / 64; }
   int64_t stream_of(int64_t cell) const { return cell / cells_per_stream; }

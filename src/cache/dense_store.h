@@ -1,4 +1,4 @@
-// Rows that are not packed, as f16 numbers. A slot holds a token in all layers; slots lie in groups
+// Rows of one stage that are not packed. A slot holds a token in all layers; slots lie in groups
 // that keep the rows of a layer together, so that a reader finds them in a few runs of memory.
 #pragma once
 
@@ -17,12 +17,12 @@ inline constexpr int64_t kGroupSlots = 4;
 
 class DenseStore {
  public:
-  Status Map(size_t slot_numbers, int64_t max_slots) {
-    group_numbers_ = slot_numbers * size_t(kGroupSlots);
+  Status Map(size_t slot_bytes, int64_t max_slots) {
+    group_bytes_ = slot_bytes * size_t(kGroupSlots);
     max_slots_ = max_slots;
     const int64_t n_groups = (max_slots + kGroupSlots - 1) / kGroupSlots;
     in_use_.assign(size_t(n_groups), 0);
-    return region_.Map(group_bytes() * size_t(n_groups), "dense window");
+    return region_.Map(group_bytes_ * size_t(n_groups), "dense window");
   }
   // The lowest free slot, so that memory stays compact.
   int32_t Allocate() {
@@ -36,7 +36,7 @@ class DenseStore {
       free_.pop_back();
     }
     const size_t group = size_t(slot / kGroupSlots);
-    if (in_use_[group]++ == 0) region_.Touch(group * group_bytes(), group_bytes());
+    if (in_use_[group]++ == 0) region_.Touch(group * group_bytes_, group_bytes_);
     ++used_;
     high_ = std::max(high_, end_);
     return slot;
@@ -59,8 +59,8 @@ class DenseStore {
     for (size_t first = 0; first < touched;) {
       size_t last = first;
       while (last < touched && in_use_[last] == 0 && int64_t(last) != next) ++last;
-      region_.Release(first * group_bytes(),
-                      (last - first) * group_bytes() + (last == touched ? 4095 : 0));
+      region_.Release(first * group_bytes_,
+                      (last - first) * group_bytes_ + (last == touched ? 4095 : 0));
       first = last + 1;
     }
     high_ = end_;
@@ -71,22 +71,18 @@ class DenseStore {
     end_ = used_ = high_ = 0;
     region_.Release(0, region_.size() + 4096);
   }
-  // The rows of `layer_numbers` numbers that the group keeps together from number `layer_at` of a
-  // slot on.
-  uint16_t* numbers(int32_t slot, size_t layer_at, size_t layer_numbers) const {
-    return reinterpret_cast<uint16_t*>(region_.data()) +
-           size_t(slot / kGroupSlots) * group_numbers_ + layer_at * size_t(kGroupSlots) +
-           size_t(slot % kGroupSlots) * layer_numbers;
+  // The `layer_bytes` bytes from `layer_at` of a slot on, which the group keeps together.
+  uint8_t* rows(int32_t slot, size_t layer_at, size_t layer_bytes) const {
+    return region_.data() + size_t(slot / kGroupSlots) * group_bytes_ +
+           layer_at * size_t(kGroupSlots) + size_t(slot % kGroupSlots) * layer_bytes;
   }
   int64_t used() const { return used_; }
   size_t committed() const { return region_.committed(); }
   size_t bookkeeping() const { return in_use_.size() + region_.bookkeeping(); }
 
  private:
-  size_t group_bytes() const { return group_numbers_ * 2; }
-
   Reserve region_;
-  size_t group_numbers_ = 0;
+  size_t group_bytes_ = 0;
   int64_t max_slots_ = 0, used_ = 0;
   int64_t end_ = 0, high_ = 0;  // slots behind end_ are free; groups behind high_ are not committed
   std::vector<uint8_t> in_use_;  // slots per group

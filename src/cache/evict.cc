@@ -190,18 +190,19 @@ std::vector<float> KvCache::EvictionScores(const sparkv_attend_args& args, const
     }
   };
   each_key(add_logits);
+  std::vector<uint16_t> row(layer.k_row());
   for (size_t c = 0; c < e.dense.size(); ++c) {
-    const uint16_t* row = ColumnNumbers(layer, e.dense[c], true) + size_t(head) * dim;
-    for (size_t j = 0; j < dim; ++j) key[j] = HalfToFloat(row[j]);
+    ReadColumn(layer, e.dense[c], true, row.data());
+    for (size_t j = 0; j < dim; ++j) key[j] = HalfToFloat(row[size_t(head) * dim + j]);
     add_logits(n + c);
   }
   for (size_t r = 0; r < n_queries; ++r) {
-    float* row = &logits[r * n_logits];
+    float* logit = &logits[r * n_logits];
     for (size_t c = 0; c < e.dense.size(); ++c) {
       if (e.dense[c].rank > e.queries[r / size_t(group)].first)
-        row[n + c] = -std::numeric_limits<float>::infinity();
+        logit[n + c] = -std::numeric_limits<float>::infinity();
     }
-    AddAttention(row, int64_t(n_logits), int64_t(n), score.data());
+    AddAttention(logit, int64_t(n_logits), int64_t(n), score.data());
   }
   if (config_.evict != SPARKV_EVICT_TOVA) PoolScores(&score, kPoolWidth);
   return score;
@@ -306,9 +307,11 @@ void KvCache::EvictRestored() {
   for (size_t l = 0; l < layout_.layers.size() && !dense.empty(); ++l) {
     const LayerLayout& layer = layout_.layers[l];
     ExpandTables(int(l));
+    std::vector<uint16_t> key(layer.k_row()), value(layer.v_row());
     for (const int64_t cell : dense) {
-      PackRow(layer, cell, cells_.table(cell), DenseRow(layer, cells_.slot(cell), true),
-              DenseRow(layer, cells_.slot(cell), false));
+      ReadCell(true, layer, cell, key.data());
+      ReadCell(false, layer, cell, value.data());
+      PackRow(layer, cell, cells_.table(cell), key.data(), value.data());
     }
   }
   for (const int64_t cell : dense) SealRestored(cell);

@@ -34,6 +34,12 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   CacheLayout& l = c->layout_;
   l.cells_per_stream = shape.cells_per_stream;
   l.n_streams = shape.n_streams;
+  std::vector<RecentStage> recent;
+  if (Status s = ParseRecent(TextOf(config.recent), &recent); !s.ok()) return s;
+  std::erase_if(recent, [&](const RecentStage& r) { return r.until <= config.window; });
+  l.until.push_back(config.window);
+  for (const RecentStage& r : recent) l.until.push_back(r.until);
+  l.slot_bytes.assign(l.until.size(), 0);
   for (int i = 0; i < shape.n_layers; ++i) {
     const sparkv_layer_shape& s = shape.layers[i];
     sparkv_config rows = c->config_;
@@ -46,12 +52,27 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
     layer.value = ValueLayout::Make(s.v_dim, sparkv_number(rows.values));
     layer.has_table = layer.key.needs_table() || NeedsChannels(c->baseline_);
     layer.packed_at = l.group_bytes;
-    layer.dense_at = l.dense_slot_numbers;
+    for (size_t stage = 0; stage < l.until.size(); ++stage) {
+      StageLayout in_slot;
+      const sparkv_number kept = stage == 0 ? SPARKV_F16 : recent[stage - 1].kept;
+      in_slot.key = KeyLayout::Make(s.k_dim, s.k_dim, kept, SPARKV_RECOVER_ZERO);
+      in_slot.value =
+          ValueLayout::Make(s.v_dim, stage == 0 ? SPARKV_F16 : recent[stage - 1].values);
+      // Packed rows that take more bytes, or have f16 values, or weights of another kind.
+      if (stage > 0 &&
+          (layer.key.bytes + layer.value.bytes >= in_slot.key.bytes + in_slot.value.bytes ||
+           !layer.value.rotated() || in_slot.key.tiered() > layer.key.tiered())) {
+        in_slot.key = layer.key;
+        in_slot.value = layer.value;
+      }
+      in_slot.at = l.slot_bytes[stage];
+      l.slot_bytes[stage] += in_slot.bytes(s.n_kv_heads);
+      layer.stages.push_back(in_slot);
+    }
     layer.channel_at = l.channels;
     layer.head_at = l.heads;
     layer.table_at = l.table_numbers;
     l.group_bytes += size_t(s.n_kv_heads) * layer.head_group_bytes();
-    l.dense_slot_numbers += layer.k_row() + layer.v_row();
     l.heads += size_t(s.n_kv_heads);
     l.channels += layer.k_row();
     l.table_numbers += layer.has_table ? layer.k_row() : 0;
@@ -60,13 +81,17 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   }
   const size_t n_groups = size_t(l.groups_per_stream()) * size_t(l.n_streams);
   size_t bytes = 0;
+  const size_t most = *std::max_element(l.slot_bytes.begin(), l.slot_bytes.end());
   if (__builtin_mul_overflow(l.group_bytes, n_groups, &bytes) ||
-      __builtin_mul_overflow(l.dense_slot_numbers * 2, size_t(l.cells()) + kGroupSlots, &bytes)) {
+      __builtin_mul_overflow(most, size_t(l.cells()) + kGroupSlots, &bytes)) {
     return Status::NoMemory("cells_per_stream: " + std::to_string(shape.cells_per_stream) +
                             " cells exceed the address space");
   }
   if (Status s = c->cells_.Map(l.cells()); !s.ok()) return s;
-  if (Status s = c->dense_.Map(l.dense_slot_numbers, l.cells()); !s.ok()) return s;
+  for (const size_t slot_bytes : l.slot_bytes) {
+    if (Status s = c->stores_.emplace_back().Map(slot_bytes, l.cells()); !s.ok()) return s;
+  }
+  c->in_stage_.assign(l.until.size(), 0);
   if (Status s = c->packed_.Map(l.group_bytes, int64_t(n_groups)); !s.ok()) return s;
   c->tables_.Init(l.table_numbers);
   c->sealed_bits_.assign(size_t(l.words_per_stream() * l.n_streams), 0);
@@ -99,7 +124,8 @@ void KvCache::Clear() {
   restore_ = {};
   copy_ = {};
   cells_.Release();
-  dense_.Clear();
+  for (DenseStore& store : stores_) store.Clear();
+  std::fill(in_stage_.begin(), in_stage_.end(), 0);
   packed_.Clear();
   tables_.Clear();
   std::fill(sealed_bits_.begin(), sealed_bits_.end(), 0);
@@ -121,24 +147,28 @@ void KvCache::RemovePacked(int64_t cell) {
   SealedWord(cell) &= ~(uint64_t{1} << (layout_.index_of(cell) % 64));
 }
 
-Status KvCache::AddDense(int64_t cell) {
-  if (Status s = TakeSlot(cell); !s.ok()) return s;
+// Into a slot of `stage`.
+Status KvCache::AddDense(int64_t cell, int stage) {
+  if (Status s = TakeSlot(cell, stage); !s.ok()) return s;
   dense_cells_[size_t(layout_.stream_of(cell))].push_back(cell);
   ++n_dense_;
+  ++in_stage_[cells_.stage(cell)];
   return Status::Ok();
 }
 
 void KvCache::RemoveDense(int64_t cell) {
-  dense_.Free(cells_.slot(cell));
+  stores_[cells_.stage(cell)].Free(cells_.slot(cell));
+  --in_stage_[cells_.stage(cell)];
   std::vector<int64_t>& list = dense_cells_[size_t(layout_.stream_of(cell))];
   list.erase(std::find(list.begin(), list.end(), cell));
   --n_dense_;
 }
 
-Status KvCache::TakeSlot(int64_t cell) {
-  const int32_t slot = dense_.Allocate();
+Status KvCache::TakeSlot(int64_t cell, int stage) {
+  const int32_t slot = stores_[size_t(stage)].Allocate();
   if (slot < 0) return Status::NoMemory("dense window: no free slot");
   cells_.slot(cell) = slot;
+  cells_.stage(cell) = uint8_t(stage);
   return Status::Ok();
 }
 
@@ -170,7 +200,7 @@ void KvCache::Release(int64_t first, int64_t n) {
   for (int64_t cell = std::max<int64_t>(0, first); cell < last; ++cell) {
     if (layout_.index_of(cell) < used_end_[size_t(layout_.stream_of(cell))]) ReleaseCell(cell);
   }
-  dense_.Trim();
+  for (DenseStore& store : stores_) store.Trim();
 }
 
 // The host says that no cell at or behind n_kv of this stream is in use.
@@ -221,6 +251,38 @@ void KvCache::PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id,
   }
 }
 
+// row: f16 of all heads; coded: the same rows in the form of a stage. Stages behind the window need
+// the weights: ExpandTables(layer) was called.
+void KvCache::Code(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
+                   const uint16_t* row, uint8_t* coded) const {
+  const StageLayout& rows = layer.stages[size_t(stage)];
+  for (int h = 0; h < layer.n_kv_heads; ++h) {
+    if (keys) {
+      const float* table = stage == 0 ? nullptr : HeadTable(layer, table_id, h);
+      ops_->pack_key(rows.key, table, row + size_t(h) * size_t(layer.k_dim()),
+                     coded + size_t(h) * rows.key.bytes);
+    } else {
+      ops_->pack_value(rows.value, row + size_t(h) * size_t(layer.v_dim()),
+                       coded + size_t(h) * rows.value.bytes);
+    }
+  }
+}
+
+void KvCache::Decode(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
+                     const uint8_t* coded, uint16_t* row) const {
+  const StageLayout& rows = layer.stages[size_t(stage)];
+  for (int h = 0; h < layer.n_kv_heads; ++h) {
+    if (keys) {
+      const float* table = stage == 0 ? nullptr : HeadTable(layer, table_id, h);
+      ops_->unpack_key(rows.key, table, coded + size_t(h) * rows.key.bytes,
+                       row + size_t(h) * size_t(layer.k_dim()));
+    } else {
+      ops_->unpack_value(rows.value, coded + size_t(h) * rows.value.bytes,
+                         row + size_t(h) * size_t(layer.v_dim()));
+    }
+  }
+}
+
 Status KvCache::Read(bool keys, int layer_index, int64_t first, int64_t n, uint16_t* rows) {
   FinishStep();
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
@@ -235,7 +297,8 @@ void KvCache::ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16
   const size_t row = keys ? layer.k_row() : layer.v_row();
   switch (cells_.state(cell)) {
     case CellState::kDense:
-      std::memcpy(out, DenseRow(layer, cells_.slot(cell), keys), row * 2);
+      Decode(layer, cells_.stage(cell), cells_.table(cell), keys,
+             StageRows(layer, cells_.stage(cell), cells_.slot(cell), keys), out);
       break;
     case CellState::kSealed:
     case CellState::kEvicted: {
@@ -298,7 +361,7 @@ void KvCache::Memory(sparkv_memory* m) const {
   const uint32_t struct_size = m->struct_size;
   *m = {};
   m->struct_size = struct_size;
-  const uint64_t sealed = uint64_t(n_sealed_), dense = uint64_t(n_dense_);
+  const uint64_t sealed = uint64_t(n_sealed_);
   m->tokens = n_sealed_ + n_dense_ + n_evicted_;
   m->sealed = n_sealed_;
   m->evicted = n_evicted_;
@@ -314,27 +377,33 @@ void KvCache::Memory(sparkv_memory* m) const {
     m->value_codes += rows * layer.value.code_bytes;
     k_row += layer.k_row();
     v_row += layer.v_row();
+    for (size_t stage = 0; stage < in_stage_.size(); ++stage) {
+      const uint64_t in_stage = uint64_t(in_stage_[stage]) * uint64_t(layer.n_kv_heads);
+      m->dense_keys += in_stage * layer.stages[stage].key.bytes;
+      m->dense_values += in_stage * layer.stages[stage].value.bytes;
+    }
   }
-  m->dense_keys = dense * k_row * 2;
-  m->dense_values = dense * v_row * 2;
   m->tables = tables_.bytes();
   m->cells = cells_.committed() + (sealed_bits_.capacity() + evicted_bits_.capacity()) * 8 +
-             packed_.bookkeeping() + dense_.bookkeeping() + kept_bit_bytes_ +
-             kept_.capacity() * sizeof(KeptRows);
+             packed_.bookkeeping() + kept_bit_bytes_ + kept_.capacity() * sizeof(KeptRows);
+  uint64_t slots = 0;
+  for (const DenseStore& store : stores_) {
+    m->cells += store.bookkeeping();
+    slots += store.committed();
+  }
   const uint64_t key_rows = m->key_masks + m->key_signs + m->key_scales + m->key_kept;
   const uint64_t value_rows = m->value_scales + m->value_codes;
   const uint64_t packed = packed_.committed() + kept_bytes_;
-  m->slack =
-      packed - (key_rows + value_rows) + dense_.committed() - (m->dense_keys + m->dense_values);
+  m->slack = packed - (key_rows + value_rows) + slots - (m->dense_keys + m->dense_values);
   m->workspace = (flight_keys_.capacity() + flight_values_.capacity()) * 2 +
-                 observed_.size() * layout_.channels * 4 +
-                 (view_.packed_bits.capacity() + view_.dense_bits.capacity()) * 8 +
+                 observed_.size() * layout_.channels * 4 + view_.packed_bits.capacity() * 8 +
                  (table_f32_.capacity() + partial_.capacity()) * 4;
+  for (const auto& bits : view_.stage_bits) m->workspace += bits.capacity() * 8;
   for (const auto& space : thread_space_) m->workspace += space.capacity() * 4;
   for (const auto& [cell, layers] : queries_) {
     for (const auto& row : layers) m->workspace += row.capacity() * 2;
   }
-  m->resident = packed + dense_.committed() + m->tables + m->cells + m->workspace;
+  m->resident = packed + slots + m->tables + m->cells + m->workspace;
   m->peak = std::max<uint64_t>(peak_, m->resident);
   m->f16_bytes = uint64_t(m->tokens) * (k_row + v_row) * 2;
   if (m->tokens > 0) {

@@ -3,7 +3,9 @@
 // tells the life of a row.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <set>
 #include <unordered_map>
@@ -19,6 +21,7 @@
 #include "cache/packed_store.h"
 #include "cache/weight_tables.h"
 #include "config/baseline_name.h"
+#include "config/recent.h"
 #include "ops/op_table.h"
 
 namespace sparkv {
@@ -50,14 +53,18 @@ class KvCache {
  private:
   using Words = std::vector<uint64_t>;
 
-  // A row that has f16 numbers during this micro-batch.
+  static constexpr std::array<int32_t, 1 + kMaxRecentStages> kNoCoded = {-1, -1, -1, -1};
+  // A row that is not packed, or not before this micro-batch.
   struct Column {
     int64_t cell;
     int32_t rank;
-    int32_t flight;  // row in the arena, or -1: its numbers are in dense slot `slot`
-    int32_t slot;
-    uint16_t table;  // weights it is packed with in this step
-    bool sealing;
+    int32_t flight;       // row in the arena, or -1: its numbers are in a slot
+    int stage = 0;        // where it was before this micro-batch
+    int32_t slot = -1;    // of that stage; not in flight
+    unsigned enters = 0;  // bits of later stages that queries of this micro-batch see it in
+    std::array<int32_t, 1 + kMaxRecentStages> coded = kNoCoded;  // slots of those
+    uint16_t table = 0;  // weights of those, and of its packed row
+    bool sealing = false;
     int64_t block = 0;  // with a baseline: its keys are coded with those of the same number
   };
   struct NewTable {
@@ -86,7 +93,8 @@ class KvCache {
   struct Step {
     bool open = false, planned = false;
     std::vector<TokenPlan> tokens;  // per flight
-    std::vector<Column> sealing;    // rows packed in this step
+    std::vector<Column> aging;      // rows that enter stages or are packed in this step
+    std::unordered_map<int64_t, size_t> aging_of;  // their places, by cell
     std::vector<NewTable> new_tables;
     std::vector<int64_t> observed;  // flight cells whose queries are kept for a later table
     std::vector<int64_t> newest;    // flight cells whose queries may choose at a later eviction
@@ -96,8 +104,9 @@ class KvCache {
   // dense columns.
   struct View {
     std::vector<std::vector<Column>> columns;  // per stream of the call
-    std::vector<uint64_t> packed_bits, dense_bits;
-    std::vector<uint64_t> evicted_bits;  // as packed_bits; empty when there are none
+    std::vector<uint64_t> packed_bits;
+    std::vector<std::vector<uint64_t>> stage_bits;  // per stage; 0: f16 numbers
+    std::vector<uint64_t> evicted_bits;             // as packed_bits; empty when there are none
     size_t packed_words = 0, dense_words = 0;
     std::vector<uint16_t> tile_table;  // [n_streams][packed_words] weights of the packed cells
                                        // seen, kMixedTables if they differ
@@ -115,6 +124,8 @@ class KvCache {
   // step.cc
   void BeginStep(const int64_t* cells, int64_t n_rows);
   void FinishStep();
+  void FinishEntering(const Column& column, bool complete);
+  const Column* AgingOf(int64_t cell) const;
   void FlushLayer();
   Status EnsureSlots();
   bool ViewHolds(const sparkv_attend_args& args) const;
@@ -137,12 +148,13 @@ class KvCache {
   // seal.cc
   const uint8_t* FlightQuery(const sparkv_attend_args& args, int64_t cell) const;
   void MakeTables(const sparkv_attend_args& args);
-  std::vector<const uint16_t*> TableKeys(const LayerLayout& layer, const NewTable& table) const;
+  std::vector<uint16_t> TableKeys(const LayerLayout& layer, const NewTable& table) const;
   void MakeTiers(const LayerLayout& layer, const NewTable& table, const sparkv_attend_args& args,
                  float* energy);
   void SealLayer(int layer);
   void KeepDense(int layer);
-  const uint16_t* ColumnNumbers(const LayerLayout& layer, const Column& column, bool keys) const;
+  const uint16_t* WindowNumbers(const LayerLayout& layer, const Column& column, bool keys) const;
+  void ReadColumn(const LayerLayout& layer, const Column& column, bool keys, uint16_t* row) const;
 
   // evict.cc
   void PlanEviction(const sparkv_attend_args& args, int stream_index, const Words& seen,
@@ -191,14 +203,19 @@ class KvCache {
   }
   void AddPacked(int64_t cell);
   void RemovePacked(int64_t cell);
-  Status AddDense(int64_t cell);
+  Status AddDense(int64_t cell, int stage = 0);
   void RemoveDense(int64_t cell);
-  Status TakeSlot(int64_t cell);
-  // Key or value row of all heads.
-  uint16_t* DenseRow(const LayerLayout& layer, int32_t slot, bool keys) const {
-    return dense_.numbers(slot, layer.dense_at, layer.k_row() + layer.v_row()) +
-           (keys ? 0 : layer.k_row());
+  Status TakeSlot(int64_t cell, int stage = 0);
+  // Key or value rows of all heads in a slot.
+  uint8_t* StageRows(const LayerLayout& layer, int stage, int32_t slot, bool keys) const {
+    const StageLayout& rows = layer.stages[size_t(stage)];
+    return stores_[size_t(stage)].rows(slot, rows.at, rows.bytes(layer.n_kv_heads)) +
+           (keys ? 0 : size_t(layer.n_kv_heads) * rows.key.bytes);
   }
+  void Code(const LayerLayout& layer, int stage, uint16_t table_id, bool keys, const uint16_t* row,
+            uint8_t* coded) const;
+  void Decode(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
+              const uint8_t* coded, uint16_t* row) const;
   void ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16_t* out) const;
   void PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key,
                const uint16_t* value);
@@ -225,14 +242,15 @@ class KvCache {
   ThreadPool pool_;
 
   CellTable cells_;
-  DenseStore dense_;
+  std::deque<DenseStore> stores_;  // per stage
   PackedStore packed_;
   WeightTables tables_;
   std::vector<uint64_t> sealed_bits_, evicted_bits_;  // [n_streams][words_per_stream]
   std::vector<KeptRows> kept_;                        // [n_streams][heads]
   std::vector<uint64_t> kept_rows_;                   // per layer
   uint64_t kept_bytes_ = 0, kept_bit_bytes_ = 0;      // of kept_: rows, bits of cells
-  std::vector<std::vector<int64_t>> dense_cells_;     // per stream, oldest first
+  std::vector<std::vector<int64_t>> dense_cells_;     // per stream, oldest first, of all stages
+  std::vector<int64_t> in_stage_;                     // their number, per stage
   std::vector<int64_t> used_end_;                     // per stream: largest used index + 1
   uint32_t next_order_ = 1;
   int64_t n_sealed_ = 0, n_dense_ = 0, n_evicted_ = 0;

@@ -68,7 +68,8 @@ Status KvCache::DecideRestored(int layer_index, int64_t cell, const uint16_t* ro
   AddPacked(cell);
   for (const auto& [index, keys] : restore_.rows) {
     const LayerLayout& layer = layout_.layers[size_t(index)];
-    const uint16_t* dense = DenseRow(layer, cells_.slot(cell), keys);
+    const auto* dense =
+        reinterpret_cast<const uint16_t*>(StageRows(layer, 0, cells_.slot(cell), keys));
     PackRow(layer, cell, 0, keys ? dense : nullptr, keys ? nullptr : dense);
   }
   SealRestored(cell);
@@ -125,7 +126,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
         PackRow(layer, cell, cells_.table(cell), keys ? row : nullptr, keys ? nullptr : row);
         break;
       case CellState::kDense:
-        std::memcpy(DenseRow(layer, cells_.slot(cell), keys), row, row_numbers * 2);
+        Code(layer, 0, 0, keys, row, StageRows(layer, 0, cells_.slot(cell), keys));
         break;
       default:
         return Status::Invalid("values: cell " + std::to_string(cell) + " was given no keys");
@@ -153,7 +154,8 @@ void KvCache::EndRestore() {
       // Values that do not pack to themselves were never packed: a plain state file, free to be
       // packed.
       bool raw = false;
-      const uint16_t* values = DenseRow(layer, cells_.slot(cell), false);
+      const auto* values =
+          reinterpret_cast<const uint16_t*>(StageRows(layer, 0, cells_.slot(cell), false));
       for (int h = 0; h < layer.n_kv_heads && !raw && layer.value.rotated(); ++h) {
         const size_t at = size_t(h) * size_t(layer.v_dim());
         ops_->pack_value(layer.value, values + at, packed.data());
@@ -200,7 +202,7 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
     for (const int64_t cell : dense_cells_[size_t(from)]) {
       const int64_t i = layout_.index_of(cell);
       cells_.Touch(target + i);
-      if (Status s = AddDense(target + i); !s.ok()) return s;
+      if (Status s = AddDense(target + i, cells_.stage(cell)); !s.ok()) return s;
       mirror(i);
     }
     for (int64_t i = 0; i < used_end_[size_t(from)]; ++i) {
@@ -235,8 +237,11 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
         }
       }
     } else if (cells_.state(a) == CellState::kDense) {
-      std::memcpy(DenseRow(layer, cells_.slot(b), keys), DenseRow(layer, cells_.slot(a), keys),
-                  (keys ? layer.k_row() : layer.v_row()) * 2);
+      const int stage = cells_.stage(a);
+      const StageLayout& rows = layer.stages[size_t(stage)];
+      std::memcpy(StageRows(layer, stage, cells_.slot(b), keys),
+                  StageRows(layer, stage, cells_.slot(a), keys),
+                  size_t(layer.n_kv_heads) * (keys ? rows.key.bytes : rows.value.bytes));
     }
   }
   return Status::Ok();
@@ -264,7 +269,9 @@ Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cell
     if (cells_.state(cell) != CellState::kDense) {
       PackRow(layer, cell, cells_.table(cell), row.data(), nullptr);
     } else {
-      std::memcpy(DenseRow(layer, cells_.slot(cell), true), row.data(), row.size() * 2);
+      const int stage = cells_.stage(cell);
+      Code(layer, stage, cells_.table(cell), true, row.data(),
+           StageRows(layer, stage, cells_.slot(cell), true));
     }
   }
   return Status::Ok();

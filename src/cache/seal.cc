@@ -1,6 +1,7 @@
 // Observe and seal: queries become weights, rows that leave the window become packed rows. Layer by
 // layer, from the arena and from dense slots.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -10,13 +11,23 @@
 
 namespace sparkv {
 
-const uint16_t* KvCache::ColumnNumbers(const LayerLayout& layer, const Column& column,
+// f16 numbers, of all heads, of a column in flight or in the window.
+const uint16_t* KvCache::WindowNumbers(const LayerLayout& layer, const Column& column,
                                        bool keys) const {
   if (column.flight >= 0) {
     return keys ? flight_keys_.data() + size_t(column.flight) * layer.k_row()
                 : flight_values_.data() + size_t(column.flight) * layer.v_row();
   }
-  return DenseRow(layer, column.slot, keys);
+  return reinterpret_cast<const uint16_t*>(StageRows(layer, 0, column.slot, keys));
+}
+
+void KvCache::ReadColumn(const LayerLayout& layer, const Column& column, bool keys,
+                         uint16_t* row) const {
+  if (column.flight < 0 && column.stage > 0) {
+    return Decode(layer, column.stage, cells_.table(column.cell), keys,
+                  StageRows(layer, column.stage, column.slot, keys), row);
+  }
+  std::memcpy(row, WindowNumbers(layer, column, keys), (keys ? layer.k_row() : layer.v_row()) * 2);
 }
 
 // Query heads of a cell in flight.
@@ -29,18 +40,19 @@ const uint8_t* KvCache::FlightQuery(const sparkv_attend_args& args, int64_t cell
 
 // Keys, of all heads, of the tokens whose queries make the weights. Sinks stay dense and have no
 // say unless there is nothing else.
-std::vector<const uint16_t*> KvCache::TableKeys(const LayerLayout& layer,
-                                                const NewTable& table) const {
+std::vector<uint16_t> KvCache::TableKeys(const LayerLayout& layer, const NewTable& table) const {
   const bool only_sinks = table.queries.back().first < config_.sinks;
-  std::vector<const uint16_t*> keys;
+  std::vector<uint16_t> keys;
   for (const auto& [rank, cell] : table.queries) {
     const auto flight = flight_at_.find(cell);
     const bool flies = flight != flight_at_.end();
     if ((rank < config_.sinks && !only_sinks) ||
-        (!flies && cells_.state(cell) != CellState::kDense))
+        (!flies && (cells_.state(cell) != CellState::kDense || cells_.stage(cell) > 0)))
       continue;
-    const Column column{cell, rank, flies ? flight->second : -1, cells_.slot(cell), 0, false};
-    keys.push_back(ColumnNumbers(layer, column, true));
+    const Column column{cell, rank, flies ? flight->second : -1, cells_.stage(cell),
+                        cells_.slot(cell)};
+    keys.resize(keys.size() + layer.k_row());
+    ReadColumn(layer, column, true, keys.data() + keys.size() - layer.k_row());
   }
   return keys;
 }
@@ -49,14 +61,14 @@ std::vector<const uint16_t*> KvCache::TableKeys(const LayerLayout& layer,
 void KvCache::MakeTiers(const LayerLayout& layer, const NewTable& table,
                         const sparkv_attend_args& args, float* energy) {
   const int dim = layer.k_dim();
-  const std::vector<const uint16_t*> keys = TableKeys(layer, table);
+  const std::vector<uint16_t> keys = TableKeys(layer, table);
   std::vector<float> key_energy(static_cast<size_t>(dim));
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     const size_t at = size_t(h) * size_t(dim);
     for (size_t j = 0; j < size_t(dim); ++j) {
       double sum = 0.0;
-      for (const uint16_t* key : keys) {
-        const double x = HalfToFloat(key[at + j]);
+      for (size_t key = 0; key < keys.size(); key += layer.k_row()) {
+        const double x = HalfToFloat(keys[key + at + j]);
         sum += x * x;
       }
       key_energy[j] = float(sum);
@@ -119,17 +131,36 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
   }
 }
 
-// ExpandTables(layer) was called.
+// Rows that have become older enter their stages, or are packed. A row is coded by every stage on
+// its way, also where no query sees it there: what it becomes does not depend on how the host cuts
+// a prompt. ExpandTables(layer) was called.
 void KvCache::SealLayer(int layer_index) {
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
   if (baseline_.codec != Codec::kNone) return SealBaseline(layer);
-  const int64_t n = int64_t(step_.sealing.size());
+  const int64_t n = int64_t(step_.aging.size());
   constexpr int64_t kChunk = 16;
   const auto body = [&](int64_t chunk, int) {
+    std::vector<uint16_t> row(std::max(layer.k_row(), layer.v_row()));
+    std::vector<uint8_t> passed;
     for (int64_t i = chunk * kChunk; i < std::min(n, (chunk + 1) * kChunk); ++i) {
-      const Column& column = step_.sealing[size_t(i)];
-      PackRow(layer, column.cell, column.table, ColumnNumbers(layer, column, true),
-              ColumnNumbers(layer, column, false));
+      const Column& column = step_.aging[size_t(i)];
+      const int last =
+          column.sealing ? layout_.n_stages() - 1 : int(std::bit_width(column.enters)) - 1;
+      for (const bool keys : {true, false}) {
+        ReadColumn(layer, column, keys, row.data());
+        for (int stage = column.stage + 1; stage <= last; ++stage) {
+          const int32_t slot = column.coded[size_t(stage)];
+          passed.resize(layer.stages[size_t(stage)].bytes(layer.n_kv_heads));
+          uint8_t* to = slot < 0 ? passed.data() : StageRows(layer, stage, slot, keys);
+          Code(layer, stage, column.table, keys, row.data(), to);
+          if (stage < last || column.sealing)
+            Decode(layer, stage, column.table, keys, to, row.data());
+        }
+        if (column.sealing) {
+          PackRow(layer, column.cell, column.table, keys ? row.data() : nullptr,
+                  keys ? nullptr : row.data());
+        }
+      }
     }
   };
   if (n <= kChunk) {
@@ -146,9 +177,9 @@ void KvCache::KeepDense(int layer_index) {
     const int64_t cell = flight_cells_[i];
     if (cell < 0 || cells_.slot(cell) < 0) continue;
     const int32_t slot = cells_.slot(cell);
-    std::memcpy(DenseRow(layer, slot, true), flight_keys_.data() + i * layer.k_row(),
+    std::memcpy(StageRows(layer, 0, slot, true), flight_keys_.data() + i * layer.k_row(),
                 layer.k_row() * 2);
-    std::memcpy(DenseRow(layer, slot, false), flight_values_.data() + i * layer.v_row(),
+    std::memcpy(StageRows(layer, 0, slot, false), flight_values_.data() + i * layer.v_row(),
                 layer.v_row() * 2);
   }
 }

@@ -21,30 +21,31 @@ void ToHalves(const std::vector<float>& x, size_t from, size_t n, uint16_t* out)
 // The first rank of its sequence whose queries see row `rank` packed.
 int32_t KvCache::PackedFrom(int32_t rank) const {
   const int32_t in_block = (rank - config_.sinks) % key_block_;
-  return rank + config_.window + key_block_ - 1 - in_block;
+  return rank + layout_.until.back() + key_block_ - 1 - in_block;
 }
 
 // ThinK's channels by the queries and keys of the tokens that make the weights, 1 as f16 for those
 // that are kept. u: [k_row]
 void KvCache::MakeChannels(const LayerLayout& layer, const NewTable& table, const float* u) {
   const size_t dim = size_t(layer.k_dim());
-  const std::vector<const uint16_t*> keys = TableKeys(layer, table);
-  std::vector<float> k(keys.size() * dim);
+  const std::vector<uint16_t> keys = TableKeys(layer, table);
+  const size_t n_keys = keys.size() / layer.k_row();
+  std::vector<float> k(n_keys * dim);
   std::vector<uint8_t> mask(dim);
   for (size_t h = 0; h < size_t(layer.n_kv_heads); ++h) {
-    for (size_t t = 0; t < keys.size(); ++t) {
-      for (size_t j = 0; j < dim; ++j) k[t * dim + j] = HalfToFloat(keys[t][h * dim + j]);
+    for (size_t t = 0; t < n_keys; ++t) {
+      for (size_t j = 0; j < dim; ++j)
+        k[t * dim + j] = HalfToFloat(keys[t * layer.k_row() + h * dim + j]);
     }
-    ThinkMask(u + h * dim, 1, 1, k.data(), int(keys.size()), int(dim), baseline_.ratio,
-              mask.data());
+    ThinkMask(u + h * dim, 1, 1, k.data(), int(n_keys), int(dim), baseline_.ratio, mask.data());
     uint16_t* channels = tables_.at(table.id)->a.data() + layer.table_at + h * dim;
     for (size_t j = 0; j < dim; ++j) channels[j] = mask[j] != 0 ? 0x3c00u : 0;
   }
 }
 
 void KvCache::SealBaseline(const LayerLayout& layer) {
-  std::vector<Column> columns = step_.sealing;
-  std::vector<size_t> begins;  // of columns whose keys are coded together
+  std::vector<Column> columns = step_.aging;  // there are no stages to enter
+  std::vector<size_t> begins;                 // of columns whose keys are coded together
   if (key_block_ > 1) {
     std::stable_sort(columns.begin(), columns.end(),
                      [](const Column& x, const Column& y) { return x.block < y.block; });
@@ -60,7 +61,7 @@ void KvCache::SealBaseline(const LayerLayout& layer) {
     std::vector<float> k(n * k_dim), v(v_dim);
     for (size_t h = 0; h < size_t(layer.n_kv_heads); ++h) {
       for (size_t i = 0; i < n; ++i) {
-        const uint16_t* key = ColumnNumbers(layer, columns[first + i], true) + h * k_dim;
+        const uint16_t* key = WindowNumbers(layer, columns[first + i], true) + h * k_dim;
         for (size_t j = 0; j < k_dim; ++j) k[i * k_dim + j] = HalfToFloat(key[j]);
       }
       const uint16_t* channels =
@@ -72,7 +73,7 @@ void KvCache::SealBaseline(const LayerLayout& layer) {
     }
     for (size_t i = 0; i < n; ++i) {
       const Column& column = columns[first + i];
-      const uint16_t* value = ColumnNumbers(layer, column, false);
+      const uint16_t* value = WindowNumbers(layer, column, false);
       for (size_t h = 0; h < size_t(layer.n_kv_heads); ++h) {
         for (size_t j = 0; j < v_dim; ++j) v[j] = HalfToFloat(value[h * v_dim + j]);
         CodeValue(baseline_, int(v_dim), v.data());

@@ -3,6 +3,7 @@
 // micro-batches or what other sequences do (docs/design.md, "one answer"). Sequences are not
 // announced: a query's mask row shows which cells are its past.
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "base/half.h"
@@ -111,11 +112,16 @@ void KvCache::FinishStep() {
   // stay dense.
   const bool complete =
       std::all_of(layer_done_.begin(), layer_done_.end(), [](uint8_t done) { return done != 0; });
-  for (const Column& column : step_.sealing) {
+  for (const Column& column : step_.aging) {
+    if (column.enters != 0) FinishEntering(column, complete);
+    if (!column.sealing) continue;
     if (column.flight < 0 && !complete) {
       RemovePacked(column.cell);
-      tables_.Unref(cells_.table(column.cell));
-      cells_.table(column.cell) = 0;
+      // Rows of a stage need the weights they have.
+      if (column.stage == 0) {
+        tables_.Unref(cells_.table(column.cell));
+        cells_.table(column.cell) = 0;
+      }
       continue;
     }
     if (column.flight < 0) RemoveDense(column.cell);
@@ -142,14 +148,49 @@ void KvCache::FinishStep() {
     cells_.set_state(cell, CellState::kDense);
     dense_cells_[size_t(layout_.stream_of(cell))].push_back(cell);
     ++n_dense_;
+    ++in_stage_[0];
   }
   flight_cells_.clear();
   flight_at_.clear();
   arena_layer_ = -1;
   view_.n_kv = -1;
-  dense_.Trim();
+  for (DenseStore& store : stores_) store.Trim();
   NotePeak();
   NoteHighWater();
+}
+
+// A row that entered stages in this step stays in the oldest of them, unless it was packed, or the
+// step stopped before all layers had it.
+void KvCache::FinishEntering(const Column& column, bool complete) {
+  const bool stays = !column.sealing && (column.flight >= 0 || complete);
+  int last = 0;
+  for (int stage = 1; stage < layout_.n_stages(); ++stage) {
+    if (column.coded[size_t(stage)] < 0) continue;
+    if (last > 0) stores_[size_t(last)].Free(column.coded[size_t(last)]);
+    last = stage;
+  }
+  if (last == 0) return;
+  if (!stays) {
+    stores_[size_t(last)].Free(column.coded[size_t(last)]);
+    return;
+  }
+  if (column.flight >= 0) {
+    cells_.set_state(column.cell, CellState::kDense);
+    dense_cells_[size_t(layout_.stream_of(column.cell))].push_back(column.cell);
+    ++n_dense_;
+  } else {
+    stores_[size_t(column.stage)].Free(column.slot);
+    --in_stage_[size_t(column.stage)];
+  }
+  cells_.stage(column.cell) = uint8_t(last);
+  cells_.slot(column.cell) = column.coded[size_t(last)];
+  ++in_stage_[size_t(last)];
+}
+
+// What this step does to the row of a cell; NULL: nothing.
+const KvCache::Column* KvCache::AgingOf(int64_t cell) const {
+  const auto found = step_.aging_of.find(cell);
+  return step_.open && found != step_.aging_of.end() ? &step_.aging[found->second] : nullptr;
 }
 
 // Cell that query `token` of the call wrote in this step, or -1.
@@ -288,7 +329,8 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
   return Status::Ok();
 }
 
-// A dense row is packed when a query of its sequence that has weights finds it outside its window.
+// A dense row enters a later stage, or is packed, when a query of its sequence that has weights
+// finds it old enough.
 void KvCache::PlanSeals(const sparkv_attend_args& args, int stream_index, const Words& seen,
                         const std::vector<TokenPlan>& tokens) {
   const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
@@ -301,16 +343,24 @@ void KvCache::PlanSeals(const sparkv_attend_args& args, int stream_index, const 
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       const TokenPlan& plan = tokens[size_t(t)];
       const bool ready = needs_weights_ ? plan.table != 0 : !prefill_end || plan.alone;
-      if (!ready || plan.rank < PackedFrom(column.rank)) continue;
+      const bool packed = plan.rank >= PackedFrom(column.rank);
+      const int stage = layout_.StageOf(plan.rank - column.rank);
+      if (!ready || (!packed && stage <= column.stage)) continue;
       if (!HasBit(&seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words], i))
         continue;
-      column.table = plan.table;
+      // Rows of a stage keep their weights.
+      if (column.table == 0)
+        column.table = column.stage > 0 ? cells_.table(column.cell) : plan.table;
+      if (!packed) {
+        column.enters |= 1u << stage;
+        continue;
+      }
       column.sealing = true;
       column.block =
           ((stream_index * args.n_tokens + t) << 32) + (column.rank - config_.sinks) / key_block_;
-      step_.sealing.push_back(column);
       break;
     }
+    if (column.enters != 0 || column.sealing) step_.aging.push_back(column);
   }
 }
 
@@ -350,14 +400,22 @@ void KvCache::PlanObserved(const sparkv_attend_args& args, int stream_index, con
 
 // Takes memory for what was planned.
 Status KvCache::CommitPlan() {
-  for (const Column& column : step_.sealing) {
+  for (size_t i = 0; i < step_.aging.size(); ++i) {
+    Column& column = step_.aging[i];
+    for (int stage = 1; stage < layout_.n_stages(); ++stage) {
+      if ((column.enters >> stage & 1) == 0) continue;
+      int32_t& slot = column.coded[size_t(stage)];
+      slot = stores_[size_t(stage)].Allocate();
+      if (slot < 0) return Status::NoMemory("recent rows: no free slot");
+    }
     if (cells_.table(column.cell) != column.table) {
       tables_.Unref(cells_.table(column.cell));
       tables_.Ref(column.table);
       cells_.table(column.cell) = column.table;
     }
-    AddPacked(column.cell);
+    if (column.sealing) AddPacked(column.cell);
     if (column.flight >= 0) cells_.slot(column.cell) = kPackedSlot;
+    step_.aging_of[column.cell] = i;
   }
   for (const NewTable& table : step_.new_tables) tables_.Unref(table.id);  // its cells hold it now
   return EnsureSlots();
@@ -372,7 +430,8 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
   view_.dense_words = (most + 63) / 64;
   const size_t rows = size_t(args.n_streams * args.n_tokens);
   view_.packed_bits.assign(rows * words, 0);
-  view_.dense_bits.assign(rows * view_.dense_words, 0);
+  view_.stage_bits.assign(size_t(layout_.n_stages()),
+                          std::vector<uint64_t>(rows * view_.dense_words, 0));
   view_.evicted_bits.assign(n_evicted_ > 0 ? rows * words : 0, 0);
   view_.tile_table.assign(size_t(args.n_streams) * words, 0);
   for (int s = 0; s < args.n_streams; ++s) {
@@ -387,7 +446,6 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
       const TokenPlan& plan = tokens[size_t(s)][size_t(t)];
       const uint64_t* see = &seen[row * words];
       uint64_t* packed = &view_.packed_bits[row * words];
-      uint64_t* dense = &view_.dense_bits[row * view_.dense_words];
       for (size_t w = 0; w < words; ++w) packed[w] = see[w] & sealed[w];
       for (size_t w = 0; w < words && n_evicted_ > 0; ++w)
         view_.evicted_bits[row * words + w] = see[w] & evicted[w];
@@ -402,7 +460,11 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
             (plan.table != 0 || column.table == 0))
           continue;
         packed[i / 64] &= ~bit;
-        dense[c / 64] |= uint64_t{1} << (c % 64);
+        int stage =
+            plan.table != 0 || column.table == 0 ? layout_.StageOf(plan.rank - column.rank) : 0;
+        while (stage > column.stage && column.coded[size_t(stage)] < 0) --stage;
+        view_.stage_bits[size_t(std::max(stage, column.stage))][row * view_.dense_words + c / 64] |=
+            uint64_t{1} << (c % 64);
       }
     }
     if (!needs_weights_) continue;
@@ -471,15 +533,19 @@ Status KvCache::Look(const sparkv_attend_args& args) {
     };
     for (const int64_t cell : dense_cells_[size_t(stream)]) {
       if (wanted(cell))
-        columns.push_back({cell, cells_.rank(cell), -1, cells_.slot(cell), 0, false});
+        columns.push_back({cell, cells_.rank(cell), -1, cells_.stage(cell), cells_.slot(cell)});
     }
     for (size_t i = 0; step_.open && i < flight_cells_.size(); ++i) {
       const int64_t cell = flight_cells_[i];
       if (cell < 0 || layout_.stream_of(cell) != stream || !wanted(cell)) continue;
+      const Column* aging = AgingOf(cell);
       if (plan || in_arena) {
-        columns.push_back({cell, cells_.rank(cell), int32_t(i), -1, 0, false});
+        columns.push_back({cell, cells_.rank(cell), int32_t(i)});
+      } else if (aging != nullptr && aging->enters != 0) {
+        const int stage = int(std::bit_width(aging->enters)) - 1;
+        columns.push_back({cell, cells_.rank(cell), -1, stage, aging->coded[size_t(stage)]});
       } else if (cells_.slot(cell) >= 0) {
-        columns.push_back({cell, cells_.rank(cell), -1, cells_.slot(cell), 0, false});
+        columns.push_back({cell, cells_.rank(cell), -1, 0, cells_.slot(cell)});
       }
     }
     std::stable_sort(columns.begin(), columns.end(),
@@ -490,19 +556,25 @@ Status KvCache::Look(const sparkv_attend_args& args) {
       PlanQueries(args, s, seen, tokens[size_t(s)]);
       PlanEviction(args, s, seen, tokens[size_t(s)]);
     } else {
-      // Rows planned to be packed were decided by the first look.
+      // What becomes of rows was decided by the first look.
       for (Column& column : columns) {
-        for (const Column& sealing : step_.sealing) {
-          if (!step_.open || sealing.cell != column.cell) continue;
-          column.sealing = true;
-          column.table = sealing.table;
-        }
+        const Column* aging = AgingOf(column.cell);
+        if (aging == nullptr) continue;
+        column.sealing = aging->sealing;
+        column.table = aging->table;
+        column.coded = aging->coded;
       }
     }
   }
   if (plan) {
     if (Status status = CommitPlan(); !status.ok()) return status;
     step_.planned = true;
+    for (std::vector<Column>& columns : view_.columns) {
+      for (Column& column : columns) {
+        if (const Column* aging = AgingOf(column.cell); aging != nullptr)
+          column.coded = aging->coded;
+      }
+    }
   }
   MarkBits(args, seen, tokens);
   view_.mask = args.mask;

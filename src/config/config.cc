@@ -9,6 +9,7 @@
 #include "config/baseline_name.h"
 #include "config/layers.h"
 #include "config/parse.h"
+#include "config/recent.h"
 
 namespace sparkv {
 namespace {
@@ -156,11 +157,17 @@ Status CheckEvict(const sparkv_config& config) {
                            NameList(kEvictNames) + ")");
   }
   if (config.evict == SPARKV_EVICT_NONE) return Status::Ok();
-  const int32_t dense = config.sinks + config.window;
-  if (config.evict_tokens <= dense || config.evict_tokens > kMostEvictTokens) {
+  std::vector<RecentStage> recent;
+  if (Status s = ParseRecent(TextOf(config.recent), &recent); !s.ok()) return s;
+  const int32_t window =
+      recent.empty() ? config.window : std::max(config.window, recent.back().until);
+  if (config.evict_tokens > kMostEvictTokens)
+    return Status::Invalid(Outside("evict", std::to_string(config.evict_tokens), "1", "2^24"));
+  if (config.evict_tokens <= config.sinks + window) {
     return Status::Invalid("evict: " + std::to_string(config.evict_tokens) +
                            " tokens are not above sinks " + std::to_string(config.sinks) +
-                           " and window " + std::to_string(config.window));
+                           (window > config.window ? " and recent " : " and window ") +
+                           std::to_string(window));
   }
   return Status::Ok();
 }
@@ -256,6 +263,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
   if (key == "protect") return SetProtect(value, config);
   if (key == "budget") return SetBudget(value, config);
   if (key == "sensitivity") return SetSensitivity(value, config);
+  if (key == "recent") return SetRecent(value, config);
   if (key == "evict") return SetEvict(value, config);
   if (key == "baseline") return SetBaseline(value, config);
   for (const EnumField& field : kEnumFields) {
@@ -281,7 +289,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
     config->*field.field = count;
     return Status::Ok();
   }
-  std::string known = "ratio, layers, protect, budget, sensitivity, evict, baseline";
+  std::string known = "ratio, layers, protect, budget, sensitivity, recent, evict, baseline";
   for (const EnumField& field : kEnumFields) known += ", " + std::string(field.key);
   for (const CountField& field : kCountFields) known += ", " + std::string(field.key);
   return Status::Invalid("parameter: " + Quote(key) + " is unknown (" + known + ")");
@@ -316,6 +324,7 @@ Status CheckConfig(const sparkv_config& config) {
   }
   if (Status s = CheckEvict(config); !s.ok()) return s;
   if (Status s = CheckLayers(config); !s.ok()) return s;
+  if (Status s = CheckRecent(config); !s.ok()) return s;
   return CheckBaseline(config);
 }
 
@@ -342,6 +351,7 @@ std::string ConfigText(const sparkv_config& config) {
   }
   if (!TextOf(config.budget).empty()) add("budget", TextOf(config.budget));
   if (!TextOf(config.sensitivity).empty()) add("sensitivity", TextOf(config.sensitivity));
+  if (!TextOf(config.recent).empty()) add("recent", TextOf(config.recent));
   if (config.evict != SPARKV_EVICT_NONE) {
     add("evict",
         std::string(NameOf(kEvictNames, config.evict)) + ":" + std::to_string(config.evict_tokens));

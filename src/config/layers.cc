@@ -22,29 +22,6 @@ bool ParseLayers(std::string_view text, int* first, int* last) {
   return *first >= 0 && *first <= *last && *last <= kMaxLayer;
 }
 
-// Calls body(entry) for each entry of a list with commas, until one fails.
-template <typename Body>
-Status ForEachEntry(std::string_view list, Body&& body) {
-  for (size_t at = 0; !list.empty() && at <= list.size();) {
-    const size_t end = std::min(list.find(',', at), list.size());
-    if (Status s = body(list.substr(at, end - at)); !s.ok()) return s;
-    at = end + 1;
-  }
-  return Status::Ok();
-}
-
-// *text as it was when `value` does not fit.
-template <size_t kSize>
-Status SetText(std::string_view key, std::string_view value, char (*text)[kSize]) {
-  if (value.size() >= kSize) {
-    return Status::Invalid(std::string(key) + ": " + std::to_string(value.size()) +
-                           " characters, at most " + std::to_string(kSize - 1) + " fit");
-  }
-  std::memset(*text, 0, kSize);
-  std::memcpy(*text, value.data(), value.size());
-  return Status::Ok();
-}
-
 // An entry of config.layers: from `first` to `last` the rows of `rows`.
 struct LayerRule {
   int first = 0, last = 0;

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <deque>
 
 #include "cache_model.h"
 #include "format/row_layout.h"
@@ -138,6 +139,13 @@ class OneAnswer : public testing::TestWithParam<const char*> {
   Model Small() const {
     Model model;
     model.set = {{"window", "16"}, {"observe", "24"}};
+    const std::string text = GetParam();
+    if (const size_t recent = text.find(" recent "); recent != text.npos) {
+      static std::deque<std::string> names;
+      model.preset = names.emplace_back(text.substr(0, recent)).c_str();
+      model.set.emplace_back("recent", GetParam() + recent + std::strlen(" recent "));
+      return model;
+    }
     sparkv_config config{};
     config.struct_size = sizeof(config);
     if (sparkv_config_preset(&config, GetParam(), nullptr) == SPARKV_OK) {
@@ -151,7 +159,8 @@ class OneAnswer : public testing::TestWithParam<const char*> {
 INSTANTIATE_TEST_SUITE_P(Presets, OneAnswer,
                          testing::Values("spark-0.5", "spark-0.8", "spark-0.5-i8", "spark-0.5-i5",
                                          "spark-1-i4", "tiers-7432", "tiers-5321", "kivi-2",
-                                         "think-0.5"));
+                                         "think-0.5", "spark-0.5-i5 recent 30:i8+q8",
+                                         "tiers-5321 recent 20:i8+q8,33:t7543+t4,40:t7432+t3"));
 
 TEST_P(OneAnswer, DoesNotDependOnHowAPromptIsCut) {
   Host whole(Small());
@@ -361,6 +370,7 @@ std::vector<float> Observed(const Host& host, int text, int l, int head) {
 
 TEST_P(OneAnswer, PackedRowsAreThoseOfPackKeyUnderTheWeightsOfTheFirstQueries) {
   if (Small().preset == std::string("exact")) GTEST_SKIP() << "a baseline: baseline_test.cc";
+  if (std::strstr(GetParam(), "recent") != nullptr) GTEST_SKIP() << "coded on the way";
   Host host(Small());
   host.Feed(0, 5, 0, 100, {100});
   const std::vector<uint16_t> table = NewestTable(host);

@@ -180,8 +180,9 @@ TEST(Config, UnknownNamesListTheKnownOnes) {
   EXPECT_EQ(SetError("values", "i5"), "values: \"i5\" is unknown (f16, q8, q4, t4, t3, t2)");
   EXPECT_EQ(SetError("seal", ""), "seal: \"\" is unknown (stream, prefill-end)");
   EXPECT_EQ(SetError("raito", "1"),
-            "parameter: \"raito\" is unknown (ratio, layers, protect, budget, sensitivity, evict, "
-            "baseline, recover, group, kept, values, seal, simd, sinks, window, observe, threads)");
+            "parameter: \"raito\" is unknown (ratio, layers, protect, budget, sensitivity, "
+            "recent, evict, baseline, recover, group, kept, values, seal, simd, sinks, window, "
+            "observe, threads)");
 }
 
 TEST(Config, EvictionNamesAMethodAndTokens) {

@@ -31,6 +31,7 @@ constexpr Parameter kParameters[] = {
     {"layers", "LIST", "layers of their own: 0-1=spark-0-i8,29=spark-0.5-i6+q8"},
     {"budget", "4bpe|512MiB|auto", "what the whole cache may take; chooses the rows of each layer"},
     {"sensitivity", "LIST", "what a budget takes from which layer: 0-4:0.5,15-19:7.1"},
+    {"recent", "LIST", "rows between window and packed ones: 256:i8+q8,1024:t7432+t4"},
     {"evict", "METHOD:TOKENS", "tokens a head keeps of a prompt: snapkv:512"},
     {"protect", "first:N,last:N", "first and last layers that keep 8-bit numbers, none pruned"},
 };

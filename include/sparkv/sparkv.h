@@ -149,6 +149,13 @@ SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* ke
 SPARKV_API sparkv_status sparkv_config_layer(const sparkv_config* config, int32_t layer,
                                              int32_t n_layers, sparkv_config* out,
                                              sparkv_error* error);
+/* Stage `stage`, from 0, of config->recent, those inside the window left out: *until as written
+ * there, *rows = `config` with the ratio (0), kept and values of its rows. SPARKV_INVALID behind
+ * the last one. A layer keeps keys, or values, as packed where those take as many bytes or more.
+ * Ours. */
+SPARKV_API sparkv_status sparkv_config_recent(const sparkv_config* config, int32_t stage,
+                                              int32_t* until, sparkv_config* rows,
+                                              sparkv_error* error);
 /* One line, e.g. "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal
  * stream". Always zero-terminated; returns the length it needed. */
 SPARKV_API size_t sparkv_config_text(const sparkv_config* config, char* text, size_t size);

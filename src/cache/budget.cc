@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <vector>
 
+#include "cache/cache_layout.h"
 #include "config/config.h"
 #include "config/layers.h"
 #include "format/row_layout.h"
@@ -33,29 +35,49 @@ struct Layer {
   double key_bytes[std::size(kKeys)], value_bytes[std::size(kValues)];
 };
 
-// Keys and values of the tokens of a full cache: sinks and window dense, the rest packed, weights
-// of one sequence per stream.
+// Keys and values of the tokens of a full cache: sinks and window dense, then the stages, the rest
+// packed, weights of one sequence per stream.
 struct FullLayer {
   double packed, dense;  // rows
   double streams;
+  std::vector<RecentStage> stages;
+  std::vector<double> in_stage;  // rows
 
-  FullLayer(const sparkv_config& config, const sparkv_shape& shape, const sparkv_layer_shape& s) {
-    const double cells = double(shape.cells_per_stream);
-    const double stay = std::min(cells, double(config.sinks) + double(config.window));
-    streams = shape.n_streams;
-    dense = stay * streams * s.n_kv_heads;
-    packed = (cells - stay) * streams * s.n_kv_heads;
+  FullLayer(const sparkv_config& config, const sparkv_shape& shape, const sparkv_layer_shape& s)
+      : streams(shape.n_streams), stages(RecentStages(config)) {
+    const double heads = streams * s.n_kv_heads;
+    double cells = double(shape.cells_per_stream);
+    const auto take = [&](double most) {
+      const double taken = std::min(cells, most);
+      cells -= taken;
+      return taken * heads;
+    };
+    dense = take(double(config.sinks) + double(config.window));
+    int32_t before = config.window;
+    for (const RecentStage& stage : stages) {
+      in_stage.push_back(take(double(stage.until - before)));
+      before = stage.until;
+    }
+    packed = cells * heads;
   }
+  double rows() const { return std::accumulate(in_stage.begin(), in_stage.end(), dense + packed); }
   // rows: what the layer has; recovery is the cache's.
   double Keys(const sparkv_config& config, const sparkv_layer_shape& s,
               const sparkv_config& rows) const {
     const KeyLayout row = KeyLayout::Make(s.k_dim, KeptChannels(rows.ratio, s.k_dim),
                                           sparkv_number(rows.kept), sparkv_recover(config.recover));
     const double weights = row.needs_table() ? 2.0 * s.k_dim * s.n_kv_heads * streams : 0.0;
-    return dense * 2.0 * s.k_dim + packed * row.bytes + weights;
+    double bytes = dense * 2.0 * s.k_dim + packed * row.bytes + weights;
+    for (size_t i = 0; i < stages.size(); ++i)
+      bytes += in_stage[i] * StageKey(stages[i], row).bytes;
+    return bytes;
   }
   double Values(const sparkv_layer_shape& s, sparkv_number number) const {
-    return dense * 2.0 * s.v_dim + packed * ValueLayout::Make(s.v_dim, number).bytes;
+    const ValueLayout row = ValueLayout::Make(s.v_dim, number);
+    double bytes = dense * 2.0 * s.v_dim + packed * row.bytes;
+    for (size_t i = 0; i < stages.size(); ++i)
+      bytes += in_stage[i] * StageValue(stages[i], row).bytes;
+    return bytes;
   }
 };
 
@@ -165,7 +187,7 @@ Status SolveBudget(std::span<const sparkv_shape> shapes, sparkv_config* config) 
       sparkv_config rows = *config;
       if (Status status = SetLayer(layer.number, n_model_layers, &rows); !status.ok())
         return status;
-      elements += (full.dense + full.packed) * double(s.k_dim + s.v_dim);
+      elements += full.rows() * double(s.k_dim + s.v_dim);
       const double bytes = full.Keys(*config, s, rows) + full.Values(s, sparkv_number(rows.values));
       as_configured += bytes;
       if (HasRule(*config, layer.number, n_model_layers)) {
@@ -193,7 +215,8 @@ Status SolveBudget(std::span<const sparkv_shape> shapes, sparkv_config* config) 
     return Status::Invalid("budget: " + Quote(config->budget) + " is below the least that " +
                            std::to_string(n_model_layers) + " layers with sinks " +
                            std::to_string(config->sinks) + " and window " +
-                           std::to_string(config->window) + " take here, " +
+                           std::to_string(config->window) +
+                           (config->recent[0] != '\0' ? " and recent rows" : "") + " take here, " +
                            Amount(budget, used, elements));
   }
   for (;;) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "config/recent.h"
 #include "format/row_layout.h"
 
 namespace sparkv {
@@ -21,6 +22,18 @@ struct StageLayout {
   size_t at = 0;  // byte offset in a slot
   size_t bytes(int n_kv_heads) const { return size_t(n_kv_heads) * (key.bytes + value.bytes); }
 };
+
+// Keys and values of a stage in a layer whose packed rows are `key` and `value`: never fewer bytes
+// than those, and no tiers where packed keys have weights of another kind.
+inline KeyLayout StageKey(const RecentStage& stage, const KeyLayout& key) {
+  const KeyLayout own =
+      KeyLayout::Make(key.head_dim, key.head_dim, stage.kept, SPARKV_RECOVER_ZERO);
+  return key.bytes >= own.bytes || (own.tiered() && !key.tiered()) ? key : own;
+}
+inline ValueLayout StageValue(const RecentStage& stage, const ValueLayout& value) {
+  const ValueLayout own = ValueLayout::Make(value.head_dim, stage.values);
+  return value.bytes >= own.bytes ? value : own;
+}
 
 struct LayerLayout {
   int n_kv_heads = 0;

@@ -34,9 +34,7 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   CacheLayout& l = c->layout_;
   l.cells_per_stream = shape.cells_per_stream;
   l.n_streams = shape.n_streams;
-  std::vector<RecentStage> recent;
-  if (Status s = ParseRecent(TextOf(config.recent), &recent); !s.ok()) return s;
-  std::erase_if(recent, [&](const RecentStage& r) { return r.until <= config.window; });
+  const std::vector<RecentStage> recent = RecentStages(config);
   l.until.push_back(config.window);
   for (const RecentStage& r : recent) l.until.push_back(r.until);
   l.slot_bytes.assign(l.until.size(), 0);
@@ -53,17 +51,11 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
     layer.has_table = layer.key.needs_table() || NeedsChannels(c->baseline_);
     layer.packed_at = l.group_bytes;
     for (size_t stage = 0; stage < l.until.size(); ++stage) {
-      StageLayout in_slot;
-      const sparkv_number kept = stage == 0 ? SPARKV_F16 : recent[stage - 1].kept;
-      in_slot.key = KeyLayout::Make(s.k_dim, s.k_dim, kept, SPARKV_RECOVER_ZERO);
-      in_slot.value =
-          ValueLayout::Make(s.v_dim, stage == 0 ? SPARKV_F16 : recent[stage - 1].values);
-      // Packed rows that take more bytes, or have f16 values, or weights of another kind.
-      if (stage > 0 &&
-          (layer.key.bytes + layer.value.bytes >= in_slot.key.bytes + in_slot.value.bytes ||
-           !layer.value.rotated() || in_slot.key.tiered() > layer.key.tiered())) {
-        in_slot.key = layer.key;
-        in_slot.value = layer.value;
+      StageLayout in_slot{KeyLayout::Make(s.k_dim, s.k_dim, SPARKV_F16, SPARKV_RECOVER_ZERO),
+                          ValueLayout::Make(s.v_dim, SPARKV_F16)};
+      if (stage > 0) {
+        in_slot.key = StageKey(recent[stage - 1], layer.key);
+        in_slot.value = StageValue(recent[stage - 1], layer.value);
       }
       in_slot.at = l.slot_bytes[stage];
       l.slot_bytes[stage] += in_slot.bytes(s.n_kv_heads);

@@ -225,8 +225,10 @@ class KvCache {
   void NoteHighWater();
 
   // restore.cc
-  bool PacksToItself(const LayerLayout& layer, uint16_t table_id, const uint16_t* row);
-  uint16_t MatchTable(const LayerLayout& layer, const uint16_t* row);
+  bool PacksToItself(const LayerLayout& layer, const KeyLayout& key, uint16_t table_id,
+                     const uint16_t* row);
+  uint16_t MatchTable(const LayerLayout& layer, const KeyLayout& key, const uint16_t* row);
+  Status EnterStage(const LayerLayout& layer, int64_t cell, const uint16_t* row);
   Status PlaceRestored(int layer, int64_t cell, const uint16_t* row);
   Status DecideRestored(int layer, int64_t cell, const uint16_t* row);
   void SealRestored(int64_t cell);

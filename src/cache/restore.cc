@@ -12,13 +12,14 @@
 
 namespace sparkv {
 
-bool KvCache::PacksToItself(const LayerLayout& layer, uint16_t table_id, const uint16_t* row) {
+bool KvCache::PacksToItself(const LayerLayout& layer, const KeyLayout& key, uint16_t table_id,
+                            const uint16_t* row) {
   uint8_t packed[2 * kMaxHeadDim + 128];
   uint16_t again[kMaxHeadDim];
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     const size_t at = size_t(h) * size_t(layer.k_dim());
-    ops_->pack_key(layer.key, HeadTable(layer, table_id, h), row + at, packed);
-    ops_->unpack_key(layer.key, HeadTable(layer, table_id, h), packed, again);
+    ops_->pack_key(key, HeadTable(layer, table_id, h), row + at, packed);
+    ops_->unpack_key(key, HeadTable(layer, table_id, h), packed, again);
     for (int j = 0; j < layer.k_dim(); ++j) {
       if (again[j] != row[at + size_t(j)] && ((again[j] | row[at + size_t(j)]) & 0x7fffu) != 0)
         return false;
@@ -27,14 +28,15 @@ bool KvCache::PacksToItself(const LayerLayout& layer, uint16_t table_id, const u
   return true;
 }
 
-// The known weights under which this key row is a fixed point, 0: none.
-uint16_t KvCache::MatchTable(const LayerLayout& layer, const uint16_t* row) {
-  if (!layer.key.needs_table()) return 0;
+// The known weights under which this key row is a fixed point of `key`, 0: none.
+uint16_t KvCache::MatchTable(const LayerLayout& layer, const KeyLayout& key, const uint16_t* row) {
+  if (!key.needs_table()) return 0;
   if (EvictedHeads(layer, row) == layer.n_kv_heads) return restore_.matched;
   // Neighbours mostly share their weights, so the last match is tried first.
-  if (restore_.matched != 0 && PacksToItself(layer, restore_.matched, row)) return restore_.matched;
+  if (restore_.matched != 0 && PacksToItself(layer, key, restore_.matched, row))
+    return restore_.matched;
   for (const uint16_t id : tables_.Known()) {
-    if (id != restore_.matched && PacksToItself(layer, id, row)) return id;
+    if (id != restore_.matched && PacksToItself(layer, key, id, row)) return id;
   }
   return 0;
 }
@@ -55,11 +57,12 @@ Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row
 }
 
 Status KvCache::DecideRestored(int layer_index, int64_t cell, const uint16_t* row) {
-  const uint16_t table = MatchTable(layout_.layers[size_t(layer_index)], row);
+  const LayerLayout& layer = layout_.layers[size_t(layer_index)];
+  const uint16_t table = MatchTable(layer, layer.key, row);
   if (table == 0) {
-    // Behind rows that were recognised it is the window of the same sequence.
+    // Behind rows that were recognised it is younger and of the same sequence.
     if (restore_.range_matched) SetTable(cell, restore_.matched);
-    return Status::Ok();
+    return EnterStage(layer, cell, row);
   }
   restore_.matched = table;
   restore_.range_matched = true;
@@ -73,6 +76,35 @@ Status KvCache::DecideRestored(int layer_index, int64_t cell, const uint16_t* ro
     PackRow(layer, cell, 0, keys ? dense : nullptr, keys ? nullptr : dense);
   }
   SealRestored(cell);
+  return Status::Ok();
+}
+
+// A restored cell whose key row is a fixed point of a stage goes there: on the way that younger
+// rows take it would be coded by the stages before as well.
+Status KvCache::EnterStage(const LayerLayout& layer, int64_t cell, const uint16_t* row) {
+  for (int stage = layout_.n_stages() - 1; stage > 0; --stage) {
+    const KeyLayout& key = layer.stages[size_t(stage)].key;
+    const uint16_t table = MatchTable(layer, key, row);
+    if (key.needs_table() ? table == 0 : !PacksToItself(layer, key, 0, row)) continue;
+    if (table != 0) {
+      restore_.matched = table;
+      restore_.range_matched = true;
+      SetTable(cell, table);
+      tables_.Used(table);
+    }
+    const int32_t slot = cells_.slot(cell);
+    if (Status s = TakeSlot(cell, stage); !s.ok()) return s;
+    for (const auto& [index, keys] : restore_.rows) {
+      const LayerLayout& before = layout_.layers[size_t(index)];
+      Code(before, stage, 0, keys,
+           reinterpret_cast<const uint16_t*>(StageRows(before, 0, slot, keys)),
+           StageRows(before, stage, cells_.slot(cell), keys));
+    }
+    stores_[0].Free(slot);
+    --in_stage_[0];
+    ++in_stage_[size_t(stage)];
+    return Status::Ok();
+  }
   return Status::Ok();
 }
 
@@ -108,7 +140,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
   // A row that all heads evicted packs to itself under any weights: another one must tell them.
   for (int64_t i = 0; i < n && placing && restore_.matched == 0; ++i) {
     const uint16_t* row = rows + size_t(i) * row_numbers;
-    restore_.matched = MatchTable(layer, row);
+    restore_.matched = MatchTable(layer, layer.key, row);
   }
   for (int64_t i = 0; i < n; ++i) {
     const int64_t cell = first + i;
@@ -126,7 +158,8 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
         PackRow(layer, cell, cells_.table(cell), keys ? row : nullptr, keys ? nullptr : row);
         break;
       case CellState::kDense:
-        Code(layer, 0, 0, keys, row, StageRows(layer, 0, cells_.slot(cell), keys));
+        Code(layer, cells_.stage(cell), cells_.table(cell), keys, row,
+             StageRows(layer, cells_.stage(cell), cells_.slot(cell), keys));
         break;
       default:
         return Status::Invalid("values: cell " + std::to_string(cell) + " was given no keys");
@@ -150,7 +183,9 @@ void KvCache::EndRestore() {
     std::vector<uint16_t> again(layer.v_row());
     std::vector<uint8_t> packed(layer.value.bytes);
     for (const int64_t cell : restore_.strangers) {
-      if (cells_.state(cell) != CellState::kDense || cells_.pinned(cell) != 0) continue;
+      if (cells_.state(cell) != CellState::kDense || cells_.stage(cell) > 0 ||
+          cells_.pinned(cell) != 0)
+        continue;
       // Values that do not pack to themselves were never packed: a plain state file, free to be
       // packed.
       bool raw = false;

@@ -349,8 +349,8 @@ void KvCache::PlanSeals(const sparkv_attend_args& args, int stream_index, const 
       if (!HasBit(&seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words], i))
         continue;
       // Rows of a stage keep their weights.
-      if (column.table == 0)
-        column.table = column.stage > 0 ? cells_.table(column.cell) : plan.table;
+      if (column.table == 0 && column.stage > 0) column.table = cells_.table(column.cell);
+      if (column.table == 0) column.table = plan.table;
       if (!packed) {
         column.enters |= 1u << stage;
         continue;

@@ -3,6 +3,7 @@
 #include "capi/guard.h"
 #include "config/config.h"
 #include "config/layers.h"
+#include "config/recent.h"
 
 namespace sparkv {
 namespace {
@@ -48,6 +49,27 @@ sparkv_status sparkv_config_layer(const sparkv_config* config, int32_t layer, in
     sparkv_config next = *config;
     if (Status status = sparkv::SetLayer(layer, n_layers, &next); !status.ok()) return status;
     *out = next;
+    return Status::Ok();
+  });
+}
+
+sparkv_status sparkv_config_recent(const sparkv_config* config, int32_t stage, int32_t* until,
+                                   sparkv_config* rows, sparkv_error* error) {
+  return sparkv::Guard(error, [&]() -> Status {
+    if (Status status = sparkv::CheckStruct(config); !status.ok()) return status;
+    if (Status status = sparkv::CheckConfig(*config); !status.ok()) return status;
+    if (until == nullptr) return Status::Invalid("until: NULL");
+    if (rows == nullptr) return Status::Invalid("rows: NULL");
+    const std::vector<sparkv::RecentStage> stages = sparkv::RecentStages(*config);
+    if (stage < 0 || size_t(stage) >= stages.size()) {
+      return Status::Invalid("stage: " + std::to_string(stage) + " of " +
+                             std::to_string(stages.size()));
+    }
+    *until = stages[size_t(stage)].until;
+    *rows = *config;
+    rows->ratio = 0.0;
+    rows->kept = stages[size_t(stage)].kept;
+    rows->values = stages[size_t(stage)].values;
     return Status::Ok();
   });
 }

@@ -157,10 +157,8 @@ Status CheckEvict(const sparkv_config& config) {
                            NameList(kEvictNames) + ")");
   }
   if (config.evict == SPARKV_EVICT_NONE) return Status::Ok();
-  std::vector<RecentStage> recent;
-  if (Status s = ParseRecent(TextOf(config.recent), &recent); !s.ok()) return s;
-  const int32_t window =
-      recent.empty() ? config.window : std::max(config.window, recent.back().until);
+  const std::vector<RecentStage> recent = RecentStages(config);
+  const int32_t window = recent.empty() ? config.window : recent.back().until;
   if (config.evict_tokens > kMostEvictTokens)
     return Status::Invalid(Outside("evict", std::to_string(config.evict_tokens), "1", "2^24"));
   if (config.evict_tokens <= config.sinks + window) {

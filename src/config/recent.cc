@@ -56,6 +56,13 @@ Status ParseRecent(std::string_view value, std::vector<RecentStage>* stages) {
   return s;
 }
 
+std::vector<RecentStage> RecentStages(const sparkv_config& config) {
+  std::vector<RecentStage> stages;
+  if (!ParseRecent(TextOf(config.recent), &stages).ok()) return {};
+  std::erase_if(stages, [&](const RecentStage& s) { return s.until <= config.window; });
+  return stages;
+}
+
 Status SetRecent(std::string_view value, sparkv_config* config) {
   std::vector<RecentStage> stages;
   if (Status s = ParseRecent(value, &stages); !s.ok()) return s;

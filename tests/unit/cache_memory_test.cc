@@ -15,47 +15,83 @@ uint64_t SumOfKinds(const sparkv_memory& m) {
 }
 
 TEST(Cache, KindsOfMemorySumUpAndThePeakNeverFalls) {
-  Model model;
-  model.preset = "spark-0.5-i5";
-  model.set = {{"window", "16"}};
-  model.scatter = true;
-  Host host(model);
-  std::mt19937 rng(3);
-  std::map<int, int> next;
-  uint64_t peak = 0;
-  for (int step = 0; step < 60; ++step) {
-    if (host.n_free(0) < 20) {
-      const int gone = int(rng() % 4);
-      for (const Placed& token : host.sequence(gone))
-        sparkv_cache_release(host.cache, token.cell, 1);
-      host.Forget(gone, 0, host.sequence(gone).size());
+  for (const char* recent : {"", "20:i8+q8,30:i6+q4"}) {
+    Model model;
+    model.preset = "spark-0.5-i5";
+    model.set = {{"window", "16"}, {"recent", recent}};
+    model.scatter = true;
+    Host host(model);
+    std::mt19937 rng(3);
+    std::map<int, int> next;
+    uint64_t peak = 0;
+    for (int step = 0; step < 60; ++step) {
+      if (host.n_free(0) < 20) {
+        const int gone = int(rng() % 4);
+        for (const Placed& token : host.sequence(gone))
+          sparkv_cache_release(host.cache, token.cell, 1);
+        host.Forget(gone, 0, host.sequence(gone).size());
+      }
+      host.Decode(Mixed(rng, &next, 4, 9));
+      const sparkv_memory m = host.Memory();
+      ASSERT_EQ(SumOfKinds(m), m.resident);
+      ASSERT_GE(m.peak, m.resident);
+      ASSERT_GE(m.peak, peak);
+      ASSERT_LE(m.slack, m.resident);
+      peak = m.peak;
+      int64_t live = 0;
+      for (int64_t c = 0; c < model.cells; ++c) live += host.in_use(c) ? 1 : 0;
+      ASSERT_EQ(m.tokens, live);
+      uint64_t row = 0;
+      for (const Layer& layer : model.layers) row += 2 * (layer.k_row() + layer.v_row());
+      ASSERT_EQ(m.f16_bytes, uint64_t(live) * row);
     }
-    host.Decode(Mixed(rng, &next, 4, 9));
+    sparkv_cache_clear(host.cache);
     const sparkv_memory m = host.Memory();
-    ASSERT_EQ(SumOfKinds(m), m.resident);
-    ASSERT_GE(m.peak, m.resident);
-    ASSERT_GE(m.peak, peak);
-    ASSERT_LE(m.slack, m.resident);
-    peak = m.peak;
-    int64_t live = 0;
-    for (int64_t c = 0; c < model.cells; ++c) live += host.in_use(c) ? 1 : 0;
-    ASSERT_EQ(m.tokens, live);
-    uint64_t row = 0;
-    for (const Layer& layer : model.layers) row += 2 * (layer.k_row() + layer.v_row());
-    ASSERT_EQ(m.f16_bytes, uint64_t(live) * row);
+    EXPECT_EQ(m.tokens, 0);
+    EXPECT_EQ(m.resident - m.workspace - m.tables, m.cells);
+    EXPECT_LT(m.cells, 4096u);  // one bit per cell and no page
+    EXPECT_EQ(m.slack, 0u);
+    EXPECT_EQ(m.peak, peak);
+    sparkv_memory high{};
+    high.struct_size = sizeof(high);
+    sparkv_cache_high_water(host.cache, &high);
+    EXPECT_GT(high.tokens, 200);
+    EXPECT_EQ(SumOfKinds(high), high.resident);
   }
-  sparkv_cache_clear(host.cache);
+}
+
+TEST(Cache, BytesOfTheStagesAreCountedAsWritten) {
+  Model model;
+  model.preset = "tiers-5321";
+  model.layers = {{2, 64, 64, 3}};
+  model.set = {{"window", "16"}, {"recent", "40:i8+q8,100:t7432+t4"}};
+  model.cells = 512;
+  for (const std::vector<int>& cuts : {std::vector<int>{300}, {1}, {37}}) {
+    Host host(model);
+    host.Feed(0, 1, 0, 300, cuts);
+    const sparkv_memory m = host.Memory();
+    // Heads of 64 channels: f16 128 bytes; i8 and q8 two of scale; t7432 three of gains and 4 bits,
+    // t4 one of gain and 4 bits.
+    const uint64_t window = 4 + 16, first = 40 - 16, second = 100 - 40;
+    EXPECT_EQ(m.sealed, 300 - int64_t(window + first + second));
+    EXPECT_EQ(m.dense_keys, 2 * (window * 128 + first * 66 + second * 35));
+    EXPECT_EQ(m.dense_values, 2 * (window * 128 + first * 66 + second * 33));
+    EXPECT_EQ(SumOfKinds(m), m.resident);
+  }
+}
+
+// A layer whose packed rows take more bytes than a stage keeps them as they are packed.
+TEST(Cache, RowsOfAStageNeverTakeFewerBytesThanPackedOnes) {
+  Model model;
+  model.preset = "tiers-7543";
+  model.layers = {{1, 64, 64, 2}};
+  model.set = {{"window", "16"}, {"recent", "40:t7432+q8"}};
+  Host host(model), plain(model);
+  host.Feed(0, 1, 0, 100, {100});
   const sparkv_memory m = host.Memory();
-  EXPECT_EQ(m.tokens, 0);
-  EXPECT_EQ(m.resident - m.workspace - m.tables, m.cells);
-  EXPECT_LT(m.cells, 4096u);  // one bit per cell and no page
-  EXPECT_EQ(m.slack, 0u);
-  EXPECT_EQ(m.peak, peak);
-  sparkv_memory high{};
-  high.struct_size = sizeof(high);
-  sparkv_cache_high_water(host.cache, &high);
-  EXPECT_GT(high.tokens, 200);
-  EXPECT_EQ(SumOfKinds(high), high.resident);
+  const uint64_t packed_key = m.key_scales + m.key_kept;
+  EXPECT_EQ((m.dense_keys - 20 * 128) * uint64_t(m.sealed), 24 * packed_key);
+  EXPECT_EQ(m.dense_values - 20 * 128, 24 * 66u);
 }
 
 TEST(Cache, ThePeakIsRememberedWhenAStepIsCleared) {

@@ -1,4 +1,5 @@
 #include "config/config.h"
+#include "config/recent.h"
 
 #include <gtest/gtest.h>
 
@@ -183,6 +184,42 @@ TEST(Config, UnknownNamesListTheKnownOnes) {
             "parameter: \"raito\" is unknown (ratio, layers, protect, budget, sensitivity, "
             "recent, evict, baseline, recover, group, kept, values, seal, simd, sinks, window, "
             "observe, threads)");
+}
+
+TEST(Config, RecentRowsAreStagesFromYoungToOld) {
+  sparkv_config config = Preset("tiers-5321");
+  ASSERT_EQ(SetParameter("recent", "256:i8+q8,1024:t7432+t4", &config).text, "");
+  EXPECT_TRUE(ConfigText(config).ends_with(" recent 256:i8+q8,1024:t7432+t4"))
+      << ConfigText(config);
+  EXPECT_EQ(CheckConfig(config).text, "");
+  std::vector<RecentStage> stages = RecentStages(config);
+  ASSERT_EQ(stages.size(), 2u);
+  EXPECT_EQ(stages[1].until, 1024);
+  EXPECT_EQ(stages[1].kept, SPARKV_TIERS_7432);
+  EXPECT_EQ(stages[1].values, SPARKV_TRELLIS4);
+  config.window = 256;  // has the rows of the first
+  EXPECT_EQ(RecentStages(config).size(), 1u);
+  EXPECT_EQ(CheckConfig(config).text, "");
+  config.evict = SPARKV_EVICT_SNAPKV;
+  config.evict_tokens = 1000;
+  EXPECT_EQ(CheckConfig(config).text, "evict: 1000 tokens are not above sinks 4 and recent 1024");
+  EXPECT_EQ(SetError("recent", "256"),
+            "recent: \"256\" is not TOKENS:KEYS+VALUES, as in 256:i8+q8");
+  EXPECT_EQ(SetError("recent", "256:i8"),
+            "recent: \"256:i8\" is not TOKENS:KEYS+VALUES, as in 256:i8+q8");
+  EXPECT_EQ(SetError("recent", "x:i8+q8"), "recent: \"x:i8+q8\" begins with no number of tokens");
+  EXPECT_EQ(SetError("recent", "0:i8+q8"), "recent: \"0:i8+q8\" has tokens outside [1, 65536]");
+  EXPECT_EQ(SetError("recent", "9:f16+q8"),
+            "recent: \"9:f16+q8\" has f16 numbers: that is the window");
+  EXPECT_TRUE(
+      SetError("recent", "9:i7+q8")
+          .starts_with("recent: \"9:i7+q8\" has keys of no known number (kept: \"i7\" is unknown"));
+  EXPECT_EQ(SetError("recent", "9:i8+q8,9:i6+q4"), "recent: 9 tokens behind 9");
+  EXPECT_EQ(SetError("recent", "1:i8+q8,2:i8+q8,3:i8+q8,4:i8+q8"), "recent: more than 3 stages");
+  EXPECT_EQ(SetError("recent", "9:i8+q8,"),
+            "recent: \"\" is not TOKENS:KEYS+VALUES, as in 256:i8+q8");
+  std::memset(config.recent, 'x', sizeof(config.recent));
+  EXPECT_NE(CheckConfig(config).text, "");
 }
 
 TEST(Config, EvictionNamesAMethodAndTokens) {

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
+#include <deque>
 #include <limits>
 #include <set>
 
@@ -65,6 +67,12 @@ Model Evicting(const char* preset, const char* evict) {
   Model model;
   model.preset = preset;
   model.set = {{"sinks", "4"}, {"window", "40"}, {"observe", "24"}, {"evict", evict}};
+  if (const char* recent = std::strstr(preset, " recent "); recent != nullptr) {
+    static std::deque<std::string> names;
+    model.preset = names.emplace_back(preset, recent).c_str();
+    model.set[1].second = "20";
+    model.set.emplace_back("recent", recent + std::strlen(" recent "));
+  }
   model.cells = 512;
   return model;
 }
@@ -232,7 +240,7 @@ TEST_P(EvictMethod, HeadsKeepTheBestScoresAndAttentionReadsNothingElse) {
 class EvictPreset : public testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Presets, EvictPreset,
                          testing::Values("exact", "spark-0.5", "spark-0.8-i4", "spark-0.5-i5",
-                                         "tiers-7432"));
+                                         "tiers-7432", "tiers-6321 recent 30:i8+q8,40:t7432+t4"));
 
 TEST_P(EvictPreset, BytesShrinkAndTheReportCountsThem) {
   Host all(Evicting(GetParam(), "none")), some(Evicting(GetParam(), "snapkv:80"));

@@ -96,10 +96,25 @@ double PredictedBytes(const Cache& cache, const ModelShape& model, int64_t conte
     const LayerShape& layer = model.layers[i];
     const RowBytes packed = BytesPerHead(cache, model, i);
     const int64_t cells = CellsOf(layer, model, context);
-    const int64_t stay =
-        cache.packed ? std::min<int64_t>(cells, cache.config.sinks + cache.config.window) : 0;
-    const double table = cells > stay ? packed.weights : 0.0;
-    bytes += layer.kv_heads * (stay * dense + (cells - stay) * (packed.key + packed.value) + table);
+    int64_t left = cells;
+    const auto take = [&](int64_t most) {
+      const int64_t taken = cache.packed ? std::min(left, most) : 0;
+      left -= taken;
+      return double(taken);
+    };
+    double head = take(int64_t(cache.config.sinks) + cache.config.window) * dense;
+    const double table = left > 0 ? packed.weights : 0.0;
+    int32_t before = cache.config.window, until = 0;
+    sparkv_config rows = {};
+    for (int32_t stage = 0; cache.packed && sparkv_config_recent(&cache.config, stage, &until,
+                                                                 &rows, nullptr) == SPARKV_OK;
+         ++stage) {
+      head += take(until - before) *
+              (std::max(packed.key, double(sparkv_key_row_bytes(&rows, model.key_length))) +
+               std::max(packed.value, double(sparkv_value_row_bytes(&rows, model.value_length))));
+      before = until;
+    }
+    bytes += layer.kv_heads * (head + double(left) * (packed.key + packed.value) + table);
   }
   return bytes;
 }

@@ -69,9 +69,11 @@ typedef enum sparkv_number {
   SPARKV_TIERS_7432 = 6,
   SPARKV_TIERS_6321 = 7,
   SPARKV_TIERS_5321 = 8,
-  SPARKV_TRELLIS4 = 9,
-  SPARKV_TRELLIS3 = 10,
-  SPARKV_TRELLIS2 = 11
+  SPARKV_TIERS_4211 = 9,
+  SPARKV_TRELLIS4 = 10,
+  SPARKV_TRELLIS3 = 11,
+  SPARKV_TRELLIS2 = 12,
+  SPARKV_TRELLIS1 = 13
 } sparkv_number;
 typedef enum sparkv_seal { SPARKV_SEAL_STREAM = 0, SPARKV_SEAL_PREFILL_END = 1 } sparkv_seal;
 typedef enum sparkv_simd {

@@ -41,10 +41,11 @@ constexpr Name kKeptNames[] = {
     {"i5", SPARKV_INT5},          {"i4", SPARKV_INT4},          {"int8", SPARKV_INT8},
     {"int6", SPARKV_INT6},        {"int5", SPARKV_INT5},        {"int4", SPARKV_INT4},
     {"t7543", SPARKV_TIERS_7543}, {"t7432", SPARKV_TIERS_7432}, {"t6321", SPARKV_TIERS_6321},
-    {"t5321", SPARKV_TIERS_5321}};
+    {"t5321", SPARKV_TIERS_5321}, {"t4211", SPARKV_TIERS_4211}};
 constexpr Name kValuesNames[] = {
-    {"f16", SPARKV_F16},     {"q8", SPARKV_INT8},     {"q4", SPARKV_INT4}, {"t4", SPARKV_TRELLIS4},
-    {"t3", SPARKV_TRELLIS3}, {"t2", SPARKV_TRELLIS2}, {"i8", SPARKV_INT8}, {"i4", SPARKV_INT4},
+    {"f16", SPARKV_F16},     {"q8", SPARKV_INT8},     {"q4", SPARKV_INT4},
+    {"t4", SPARKV_TRELLIS4}, {"t3", SPARKV_TRELLIS3}, {"t2", SPARKV_TRELLIS2},
+    {"t1", SPARKV_TRELLIS1}, {"i8", SPARKV_INT8},     {"i4", SPARKV_INT4},
     {"int8", SPARKV_INT8},   {"int4", SPARKV_INT4}};
 constexpr Name kSealNames[] = {{"stream", SPARKV_SEAL_STREAM},
                                {"prefill-end", SPARKV_SEAL_PREFILL_END}};
@@ -110,7 +111,7 @@ std::string NumberText(double number, std::chars_format format = std::chars_form
 
 bool RatioAllowed(double ratio) { return ratio >= 0.0 && ratio <= 1.0; }
 
-bool Tiered(int32_t kept) { return kept >= SPARKV_TIERS_7543 && kept <= SPARKV_TIERS_5321; }
+bool Tiered(int32_t kept) { return kept >= SPARKV_TIERS_7543 && kept <= SPARKV_TIERS_4211; }
 
 Start StartOf(int32_t kept) { return kept == SPARKV_F16 ? kPaper : kPacked; }
 
@@ -170,12 +171,21 @@ Status CheckEvict(const sparkv_config& config) {
   return Status::Ok();
 }
 
-constexpr std::string_view kTierPresets = "tiers-7543, tiers-7432, tiers-6321, tiers-5321";
+// Chosen by what they lose for their bytes at 4,096 tokens (docs/results.md).
+struct Chosen {
+  std::string_view name, rows;
+  int32_t window;
+  std::string_view recent;
+};
+constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "384:i8+q8"},
+                              {"balanced", "tiers-6321", 32, "128:i8+q8,1024:t7432+t4"},
+                              {"small", "tiers-5321", 32, "64:i8+q8,512:t7432+t4"},
+                              {"tiny", "tiers-4211", 32, "64:i8+q8,256:t7432+t4,1024:t5321+t2"}};
 
 Status UnknownPreset(std::string_view name, std::string_view why) {
   return Status::Invalid("preset: " + Quote(name) + " " + std::string(why) +
-                         " (exact, spark-0.5, spark-0.8, spark-0.5-i8, spark-0.5-i5, ..., " +
-                         std::string(kTierPresets) + ")");
+                         " (safe, balanced, small, tiny, exact, spark-0.5, spark-0.8, "
+                         "spark-0.5-i5, ..., tiers-7543, ...)");
 }
 
 }  // namespace
@@ -193,6 +203,14 @@ std::string Quote(std::string_view text) {
 
 Status SetPreset(std::string_view name, sparkv_config* config) {
   if (name.empty()) name = kDefaultPreset;
+  for (const Chosen& chosen : kChosen) {
+    if (name != chosen.name) continue;
+    if (Status s = SetPreset(chosen.rows, config); !s.ok()) return s;
+    config->window = chosen.window;
+    std::memset(config->preset, 0, sizeof(config->preset));
+    std::memcpy(config->preset, name.data(), name.size());
+    return SetRecent(chosen.recent, config);
+  }
   sparkv_config next = {};
   next.struct_size = config->struct_size;
   next.kept = next.values = SPARKV_F16;
@@ -209,7 +227,8 @@ Status SetPreset(std::string_view name, sparkv_config* config) {
     }
     if (next.kept == SPARKV_F16) return UnknownPreset(name, "is unknown");
     // Bits of values that cost about as much loss as the keys' do (docs/results.md).
-    next.values = next.kept == SPARKV_TIERS_5321   ? SPARKV_TRELLIS2
+    next.values = next.kept == SPARKV_TIERS_4211   ? SPARKV_TRELLIS1
+                  : next.kept == SPARKV_TIERS_5321 ? SPARKV_TRELLIS2
                   : next.kept == SPARKV_TIERS_6321 ? SPARKV_TRELLIS3
                                                    : SPARKV_TRELLIS4;
   } else if (name != "exact") {

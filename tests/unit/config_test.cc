@@ -100,10 +100,9 @@ TEST(Config, PresetNamesAreNormalised) {
 }
 
 TEST(Config, UnknownPresetsAreNamed) {
-  EXPECT_EQ(
-      PresetError("foo"),
-      "preset: \"foo\" is unknown (exact, spark-0.5, spark-0.8, spark-0.5-i8, spark-0.5-i5, ..., "
-      "tiers-7543, tiers-7432, tiers-6321, tiers-5321)");
+  EXPECT_EQ(PresetError("foo"),
+            "preset: \"foo\" is unknown (safe, balanced, small, tiny, exact, spark-0.5, spark-0.8, "
+            "spark-0.5-i5, ..., tiers-7543, ...)");
   EXPECT_NE(PresetError("spark-0.5-i7").find("one of i8, i6, i5, i4"), std::string::npos);
   EXPECT_EQ(PresetError("spark-2"), "preset: \"spark-2\" has a ratio outside [0, 1]");
   for (const char* name :
@@ -177,8 +176,8 @@ TEST(Config, BadCountsAreRefused) {
 TEST(Config, UnknownNamesListTheKnownOnes) {
   EXPECT_EQ(SetError("recover", "median"), "recover: \"median\" is unknown (zero, mean, paper)");
   EXPECT_EQ(SetError("kept", "i7"),
-            "kept: \"i7\" is unknown (f16, i8, i6, i5, i4, t7543, t7432, t6321, t5321)");
-  EXPECT_EQ(SetError("values", "i5"), "values: \"i5\" is unknown (f16, q8, q4, t4, t3, t2)");
+            "kept: \"i7\" is unknown (f16, i8, i6, i5, i4, t7543, t7432, t6321, t5321, t4211)");
+  EXPECT_EQ(SetError("values", "i5"), "values: \"i5\" is unknown (f16, q8, q4, t4, t3, t2, t1)");
   EXPECT_EQ(SetError("seal", ""), "seal: \"\" is unknown (stream, prefill-end)");
   EXPECT_EQ(SetError("raito", "1"),
             "parameter: \"raito\" is unknown (ratio, layers, protect, budget, sensitivity, "
@@ -309,7 +308,7 @@ TEST(Config, BadLayersAreNamedAndChangeNothing) {
       {"0-99999999999=exact", "layers: \"0-99999999999=exact\" names no layers in 0..9999"},
       {"0=", "layers: \"0=\" names no preset"},
       {"0=exact+", "layers: \"0=exact+\" has no values behind the +"},
-      {"0=exact+q5", "values: \"q5\" is unknown (f16, q8, q4, t4, t3, t2)"},
+      {"0=exact+q5", "values: \"q5\" is unknown (f16, q8, q4, t4, t3, t2, t1)"},
   };
   for (const auto& [text, why] : cases) EXPECT_EQ(SetError("layers", text), why) << text;
   EXPECT_NE(SetError("layers", "0=spork").find("preset: \"spork\" is unknown"), std::string::npos);
@@ -349,12 +348,12 @@ TEST(Config, CheckFindsTheFirstFieldOutOfRange) {
   config.ratio = std::nan("");
   EXPECT_EQ(CheckConfig(config).text, "ratio: nan is outside [0, 1]");
   config = good;
-  config.kept = 9;
+  config.kept = 10;
   EXPECT_EQ(CheckConfig(config).text,
-            "kept: 9 is unknown (f16, i8, i6, i5, i4, t7543, t7432, t6321, t5321)");
+            "kept: 10 is unknown (f16, i8, i6, i5, i4, t7543, t7432, t6321, t5321, t4211)");
   config = good;
   config.values = SPARKV_INT5;
-  EXPECT_EQ(CheckConfig(config).text, "values: 3 is unknown (f16, q8, q4, t4, t3, t2)");
+  EXPECT_EQ(CheckConfig(config).text, "values: 3 is unknown (f16, q8, q4, t4, t3, t2, t1)");
   config = good;
   config.observe = 0;
   EXPECT_EQ(CheckConfig(config).text, "observe: 0 is outside [1, 1024]");

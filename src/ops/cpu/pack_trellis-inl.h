@@ -41,6 +41,9 @@ inline float SumOfSquares(const float* x, int n) {
   return sum[0];
 }
 
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+
 // Codes of x and the gain of each run; planes of the row were zero. The path that loses least under
 // the gain that suits a normal distribution; then the gain that gives the run its length back: a
 // score that is too small is worse than one that is noisy (docs/results.md).
@@ -48,9 +51,10 @@ inline float SumOfSquares(const float* x, int n) {
 template <typename Grid>
 inline void PackTrellis(const TrellisRuns& runs, const float* x, uint8_t* row, int* gain,
                         bool* fragile) {
-  uint8_t pick[kMaxHeadDim][4], back[kMaxHeadDim];
-  int16_t level[kMaxHeadDim][4];
-  float cost[4] = {0.0f, 1e30f, 1e30f, 1e30f};  // of state p[i-1] | p[i-2] << 1
+  // By subset c of levels: the code to take and its level; by state: whether p[i-2] is 1.
+  alignas(16) int32_t pick[kMaxHeadDim][4], back[kMaxHeadDim][4];
+  alignas(16) float level[kMaxHeadDim][4];
+  Four cost = {0.0f, 1e30f, 1e30f, 1e30f};  // of state p[i-1] | p[i-2] << 1
   bool found[kTiers];
   for (int run = 0, i = 0; run < runs.n_runs; ++run) {
     const int bits = runs.bits[run];
@@ -68,43 +72,55 @@ inline void PackTrellis(const TrellisRuns& runs, const float* x, uint8_t* row, i
       float at = x[i] * per_unit;
       at = at > levels.top ? levels.top : at < -levels.top - 1.0f ? -levels.top - 1.0f : at;
       const int below = levels.below[int(at - float(levels.kLowest))];
-      // The four levels at or below x and the four above it: two of each subset.
-      float best[4];
-      for (int c = 0; c < 4; ++c) {
-        const int low = below - 1 - ((below - 1 - c) & 3), high = low + 4;
-        const float to_low = low >= 0 ? at - float(levels.level[low]) : 1e10f;
-        const float to_high = high < levels.n ? float(levels.level[high]) - at : 1e10f;
-        const int code = to_low <= to_high ? low : high;
-        const float off = (to_low <= to_high ? to_low : to_high) * unit;
-        best[c] = off * off;
-        pick[i][c] = uint8_t(code);
-        level[i][c] = levels.level[code];
-      }
-      float next[4];
-      unsigned chosen = 0;
-      for (int s = 0; s < 4; ++s) {
-        const int u = s & 1, v = s >> 1;  // p[i], p[i-1]
-        const float zero = cost[v] + best[u << 1 | v], one = cost[v | 2] + best[(u ^ 1) << 1 | v];
-        next[s] = one < zero ? one : zero;
-        chosen |= unsigned(one < zero) << s;
-      }
-      back[i] = uint8_t(chosen);
-      for (int s = 0; s < 4; ++s) cost[s] = next[s];
+      // The four levels at or below x and the four above it: two of each subset, the subset of lane
+      // k is (below + k) mod 4.
+      const float* near = levels.near + levels.kBeyond + below - 4;
+      Four low, high;
+      std::memcpy(&low, near, sizeof(low));
+      std::memcpy(&high, near + 4, sizeof(high));
+      const Four to_low = at - low, to_high = high - at;
+      const FourInts lower = to_low <= to_high;
+      const Four off = (lower ? to_low : to_high) * unit;
+      // Lane c of the result: subset c.
+      const FourInts turn = (FourInts{0, 1, 2, 3} - below) & 3;
+      const Four best = __builtin_shuffle(off * off, turn);
+      const FourInts first = FourInts{0, 1, 2, 3} + below - 4;
+      const FourInts code = __builtin_shuffle(lower ? first : first + 4, turn);
+      const Four at_level = __builtin_shuffle(lower ? low : high, turn);
+      std::memcpy(pick[i], &code, sizeof(code));
+      std::memcpy(level[i], &at_level, sizeof(at_level));
+      // State u | v << 1, u = p[i], v = p[i-1], is reached from p[i-2] = 0 with subset u << 1 | v,
+      // and from 1 with subset (u ^ 1) << 1 | v.
+      const Four zero = __builtin_shuffle(cost, FourInts{0, 0, 1, 1}) +
+                        __builtin_shuffle(best, FourInts{0, 2, 1, 3});
+      const Four one = __builtin_shuffle(cost, FourInts{2, 2, 3, 3}) +
+                       __builtin_shuffle(best, FourInts{2, 0, 3, 1});
+      const FourInts chosen = one < zero;
+      cost = chosen ? one : zero;
+      std::memcpy(back[i], &chosen, sizeof(chosen));
     }
   }
   int state = 0;
   for (int s = 1; s < 4; ++s) state = cost[s] < cost[state] ? s : state;
   float levels_of[kMaxHeadDim];
+  alignas(8) uint8_t bits_of[kMaxHeadDim + 8] = {};
   for (int i = runs.n() - 1; i >= 0; --i) {
-    const int u = state & 1, v = state >> 1, w = back[i] >> state & 1;
+    const int u = state & 1, v = state >> 1, w = back[i][state] & 1;
     const int c = (u ^ w) << 1 | v;
-    const int bits = pick[i][c] >> 2 << 1 | u;
-    levels_of[i] = float(level[i][c]);
-    for (int p = 0; p < runs.bits[i / runs.per_run]; ++p) {
-      uint8_t& byte = row[runs.planes->at[p] + unsigned(i) / 8];
-      byte = uint8_t(byte | (bits >> p & 1) << (i % 8));
-    }
+    bits_of[i] = uint8_t(pick[i][c] >> 2 << 1 | u);
+    levels_of[i] = level[i][c];
     state = v | w << 1;
+  }
+  for (int p = 0; p < runs.planes->n_planes; ++p) {
+    // Bit p of eight bytes, gathered by a product that has no carries.
+    for (int i = 0; i < runs.planes->numbers[p]; i += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, bits_of + i, 8);
+      const int left = runs.planes->numbers[p] - i;
+      const uint64_t plane = (eight >> p & 0x0101010101010101u) * 0x0102040810204080u >> 56;
+      row[runs.planes->at[p] + unsigned(i) / 8] |=
+          uint8_t(left >= 8 ? plane : plane & ((1u << left) - 1));
+    }
   }
   for (int run = 0; run < runs.n_runs; ++run) {
     float* levels = levels_of + run * runs.per_run;

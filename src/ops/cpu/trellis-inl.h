@@ -31,10 +31,6 @@ inline void TierUnits(const KeyLayout& layout, const uint8_t* row, float unit[kT
   }
 }
 
-inline bool PlaneBit(const PlaneLayout& planes, const uint8_t* row, int plane, int i) {
-  return row[planes.at[plane] + unsigned(i) / 8] >> (i % 8) & 1;
-}
-
 // Bits of plane p of numbers first .. first + 63, first a multiple of 64; those behind the plane's
 // last are zero. May read 8 bytes past the plane.
 inline uint64_t PlaneWord(const PlaneLayout& planes, const uint8_t* row, int p, int first) {
@@ -66,16 +62,32 @@ struct LevelFormula {
 
 constexpr LevelFormula kLevelFormulas[kMaxTrellisBits + 1] = {0, 1, 2, 3, 4, 5, 6, 7};
 
+// Bit i of a byte becomes byte i: 0 or 1.
+inline uint64_t SpreadBits(unsigned byte) {
+  const uint64_t ones = 0x0101010101010101u;
+  const uint64_t bits = byte * ones & 0x8040201008040201u;  // byte i holds bit i, or nothing
+  return (bits + 0x7f * ones) >> 7 & ones;
+}
+
 // numbers[i] = level of code i * unit of its run.
 inline void TrellisNumbers(const TrellisRuns& runs, const uint8_t* row, const float* unit,
                            float* numbers) {
-  unsigned path = 0;  // p[i], p[i-1], p[i-2] from bit 0
-  for (int i = 0; i < runs.n(); ++i) {
-    const int run = i / runs.per_run, bits = runs.bits[run];
-    path = (path << 1 | unsigned(PlaneBit(*runs.planes, row, 0, i))) & 7;
-    int code = int((path ^ path >> 2) & 1) << 1 | int(path >> 1 & 1);
-    for (int p = 1; p < bits; ++p) code |= int(PlaneBit(*runs.planes, row, p, i)) << (p + 1);
-    numbers[i] = float(kTrellisLevels[bits].level[code]) * unit[run];
+  const PlaneLayout& planes = *runs.planes;
+  unsigned before = 0;  // path bits of the two numbers before, the newer one in bit 1
+  for (int first = 0; first < runs.n(); first += 8) {
+    const unsigned path = row[planes.at[0] + unsigned(first) / 8];
+    uint64_t codes = SpreadBits((path << 1 | before >> 1) & 255) +
+                     2 * SpreadBits((path ^ (path << 2 | before)) & 255);
+    before = path >> 6;
+    for (int p = 1; p < planes.n_planes && planes.numbers[p] > first; ++p) {
+      const int left = planes.numbers[p] - first;
+      const unsigned plane = row[planes.at[p] + unsigned(first) / 8];
+      codes += SpreadBits(left >= 8 ? plane : plane & ((1u << left) - 1)) << (p + 1);
+    }
+    for (int i = first; i < first + 8 && i < runs.n(); ++i, codes >>= 8) {
+      const int run = i / runs.per_run;
+      numbers[i] = float(kTrellisLevels[runs.bits[run]].level[codes & 255]) * unit[run];
+    }
   }
 }
 

@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kBlockTokens = 64;  // queries of a micro-batch that share unpacked tiles
 constexpr int64_t kSplitTiles = 32;   // tiles per task when there are few queries
 constexpr int64_t kFewTokens = 8;
+constexpr int64_t kFewRecentTiles = 4;  // of recent rows, which need no task of their own
 // Below this many multiply-adds a loop ends before a sleeping thread has woken up.
 constexpr double kWorthWaking = 3e6;
 
@@ -78,8 +79,12 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
   const int64_t n_blocks = few ? 1 : (args.n_tokens + kBlockTokens - 1) / kBlockTokens;
   const int64_t block_tokens = few ? args.n_tokens : kBlockTokens;
   const int64_t n_tiles = int64_t(view_.packed_words);
-  const int64_t n_splits =
+  // Parts of the packed cells, and all recent rows as one more.
+  const int64_t n_packed_splits =
       few ? std::max<int64_t>(1, (n_tiles + kSplitTiles - 1) / kSplitTiles) : 1;
+  const bool recent_split =
+      few && layout_.n_stages() > 1 && int64_t(view_.dense_words) > kFewRecentTiles;
+  const int64_t n_splits = n_packed_splits + (recent_split ? 1 : 0);
   const size_t block_rows = size_t(block_tokens) * size_t(group);
 
   std::vector<float> slopes;
@@ -397,12 +402,16 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         });
   };
 
+  const auto attend_stages = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
+                                 const AttentionState& state) {
+    for (int stage = 1; stage < layout_.n_stages(); ++stage)
+      attend_recent(stage, stream, head, first, n, space, state);
+  };
+
   // Packed values are summed in the rotated basis: turned back once, then the f16 rows of the
   // window join the same state.
   const auto finish = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
                           const AttentionState& state) {
-    for (int stage = 1; stage < layout_.n_stages(); ++stage)
-      attend_recent(stage, stream, head, first, n, space, state);
     if (layer.value.rotated()) {
       for (size_t r = 0; r < size_t(n) * size_t(group); ++r) {
         // A row that saw nothing packed is still zero.
@@ -456,6 +465,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       gather_queries(stream, head, first, n, space.q);
       attend_packed(stream, head, first, n, 0, n_tiles, space, state);
       attend_kept(stream, head, first, n, space, state);
+      attend_stages(stream, head, first, n, space, state);
       finish(stream, head, first, n, space, state);
     });
     return;
@@ -471,9 +481,12 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     const AttentionState state = partial_at(stream, head, split);
     reset(state);
     gather_queries(stream, head, 0, args.n_tokens, space.q);
-    attend_packed(stream, head, 0, args.n_tokens, split * kSplitTiles,
-                  std::min(n_tiles, (split + 1) * kSplitTiles), space, state);
+    if (split < n_packed_splits) {
+      attend_packed(stream, head, 0, args.n_tokens, split * kSplitTiles,
+                    std::min(n_tiles, (split + 1) * kSplitTiles), space, state);
+    }
     if (split == 0) attend_kept(stream, head, 0, args.n_tokens, space, state);
+    if (split == n_splits - 1) attend_stages(stream, head, 0, args.n_tokens, space, state);
   });
   for (int stream = 0; stream < args.n_streams; ++stream) {
     for (int head = 0; head < n_heads; ++head) {

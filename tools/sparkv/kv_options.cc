@@ -114,9 +114,9 @@ void AddKvOptions(CLI::App* app, KvOptions* options) {
   const std::string group = "Packed cache";
   app->add_option(
          "--kv-preset", options->preset,
-         "spark-R or spark-R-iB for any R and B (the default is spark-0.5-i5); f16: llama.cpp "
-         "without sparkv")
-      ->type_name("exact|spark-0.5|spark-0.8|spark-0.5-i8|spark-0.5-i6|spark-0.5-i5|f16")
+         "also spark-R or spark-R-iB for any R and B (the default is spark-0.5-i5), tiers-7543, "
+         "-7432, -6321, -5321, -4211; f16: llama.cpp without sparkv")
+      ->type_name("safe|balanced|small|tiny|exact|spark-0.8|spark-0.5-i5|f16")
       ->envname(VariableOf("preset"))
       ->group(group);
   for (const Parameter& parameter : kParameters) {

@@ -26,10 +26,12 @@ class Quality(unittest.TestCase):
         return host.run("llama-perplexity", "-m", host.f32_model(), "-f", cls.text, "-c", 512,
                         "--chunks", 2, "-t", 2, *args, **options)
 
-    def divergence(self, preset):
+    def divergence(self, preset, **variables):
         """Mean KL divergence and SPARKV_STATS."""
+        if preset:
+            variables["SPARKV_PRESET"] = preset
         ours = self.perplexity("--kl-divergence-base", self.base, "--kl-divergence", "-fa", "on",
-                               **{"SPARKV_PRESET": preset} if preset else {})
+                               **variables)
         self.assertEqual(ours.code, 0, ours)
         mean = re.search(r"Mean +KLD: +(-?[0-9.]+)", ours.out + ours.err)
         self.assertIsNotNone(mean, ours)
@@ -46,6 +48,25 @@ class Quality(unittest.TestCase):
         self.assertLessEqual(divergence, 0.1)
         self.assertGreaterEqual(stats["tokens"], 512)
         self.assertLess(stats["bits_per_element"], 8)
+
+    def test_recent_rows_take_bits_and_loss_between_window_and_packed(self):
+        packed, packed_stats = self.divergence("tiers-4211", SPARKV_WINDOW="16")
+        staged, stats = self.divergence("tiers-4211", SPARKV_WINDOW="16",
+                                        SPARKV_RECENT="64:i8+q8,192:t7432+t4")
+        print(f"{packed:.4f} at {packed_stats['bits_per_element']:.2f} bits, with stages "
+              f"{staged:.4f} at {stats['bits_per_element']:.2f}")
+        self.assertLess(staged, packed / 2)
+        self.assertGreater(stats["bits_per_element"], packed_stats["bits_per_element"] + 0.5)
+        self.assertLess(stats["bits_per_element"], packed_stats["bits_per_element"] + 3)
+
+    def test_the_chosen_presets_lose_more_for_fewer_bits(self):
+        ladder = []
+        for preset in ("safe", "balanced", "small", "tiny"):
+            divergence, stats = self.divergence(preset)
+            ladder.append((divergence, -stats["bits_per_element"]))
+        print(ladder)
+        self.assertEqual(ladder, sorted(ladder))
+        self.assertLess(ladder[-1][0], 0.1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,690 @@
+// AVX-512: attention over packed rows as products of bytes. Included inside attend_avx512.cc,
+// behind the rows of which it reads pieces.
+
+// ---- integer keys and values: products of bytes ----
+//
+// Queries and softmax weights are split into 16-bit numbers, high and low byte, so that packed
+// codes are multiplied as they are, four at a time, and never become floats. Tokens lie in lanes:
+// no sums across a register.
+//   score[t] = unit[t] sum_kept q_j level_tj + magnitude[t] sum_pruned +-w_j,  w_j = q_j restore_j
+//   sum_pruned +-w_j = sum_j w_j (s_tj - 1) with s = 2 for +, 1 for kept, 0 for -
+
+// sum + a . b in every lane, a unsigned and b signed bytes. Assembly, because gcc 12 copies the sum
+// before and after the intrinsic.
+inline __m512i AddProducts(__m512i sum, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+// The same with four bytes b for all lanes.
+inline __m512i AddProducts(__m512i sum, __m512i a, const int32_t& b) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(b));
+  return sum;
+}
+
+// A query row: two vectors of 16-bit numbers as bytes, [4][padded]: q high, q low, w high, w low,
+// behind these numbers. With tiers only q, in their order and basis.
+struct PreparedRow {
+  float q_scale, w_scale;
+  int32_t bias[2 * kTiers];  // what the offset of the other operand (128 for levels, 1 for signs)
+                             // adds to the sums with q high, q low, w high, w low, or q high and q
+                             // low of each tier, negative
+  int32_t unused[6];
+};
+static_assert(sizeof(PreparedRow) == 64);
+inline size_t Padded64(int n) { return size_t(n + 63) / 64 * 64; }
+inline PreparedRow* PreparedAt(const Scratch& scratch, int k_dim, int row) {
+  return reinterpret_cast<PreparedRow*>(scratch.queries + size_t(row) * (Padded64(k_dim) + 16));
+}
+inline int8_t* PreparedBytes(PreparedRow* row) { return reinterpret_cast<int8_t*>(row + 1); }
+// Four channels that meet a query together are in one tier.
+inline bool TiersByBytes(const KeyLayout& layout) { return layout.per_tier() % 4 == 0; }
+
+// x [n] (times y, if given) = scale * (256 high + low); padding is zero. Not finite: the scale is
+// NaN.
+inline void Split(const float* x, const float* y, int n, float* scale, int32_t* sums, int8_t* high,
+                  int8_t* low, size_t padded) {
+  const auto at = [&](int j) {
+    const __mmask16 lanes = n - j >= 16 ? 0xffff : __mmask16((1u << (n - j)) - 1);
+    const __m512 a = _mm512_maskz_loadu_ps(lanes, x + j);
+    return y != nullptr ? _mm512_mul_ps(a, _mm512_maskz_loadu_ps(lanes, y + j)) : a;
+  };
+  __m512 largest = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
+  for (int j = 0; j < n; j += 16) {
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(at(j)));
+    poison = _mm512_fmadd_ps(at(j), _mm512_setzero_ps(), poison);
+  }
+  const float top = _mm512_reduce_max_ps(largest);
+  const bool any = top > 1e-30f;
+  *scale = (any ? top / 32512.0f : 0.0f) + _mm512_reduce_add_ps(poison);
+  const __m512 inverse = _mm512_set1_ps(any ? 32512.0f / top : 0.0f);
+  __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
+  for (int j = 0; size_t(j) < padded; j += 16) {
+    const __m512i q =
+        j < n ? _mm512_cvtps_epi32(_mm512_mul_ps(at(j), inverse)) : _mm512_setzero_si512();
+    const __m128i low8 = _mm512_cvtepi32_epi8(q);
+    const __m512i l = _mm512_cvtepi8_epi32(low8), h = _mm512_srai_epi32(_mm512_sub_epi32(q, l), 8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low + j), low8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + j), _mm512_cvtepi32_epi8(h));
+    sum_high = _mm512_add_epi32(sum_high, h);
+    sum_low = _mm512_add_epi32(sum_low, l);
+  }
+  sums[0] = _mm512_reduce_add_epi32(sum_high);
+  sums[1] = _mm512_reduce_add_epi32(sum_low);
+}
+
+void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBlock& block,
+                    const Scratch& scratch) {
+  if (layout.tiered() && !TiersByBytes(layout)) return PrepareTiers(layout, table, block, scratch);
+  if (layout.number == SPARKV_F16) return;
+  const size_t padded = Padded64(block.k_dim);
+  for (int r = 0; r < block.n_rows; ++r) {
+    PreparedRow* row = PreparedAt(scratch, block.k_dim, r);
+    int8_t* bytes = PreparedBytes(row);
+    const float* q = block.q + size_t(r) * block.q_stride;
+    if (layout.tiered()) {
+      float x[kMaxHeadDim];
+      PrepareTierRow(layout, KeyWeights(table, block.k_dim), q, x);
+      int32_t sums[2];
+      Split(x, nullptr, block.k_dim, &row->q_scale, sums, bytes, bytes + padded, padded);
+      for (int t = 0; t < kTiers; ++t) {
+        for (int part = 0; part < 2; ++part) {
+          const int8_t* from = bytes + size_t(part) * padded + t * layout.per_tier();
+          row->bias[2 * t + part] = -128 * std::accumulate(from, from + layout.per_tier(), 0);
+        }
+      }
+      continue;
+    }
+    Split(q, nullptr, block.k_dim, &row->q_scale, row->bias, bytes, bytes + padded, padded);
+    row->bias[0] *= -128;
+    row->bias[1] *= -128;
+    if (layout.sign_bytes == 0) continue;
+    const float* restore = KeyWeights(table, block.k_dim).restore;
+    Split(q, restore, block.k_dim, &row->w_scale, row->bias + 2, bytes + 2 * padded,
+          bytes + 3 * padded, padded);
+    row->bias[2] = -row->bias[2];
+    row->bias[3] = -row->bias[3];
+  }
+}
+
+// 2^(((e - 1) mod steps) / steps + octave) of a grid whose table of one octave is given; lanes with
+// e = 0 are zero.
+template <int kSteps, int kBias>
+inline __m512 GridValues(__m512i e) {
+  const __m512i place = _mm512_sub_epi32(e, _mm512_set1_epi32(1));
+  const __m512i index = _mm512_slli_epi32(_mm512_and_si512(place, _mm512_set1_epi32(kSteps - 1)),
+                                          std::countr_zero(unsigned(64 / kSteps)));
+  const __m512 a =
+      _mm512_permutex2var_ps(_mm512_loadu_ps(kPow2Table), index, _mm512_loadu_ps(kPow2Table + 16));
+  const __m512 b = _mm512_permutex2var_ps(_mm512_loadu_ps(kPow2Table + 32), index,
+                                          _mm512_loadu_ps(kPow2Table + 48));
+  const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+  const __m512i octave = _mm512_sub_epi32(
+      _mm512_srai_epi32(place, std::countr_zero(unsigned(kSteps))), _mm512_set1_epi32(kBias));
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(_mm512_mask_mov_ps(a, upper, b)),
+                                        _mm512_slli_epi32(octave, 23));
+  return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(e, e), _mm512_castsi512_ps(bits));
+}
+
+// Scale words at the head of 16 rows.
+inline __m512i ScaleWords(const uint8_t* row, size_t bytes, unsigned rows) {
+  alignas(32) uint16_t words[16] = {};
+  for (int i = 0; i < 16; ++i) {
+    if ((rows >> i & 1) != 0) std::memcpy(&words[i], row + size_t(i) * bytes, 2);
+  }
+  return _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(words)));
+}
+
+// Keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
+struct KeyBytes {
+  alignas(64) uint8_t level[kTile * kMaxHeadDim];  // 128 + level, 128 where pruned
+  alignas(64) uint8_t sign[kTile * kMaxHeadDim];   // s
+  alignas(64) float unit[kTile], magnitude[kTile];
+  float* FirstUnit() { return unit; }
+};
+
+template <sparkv_number kNumber>
+inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, int run,
+                      KeyBytes* out) {
+  const int n = layout.head_dim, n_pieces = (n + 63) / 64;
+  alignas(64) uint8_t level[kMaxHeadDim / 64][16][64];
+  alignas(64) uint64_t kept[kMaxHeadDim / 64][16], plus[kMaxHeadDim / 64][16];
+  const __m512i none = _mm512_set1_epi8(char(0x80));
+  for (int i = 0; i < 16; ++i) {
+    if ((rows >> i & 1) != 0) {
+      KeyPieces<kNumber>(
+          layout, rows16 + size_t(i) * layout.bytes, _mm512_setzero_si512(),
+          [&](int j, uint64_t mask, __m512i levels, uint64_t positive)
+              __attribute__((always_inline)) {
+                _mm512_store_si512(level[j / 64][i], _mm512_xor_si512(levels, none));
+                kept[j / 64][i] = mask;
+                plus[j / 64][i] = positive;
+              });
+    } else {
+      for (int p = 0; p < n_pieces; ++p) {
+        _mm512_store_si512(level[p][i], none);
+        kept[p][i] = plus[p][i] = 0;
+      }
+    }
+  }
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  // Four bits -> four bytes.
+  const __m512i ones =
+      _mm512_setr_epi32(0x00000000, 0x00000001, 0x00000100, 0x00000101, 0x00010000, 0x00010001,
+                        0x00010100, 0x00010101, 0x01000000, 0x01000001, 0x01000100, 0x01000101,
+                        0x01010000, 0x01010001, 0x01010100, 0x01010101);
+  const __m512i twos = _mm512_add_epi32(ones, ones);
+  for (int p = 0; p < n_pieces; ++p) {
+    Vec block[16];
+    for (int i = 0; i < 16; ++i)
+      block[i] = _mm512_load_ps(reinterpret_cast<const float*>(level[p][i]));
+    TransposeStage<1>(block);
+    uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
+    for (int i = 0; i < 16; ++i) _mm512_store_ps(reinterpret_cast<float*>(to + 64 * i), block[i]);
+    if (layout.sign_bytes == 0) continue;
+    to = out->sign + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
+    const __m512i k0 = _mm512_load_si512(kept[p]), k1 = _mm512_load_si512(kept[p] + 8);
+    const __m512i p0 = _mm512_load_si512(plus[p]), p1 = _mm512_load_si512(plus[p] + 8);
+    const auto half = [&](__m512i kept32, __m512i plus32, uint8_t* at) {
+      for (int c = 0; c < 8; ++c) {
+        const __m512i s = _mm512_add_epi32(
+            _mm512_permutexvar_epi32(_mm512_srli_epi32(kept32, unsigned(4 * c)), ones),
+            _mm512_permutexvar_epi32(_mm512_srli_epi32(plus32, unsigned(4 * c)), twos));
+        _mm512_store_si512(at + 64 * c, s);
+      }
+    };
+    half(_mm512_permutex2var_epi32(k0, even, k1), _mm512_permutex2var_epi32(p0, even, p1), to);
+    half(_mm512_permutex2var_epi32(k0, odd, k1), _mm512_permutex2var_epi32(p0, odd, p1), to + 512);
+  }
+  const __m512i words = ScaleWords(rows16, layout.bytes, rows);
+  const __m512i e = _mm512_and_si512(words, _mm512_set1_epi32(1023));
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kKeyScaleNotFinite));
+  const __m512 largest = GridValues<32, 16>(e);
+  const __m512 unit = _mm512_mul_ps(largest, _mm512_set1_ps(kLevelUnit));
+  _mm512_store_ps(
+      out->unit + 16 * run,
+      _mm512_mask_mov_ps(unit, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN())));
+  // ratio = 2^((9 - r) / 4): a grid of four steps, read backwards.
+  const __m512i r = _mm512_srli_epi32(words, 10);
+  const __m512i quarter = _mm512_sub_epi32(_mm512_set1_epi32(kRatioOne + 64 + 1), r);
+  const __m512 ratio =
+      _mm512_maskz_mov_ps(_mm512_test_epi32_mask(r, r), GridValues<4, 16>(quarter));
+  _mm512_store_ps(out->magnitude + 16 * run, _mm512_maskz_mul_ps(__mmask16(~nan), largest, ratio));
+}
+
+// A vector of 16-bit numbers of a prepared row, four channels an element.
+struct QueryBytes {
+  const int32_t *high, *low;
+  int32_t bias_high, bias_low;
+};
+
+// Products of R query rows with 16 tokens: out[r] = 256 high . bytes + low . bytes + bias.
+template <int R>
+inline void ByteProducts(const QueryBytes (&query)[R], int n_quads, const uint8_t* bytes,
+                         Vec (&out)[R]) {
+  __m512i high[R], low[R];
+  for (int r = 0; r < R; ++r) {
+    high[r] = _mm512_set1_epi32(query[r].bias_high);
+    low[r] = _mm512_set1_epi32(query[r].bias_low);
+  }
+  for (int c = 0; c < n_quads; ++c) {
+    const __m512i k = _mm512_load_si512(bytes + 64 * c);
+    for (int r = 0; r < R; ++r) {
+      high[r] = AddProducts(high[r], k, query[r].high[c]);
+      low[r] = AddProducts(low[r], k, query[r].low[c]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    out[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r]), _mm512_set1_ps(256.0f),
+                             _mm512_cvtepi32_ps(low[r]));
+  }
+}
+
+// score [R][64] of query rows row .. row + R - 1.
+template <int R>
+inline void ByteScores(const KeyLayout& layout, int row, const KeyBytes& keys, uint64_t any,
+                       const Scratch& scratch) {
+  const size_t padded = Padded64(layout.head_dim), run_bytes = padded * 16;
+  const int n_quads = layout.head_dim / 4;
+  PreparedRow* prepared[R];
+  QueryBytes q[R], w[R];
+  for (int r = 0; r < R; ++r) {
+    prepared[r] = PreparedAt(scratch, layout.head_dim, row + r);
+    const int8_t* bytes = PreparedBytes(prepared[r]);
+    const auto at = [&](size_t part) {
+      return reinterpret_cast<const int32_t*>(bytes + part * padded);
+    };
+    const int32_t* bias = prepared[r]->bias;
+    q[r] = {at(0), at(1), bias[0], bias[1]};
+    w[r] = {at(2), at(3), bias[2], bias[3]};
+  }
+  for (int run = 0; run < 4; ++run) {
+    if ((any >> (16 * run) & 0xffff) == 0) continue;
+    Vec score[R];
+    ByteProducts<R>(q, n_quads, keys.level + size_t(run) * run_bytes, score);
+    const Vec unit = Load(keys.unit + 16 * run);
+    for (int r = 0; r < R; ++r) score[r] *= unit * prepared[r]->q_scale;
+    if (layout.sign_bytes != 0) {
+      Vec pruned[R];
+      ByteProducts<R>(w, n_quads, keys.sign + size_t(run) * run_bytes, pruned);
+      const Vec magnitude = Load(keys.magnitude + 16 * run);
+      for (int r = 0; r < R; ++r) score[r] += pruned[r] * (magnitude * prepared[r]->w_scale);
+    }
+    for (int r = 0; r < R; ++r) Store(scratch.score + r * kTile + 16 * run, score[r]);
+  }
+}
+
+// ---- trellis-coded keys and values as bytes ----
+
+// Levels of up to 5 bits as bytes, by code; those of 6 and 7 bits as 8 (high - 128) + low.
+constexpr int kByteBits = 5;
+struct CodeTables {
+  alignas(64) int8_t level[kByteBits + 1][64] = {};
+  alignas(64) uint8_t centred[kByteBits + 1][64] = {};  // 128 + level
+  alignas(64) uint8_t high[2][256] = {}, low[2][256] = {};
+  constexpr CodeTables() {
+    for (int bits = 1; bits <= kMaxTrellisBits; ++bits) {
+      const TrellisLevels& levels = kTrellisLevels[bits];
+      for (int code = 0; code < 2 << bits; ++code) {
+        const int x = levels.level[code];
+        if (bits <= kByteBits) {
+          level[bits][code] = int8_t(x);
+          centred[bits][code] = uint8_t(128 + x);
+        } else {
+          high[bits - 6][code] = uint8_t((x + 1024) >> 3);
+          low[bits - 6][code] = uint8_t((x + 1024) & 7);
+        }
+      }
+    }
+  }
+};
+constexpr CodeTables kCodes;
+
+// table [256] at the codes of 64 numbers.
+inline __m512i LookUp256(const uint8_t* table, __m512i code) {
+  const auto half = [&](const uint8_t* at) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(at), code, _mm512_load_si512(at + 64));
+  };
+  return _mm512_mask_mov_epi8(half(table), _mm512_movepi8_mask(code), half(table + 128));
+}
+
+// Tiered keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
+struct TierBytes {
+  alignas(64) uint8_t level[kTile * kMaxHeadDim];         // 128 + level
+  alignas(64) uint8_t low[kTile * kMaxHeadDim / kTiers];  // of the first tier, if it has 6 bits or
+                                                          // more; its levels are 8 times that much
+  alignas(64) float unit[kTiers][kTile];
+  float* FirstUnit() { return unit[0]; }
+};
+
+inline bool WideTier(const KeyLayout& layout, int tier) {
+  return TierBits(layout.number, tier) > kByteBits;
+}
+
+void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, int run,
+               TierBytes* out) {
+  const int n = layout.head_dim, per_tier = layout.per_tier(), n_pieces = (n + 63) / 64;
+  for (int p = 0; p < n_pieces; ++p) {
+    const Piece piece(layout.planes, 64 * p);
+    Vec block[16];
+    // Rows that are not there give codes as well; without a unit they score zero.
+    WithPlanes(piece.n_planes, [&](auto planes) {
+      for (int i = 0; i < 16; ++i)
+        block[i] = _mm512_castsi512_ps(piece.Codes<planes()>(rows16 + size_t(i) * layout.bytes));
+    });
+    TransposeStage<1>(block);
+    uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
+    for (int c = 0; c < 16 && 64 * p + 4 * c < n; ++c) {
+      const int channel = 64 * p + 4 * c, tier = channel / per_tier;
+      const int bits = TierBits(layout.number, tier);
+      const __m512i codes = _mm512_castps_si512(block[c]);
+      if (bits > kByteBits) {
+        _mm512_store_si512(to + 64 * c, LookUp256(kCodes.high[bits - 6], codes));
+        _mm512_store_si512(out->low + 16 * (run * per_tier + channel),
+                           LookUp256(kCodes.low[bits - 6], codes));
+      } else {
+        _mm512_store_si512(to + 64 * c,
+                           _mm512_permutexvar_epi8(codes, _mm512_load_si512(kCodes.centred[bits])));
+      }
+    }
+  }
+  alignas(64) uint32_t gains[16];
+  for (int i = 0; i < 16; ++i) std::memcpy(&gains[i], rows16 + size_t(i) * layout.bytes, 4);
+  const __m512i words = _mm512_maskz_load_epi32(__mmask16(rows), gains);
+  for (int t = 0; t < kTiers; ++t) {
+    const __m512i e =
+        _mm512_and_si512(_mm512_srli_epi32(words, unsigned(6 * t)), _mm512_set1_epi32(63));
+    const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kTierGainNotFinite));
+    const __m512 unit =
+        _mm512_mul_ps(GridValues<4, 8>(e),
+                      _mm512_set1_ps(kTrellisLevels[TierBits(layout.number, t)].inverse_top));
+    _mm512_store_ps(
+        out->unit[t] + 16 * run,
+        _mm512_mask_mov_ps(unit, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN())));
+  }
+}
+
+template <int R>
+inline void ByteScores(const KeyLayout& layout, int row, const TierBytes& keys, uint64_t any,
+                       const Scratch& scratch) {
+  const size_t padded = Padded64(layout.head_dim), run_bytes = padded * 16;
+  const size_t per_tier = size_t(layout.per_tier());
+  for (int run = 0; run < 4; ++run) {
+    if ((any >> (16 * run) & 0xffff) == 0) continue;
+    Vec score[R] = {};
+    for (int t = 0; t < kTiers; ++t) {
+      QueryBytes q[R];
+      for (int r = 0; r < R; ++r) {
+        PreparedRow* prepared = PreparedAt(scratch, layout.head_dim, row + r);
+        const int8_t* bytes = PreparedBytes(prepared) + size_t(t) * per_tier;
+        q[r] = {reinterpret_cast<const int32_t*>(bytes),
+                reinterpret_cast<const int32_t*>(bytes + padded), prepared->bias[2 * t],
+                prepared->bias[2 * t + 1]};
+      }
+      Vec sum[R];
+      ByteProducts<R>(q, int(per_tier) / 4,
+                      keys.level + size_t(run) * run_bytes + 16 * size_t(t) * per_tier, sum);
+      if (WideTier(layout, t)) {
+        for (int r = 0; r < R; ++r) q[r].bias_high = q[r].bias_low = 0;
+        Vec low[R];
+        ByteProducts<R>(q, int(per_tier) / 4, keys.low + 16 * size_t(run) * per_tier, low);
+        for (int r = 0; r < R; ++r) sum[r] = sum[r] * 8.0f + low[r];
+      }
+      const Vec unit = Load(keys.unit[t] + 16 * run);
+      for (int r = 0; r < R; ++r) score[r] += sum[r] * unit;
+    }
+    for (int r = 0; r < R; ++r) {
+      Store(scratch.score + r * kTile + 16 * run,
+            score[r] * PreparedAt(scratch, layout.head_dim, row + r)->q_scale);
+    }
+  }
+}
+
+// Trellis-coded values of a tile as levels: [four tokens][piece][4][16 lanes][4 tokens]. Lane 4 l +
+// i of vector k is channel 16 l + 4 k + i of the piece.
+struct ValueBytes {
+  alignas(64) int8_t level[kTile * kMaxHeadDim];
+};
+
+template <int kBits>
+void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
+  const int n_pieces = (layout.head_dim + 63) / 64;
+  const __m512i levels = _mm512_load_si512(kCodes.level[kBits]);
+  for (int p = 0; p < n_pieces; ++p) {
+    const Piece piece(layout.planes, 64 * p);
+    for (int g = 0; g < kTile / 4; ++g) {
+      if ((tile.rows >> (4 * g) & 15) == 0) continue;
+      const uint8_t* row = tile.value[g / 4] + size_t(g % 4 * 4) * layout.bytes;
+      __m512i x[4];
+      for (int i = 0; i < 4; ++i) {
+        x[i] = _mm512_permutexvar_epi8(piece.Codes<kBits>(row + size_t(i) * layout.bytes), levels);
+      }
+      const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+      const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+      int8_t* to = out->level + (size_t(g) * size_t(n_pieces) + size_t(p)) * 256;
+      _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
+      _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(a, c));
+      _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(b, d));
+      _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(b, d));
+    }
+  }
+}
+
+// Softmax weights of a row times the scales of the value rows, as 16-bit numbers: weight = factor *
+// (256 high + low).
+struct WeightBytes {
+  alignas(64) uint8_t high[kTile], low[kTile];
+  float factor = 0.0f, sum = 0.0f;  // sum of the 16-bit numbers
+};
+
+inline void SplitWeights(const float* p, const float* top, float poison, WeightBytes* w) {
+  __m512 x[4];
+  __m512 largest = _mm512_setzero_ps();
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_mul_ps(_mm512_loadu_ps(p + 16 * i), _mm512_load_ps(top + 16 * i));
+    largest = _mm512_max_ps(largest, x[i]);
+  }
+  const float most = _mm512_reduce_max_ps(largest);
+  const bool any = most > 1e-30f;
+  w->factor = (any ? most / 65535.0f : 0.0f) + poison;
+  const __m512 inverse = _mm512_set1_ps(any ? 65535.0f / most : 0.0f);
+  __m512i sum = _mm512_setzero_si512();
+  for (int i = 0; i < 4; ++i) {
+    const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse));
+    sum = _mm512_add_epi32(sum, n);
+    _mm_store_si128(reinterpret_cast<__m128i*>(w->low + 16 * i), _mm512_cvtepi32_epi8(n));
+    _mm_store_si128(reinterpret_cast<__m128i*>(w->high + 16 * i),
+                    _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8)));
+  }
+  w->sum = float(_mm512_reduce_add_epi32(sum));
+}
+
+// o[r] = o[r] * correction[r] + sum_t weight_rt value_t for R rows, 32 channels at a time. Four
+// tokens of a channel lie in a lane.
+//   q4: level = (2 c - 15) / 15, q8: level = (2 (c - 128) + 1) / 255
+template <int R, bool kBytes>
+inline void ByteValues(const ValueLayout& layout, const PackedTile& tile,
+                       const WeightBytes* weights, const float* correction, float* o,
+                       size_t o_stride) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i each = _mm512_mullo_epi32(lane, _mm512_set1_epi32(0x01010101));
+  // Byte i of tokens 0..3, which lie 16 (q4) or 32 (q8) bytes apart.
+  const __m512i spread =
+      _mm512_add_epi32(each, _mm512_set1_epi32(kBytes ? 0x60402000 : 0x30201000));
+  const __m512i beyond = _mm512_add_epi32(spread, _mm512_set1_epi32(0x10101010));
+  const __m512i nibble = _mm512_set1_epi8(15), centre = _mm512_set1_epi8(char(0x80));
+  const size_t bytes = layout.bytes;
+  for (int c = 0; c < layout.head_dim; c += 32) {
+    __m512i high0[R], high1[R], low0[R], low1[R];
+    for (int r = 0; r < R; ++r) high0[r] = high1[r] = low0[r] = low1[r] = _mm512_setzero_si512();
+    const size_t at = layout.scale_bytes + size_t(kBytes ? c : c / 2);
+    for (int g = 0; g < kTile / 4; ++g) {
+      if ((tile.rows >> (4 * g) & 15) == 0) continue;
+      const uint8_t* row = tile.value[g / 4] + size_t(g % 4 * 4) * bytes + at;
+      __m512i even, odd;
+      if constexpr (kBytes) {
+        const auto half = [](const uint8_t* p) {
+          return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        };
+        const __m512i a =
+            _mm512_inserti64x4(_mm512_castsi256_si512(half(row)), half(row + bytes), 1);
+        const __m512i b = _mm512_inserti64x4(_mm512_castsi256_si512(half(row + 2 * bytes)),
+                                             half(row + 3 * bytes), 1);
+        even = _mm512_xor_si512(_mm512_permutex2var_epi8(a, spread, b), centre);
+        odd = _mm512_xor_si512(_mm512_permutex2var_epi8(a, beyond, b), centre);
+      } else {
+        const auto quarter = [](const uint8_t* p) {
+          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        };
+        __m512i four = _mm512_castsi128_si512(quarter(row));
+        four = _mm512_mask_broadcast_i32x4(four, 0x00f0, quarter(row + bytes));
+        four = _mm512_mask_broadcast_i32x4(four, 0x0f00, quarter(row + 2 * bytes));
+        four = _mm512_mask_broadcast_i32x4(four, 0xf000, quarter(row + 3 * bytes));
+        four = _mm512_permutexvar_epi8(spread, four);
+        even = _mm512_and_si512(four, nibble);
+        odd = _mm512_and_si512(_mm512_srli_epi16(four, 4), nibble);
+      }
+      for (int r = 0; r < R; ++r) {
+        const __m512i h = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weights[r].high)[g]);
+        const __m512i l = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weights[r].low)[g]);
+        high0[r] = AddProducts(high0[r], h, even);
+        high1[r] = AddProducts(high1[r], h, odd);
+        low0[r] = AddProducts(low0[r], l, even);
+        low1[r] = AddProducts(low1[r], l, odd);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const float step = weights[r].factor / (kBytes ? 255.0f : 15.0f);
+      const __m512 scale = _mm512_set1_ps(2.0f * step),
+                   offset = _mm512_set1_ps(weights[r].sum * step * (kBytes ? 1.0f : -15.0f));
+      const auto number = [&](__m512i h, __m512i l) {
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l)),
+                               scale, offset);
+      };
+      __m512 x = number(high0[r], low0[r]), y = number(high1[r], low1[r]);
+      if constexpr (!kBytes) {
+        // Even and odd channels take turns.
+        const __m512i turns =
+            _mm512_add_epi32(_mm512_srli_epi32(lane, 1),
+                             _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(1)), 4));
+        const __m512 evens = x;
+        x = _mm512_permutex2var_ps(evens, turns, y);
+        y = _mm512_permutex2var_ps(evens, _mm512_add_epi32(turns, _mm512_set1_epi32(8)), y);
+      }
+      float* to = o + size_t(r) * o_stride + c;
+      Store(to, _mm512_fmadd_ps(Load(to), _mm512_set1_ps(correction[r]), x));
+      if (size_t(c) + 16 < o_stride)
+        Store(to + 16, _mm512_fmadd_ps(Load(to + 16), _mm512_set1_ps(correction[r]), y));
+    }
+  }
+}
+
+// The same with levels: value = unit level, the units in the weights.
+template <int R>
+inline void ByteValues(const ValueLayout& layout, uint64_t rows, const ValueBytes& values,
+                       const WeightBytes* weights, const float* correction, float* o,
+                       size_t o_stride) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const int n_pieces = (layout.head_dim + 63) / 64;
+  for (int p = 0; p < n_pieces; ++p) {
+    for (int half = 0; half < 2; ++half) {
+      __m512i high0[R], high1[R], low0[R], low1[R];
+      for (int r = 0; r < R; ++r) high0[r] = high1[r] = low0[r] = low1[r] = _mm512_setzero_si512();
+      for (int g = 0; g < kTile / 4; ++g) {
+        if ((rows >> (4 * g) & 15) == 0) continue;
+        const int8_t* from =
+            values.level + (size_t(g) * size_t(n_pieces) + size_t(p)) * 256 + 128 * half;
+        const __m512i x = _mm512_load_si512(from), y = _mm512_load_si512(from + 64);
+        for (int r = 0; r < R; ++r) {
+          const __m512i h = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weights[r].high)[g]);
+          const __m512i l = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weights[r].low)[g]);
+          high0[r] = AddProducts(high0[r], h, x);
+          high1[r] = AddProducts(high1[r], h, y);
+          low0[r] = AddProducts(low0[r], l, x);
+          low1[r] = AddProducts(low1[r], l, y);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        const auto number = [&](__m512i h, __m512i l) {
+          return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l)),
+                               _mm512_set1_ps(weights[r].factor));
+        };
+        const __m512 x = number(high0[r], low0[r]), y = number(high1[r], low1[r]);
+        float* to = o + size_t(r) * o_stride + 64 * p + 8 * half;
+        const __m256 scale = _mm256_set1_ps(correction[r]);
+        const auto add = [&](int at, __m256 z) {
+          if (64 * p + 8 * half + at < layout.head_dim)
+            _mm256_storeu_ps(to + at, _mm256_fmadd_ps(_mm256_loadu_ps(to + at), scale, z));
+        };
+        const auto add_pair = [&](int at, __m512 z) {
+          add(at, _mm512_castps512_ps256(z));
+          add(at + 16, _mm512_extractf32x8_ps(z, 1));
+        };
+        add_pair(0, _mm512_permutex2var_ps(x, first, y));
+        add_pair(32, _mm512_permutex2var_ps(x, second, y));
+      }
+    }
+  }
+}
+
+// Values of a tile: levels of trellis-coded ones, numbers in the scratch of f16 ones, else the
+// packed rows themselves.
+struct TileValues {
+  const ValueLayout& layout;
+  const PackedTile& tile;
+  const ValueBytes& levels;
+  alignas(64) float unit[kTile];  // what weights are multiplied with first; not for f16
+};
+
+// Rows row .. row + R - 1 of the block, keys unpacked: KeyBytes or TierBytes.
+template <int R, typename Keys>
+inline void ByteRows(const KeyLayout& key, const QueryBlock& block, int row, const Keys& keys,
+                     const TileValues& values, const uint64_t* visible, const uint16_t* const* mask,
+                     const Scratch& scratch, const AttentionState& state) {
+  uint64_t any = 0;
+  for (int r = 0; r < R; ++r) any |= visible[(row + r) / block.group];
+  if (any == 0) return;
+  ByteScores<R>(key, row, keys, any, scratch);
+  const ValueLayout& value = values.layout;
+  float correction[R];
+  float* o = state.o + size_t(row) * size_t(block.o_stride);
+  const size_t o_stride = size_t(block.o_stride);
+  SoftmaxRows(block, row, R, visible, mask, scratch.score, state, correction);
+  if (!value.rotated()) {
+    const uint64_t rows = values.tile.rows;
+    return ValueKernel<R>(scratch.score, correction, scratch.value, int(PadTo16(block.v_dim)),
+                          std::countr_zero(rows), 64 - std::countl_zero(rows), o, block.o_stride);
+  }
+  WeightBytes weights[R];
+  for (int r = 0; r < R; ++r) {
+    SplitWeights(scratch.score + r * kTile, values.unit, state.d[row + r] * 0.0f, &weights[r]);
+  }
+  if (value.trellis()) {
+    ByteValues<R>(value, values.tile.rows, values.levels, weights, correction, o, o_stride);
+  } else if (value.number == SPARKV_INT8) {
+    ByteValues<R, true>(value, values.tile, weights, correction, o, o_stride);
+  } else {
+    ByteValues<R, false>(value, values.tile, weights, correction, o, o_stride);
+  }
+}
+
+// Units of 16 value rows; returns those that are not finite.
+inline __mmask16 ValueUnits(const ValueLayout& layout, const uint8_t* rows16, unsigned rows,
+                            float* unit) {
+  __mmask16 nan;
+  __m512 x;
+  if (layout.trellis()) {
+    const __m512i e =
+        _mm512_and_si512(ScaleWords(rows16, layout.bytes, rows), _mm512_set1_epi32(255));
+    nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kValueGainNotFinite));
+    x = _mm512_mul_ps(GridValues<4, 40>(e),
+                      _mm512_set1_ps(kTrellisLevels[TrellisBits(layout.number)].inverse_top));
+  } else {
+    const __m512i e =
+        _mm512_and_si512(ScaleWords(rows16, layout.bytes, rows), _mm512_set1_epi32(4095));
+    nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kValueScaleNotFinite));
+    x = GridValues<64, 32>(e);
+  }
+  _mm512_store_ps(unit, _mm512_maskz_mov_ps(__mmask16(~nan), x));
+  return nan;
+}
+
+// unpack_run(rows16, rows, run, keys): keys of 16 rows.
+template <typename Keys, typename UnpackRun>
+inline void AttendBytes(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+                        const PackedTile& tile, const uint64_t* visible,
+                        const uint16_t* const* mask, const Scratch& scratch,
+                        const AttentionState& state, UnpackRun&& unpack_run) {
+  Keys keys;
+  ValueBytes levels;
+  TileValues values{value, tile, levels, {}};
+  for (int run = 0; run < 4; ++run) {
+    const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
+    if (rows == 0) continue;
+    unpack_run(tile.key[run], rows, run, &keys);
+    // A value that is not finite gives no number: its key does, to those who see it.
+    unsigned nan = 0;
+    if (value.rotated()) {
+      nan = ValueUnits(value, tile.value[run], rows, values.unit + 16 * run);
+    } else {
+      for (unsigned left = rows; left != 0; left &= left - 1) {
+        const int i = std::countr_zero(left);
+        float* v = scratch.value + size_t(16 * run + i) * PadTo16(block.v_dim);
+        if (ValueRow(value, tile.value[run] + size_t(i) * value.bytes, v)) continue;
+        std::memset(v, 0, size_t(block.v_dim) * sizeof(float));
+        nan |= 1u << i;
+      }
+    }
+    _mm512_mask_store_ps(keys.FirstUnit() + 16 * run, __mmask16(nan),
+                         _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
+  }
+  if (value.trellis()) {
+    WithPlanes<4>(TrellisBits(value.number),
+                  [&](auto bits) { UnpackValues<bits()>(value, tile, &levels); });
+  }
+  if (!value.rotated()) ClearHoles(tile.rows, scratch.value, PadTo16(block.v_dim));
+  InParts<4>(block.n_rows, [&](int row, auto n) {
+    ByteRows<n()>(key, block, row, keys, values, visible, mask, scratch, state);
+  });
+}

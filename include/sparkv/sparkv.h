@@ -137,9 +137,9 @@ typedef struct sparkv_config {
 SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name,
                                               sparkv_error* error);
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,
- * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, recent, evict:
- * "snapkv:512" or "none", baseline) from text. Unknown names and bad values are SPARKV_INVALID and
- * leave `config` as it was. */
+ * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, recent or
+ * "none", evict: "snapkv:512" or "none", baseline) from text. Unknown names and bad values are
+ * SPARKV_INVALID and leave `config` as it was. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
                                            const char* value, sparkv_error* error);
 /* *out = `config` as it counts for layer `layer` of a model with n_layers, 0..9999. Entries of

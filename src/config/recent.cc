@@ -64,6 +64,7 @@ std::vector<RecentStage> RecentStages(const sparkv_config& config) {
 }
 
 Status SetRecent(std::string_view value, sparkv_config* config) {
+  if (value == "none") value = {};
   std::vector<RecentStage> stages;
   if (Status s = ParseRecent(value, &stages); !s.ok()) return s;
   return SetText("recent", value, &config->recent);

@@ -22,7 +22,7 @@ inline constexpr size_t kMaxRecentStages = 3;
 Status ParseRecent(std::string_view value, std::vector<RecentStage>* stages);
 // Those of a configuration that was checked which are older than its window.
 std::vector<RecentStage> RecentStages(const sparkv_config& config);
-// The parameter recent of SetParameter, "" for no stages, and its part of CheckConfig.
+// The parameter recent of SetParameter, "none" for no stages, and its part of CheckConfig.
 Status SetRecent(std::string_view value, sparkv_config* config);
 Status CheckRecent(const sparkv_config& config);
 

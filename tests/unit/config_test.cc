@@ -217,6 +217,14 @@ TEST(Config, RecentRowsAreStagesFromYoungToOld) {
   EXPECT_EQ(SetError("recent", "1:i8+q8,2:i8+q8,3:i8+q8,4:i8+q8"), "recent: more than 3 stages");
   EXPECT_EQ(SetError("recent", "9:i8+q8,"),
             "recent: \"\" is not TOKENS:KEYS+VALUES, as in 256:i8+q8");
+  ASSERT_EQ(SetParameter("recent", "none", &config).text, "");
+  EXPECT_STREQ(config.recent, "");
+  EXPECT_EQ(std::string(Preset("balanced").recent), "128:i8+q8,1024:t7432+t4");
+  EXPECT_STREQ(Preset("balanced").preset, "balanced");
+  EXPECT_EQ(Preset("balanced").window, 32);
+  EXPECT_EQ(CheckConfig(Preset("tiny")).text, "");
+  EXPECT_EQ(CheckConfig(Preset("small")).text, "");
+  EXPECT_EQ(CheckConfig(Preset("safe")).text, "");
   std::memset(config.recent, 'x', sizeof(config.recent));
   EXPECT_NE(CheckConfig(config).text, "");
 }

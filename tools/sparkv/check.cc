@@ -48,13 +48,14 @@ std::string Spelled(const KvOptions& options, const Cache& cache) {
   return words;
 }
 
-// Whether a preset gives every number at least the bits that `config` gives it, and one more.
+// Whether a preset gives keys and values at least the bytes that `config` gives them, and one more.
 bool KeepsMore(const sparkv_config& preset, const sparkv_config& config) {
-  // sparkv_number counts from wide to narrow.
-  return preset.ratio <= config.ratio && preset.kept <= config.kept &&
-         preset.values <= config.values &&
-         (preset.ratio < config.ratio || preset.kept < config.kept ||
-          preset.values < config.values);
+  constexpr int32_t kHead = 64;
+  const size_t keys = sparkv_key_row_bytes(&preset, kHead),
+               values = sparkv_value_row_bytes(&preset, kHead);
+  const size_t keys_now = sparkv_key_row_bytes(&config, kHead),
+               values_now = sparkv_value_row_bytes(&config, kHead);
+  return keys >= keys_now && values >= values_now && (keys > keys_now || values > values_now);
 }
 
 // What to try instead of `given`, in this order.

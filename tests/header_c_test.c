@@ -24,7 +24,7 @@ int main(void) {
   memset(&config, 0, sizeof config);
   config.struct_size = sizeof config;
   expect(sparkv_config_preset(&config, NULL, &error) == SPARKV_OK, "NULL is the default preset");
-  expect(strcmp(config.preset, "spark-0.5-i5") == 0, "the default preset is spark-0.5-i5");
+  expect(strcmp(config.preset, "balanced") == 0, "the default preset is balanced");
   expect(sparkv_config_set(&config, "ratio", "2", &error) == SPARKV_INVALID, "ratio 2 is refused");
   expect(strstr(error.text, "ratio") != NULL && strchr(error.text, '2') != NULL,
          "the error names field and value");

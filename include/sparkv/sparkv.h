@@ -122,7 +122,8 @@ typedef struct sparkv_config {
   char recent[96]; /* rows between the window and the packed ones: "256:i8+q8,1024:t7432+t4": rows
                       less than 256 tokens old have 8-bit keys, none pruned, and 8-bit values, then
                       less than 1,024 the next; layers whose packed rows take more bytes than a
-                      stage keep packed ones; at most three; empty: none. Ours */
+                      stage keep packed ones; at most three, fewer where eviction keeps less; empty:
+                      none. Ours */
   int32_t evict;   /* sparkv_evict */
   int32_t evict_tokens; /* tokens that stay in a KV head, dense ones counted (a mean over layers for
                            PyramidKV); above sinks + window, 0 without eviction */
@@ -131,9 +132,10 @@ typedef struct sparkv_config {
                            ... go with preset "exact" alone; empty: none */
 } sparkv_config;
 
-/* Fills `config` from a preset: "exact", "spark-R" (f16 kept, f16 values) or "spark-R-iB" (B in 8,
- * 6, 5, 4; rotated 4-bit values for B <= 6, 8-bit above), R a ratio such as 0.5. NULL or "" gives
- * the default preset, "spark-0.5-i5". */
+/* Fills `config` from a preset: "safe", "balanced", "small", "tiny" (tiers, and recent rows of more
+ * bits), "exact", "spark-R" (f16 kept, f16 values), "spark-R-iB" (B in 8, 6, 5, 4; rotated 4-bit
+ * values for B <= 6, 8-bit above), R a ratio such as 0.5, or "tiers-ABCD" as SPARKV_TIERS_ABCD.
+ * NULL or "" gives the default preset, "balanced". */
 SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char* name,
                                               sparkv_error* error);
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,

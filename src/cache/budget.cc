@@ -9,6 +9,7 @@
 #include "cache/cache_layout.h"
 #include "config/config.h"
 #include "config/layers.h"
+#include "config/parse.h"
 #include "format/row_layout.h"
 
 namespace sparkv {
@@ -211,12 +212,22 @@ Status SolveBudget(std::span<const sparkv_shape> shapes, sparkv_config* config) 
   const double allowed = budget.kind == Budget::kAuto   ? as_configured
                          : budget.kind == Budget::kBits ? budget.amount * elements / 8.0
                                                         : budget.amount;
+  if (used > allowed && config->recent[0] != '\0') {
+    // The oldest stage is given up first; what is left stands in the configuration.
+    const std::string_view recent = TextOf(config->recent);
+    const size_t comma = recent.rfind(',');
+    sparkv_config fewer = *config;
+    const std::string_view left = comma == recent.npos ? "none" : recent.substr(0, comma);
+    if (Status s = SetParameter("recent", left, &fewer); !s.ok()) return s;
+    if (Status s = SolveBudget(shapes, &fewer); !s.ok()) return s;
+    *config = fewer;
+    return Status::Ok();
+  }
   if (used > allowed) {
     return Status::Invalid("budget: " + Quote(config->budget) + " is below the least that " +
                            std::to_string(n_model_layers) + " layers with sinks " +
                            std::to_string(config->sinks) + " and window " +
-                           std::to_string(config->window) +
-                           (config->recent[0] != '\0' ? " and recent rows" : "") + " take here, " +
+                           std::to_string(config->window) + " take here, " +
                            Amount(budget, used, elements));
   }
   for (;;) {

@@ -158,15 +158,12 @@ Status CheckEvict(const sparkv_config& config) {
                            NameList(kEvictNames) + ")");
   }
   if (config.evict == SPARKV_EVICT_NONE) return Status::Ok();
-  const std::vector<RecentStage> recent = RecentStages(config);
-  const int32_t window = recent.empty() ? config.window : recent.back().until;
   if (config.evict_tokens > kMostEvictTokens)
     return Status::Invalid(Outside("evict", std::to_string(config.evict_tokens), "1", "2^24"));
-  if (config.evict_tokens <= config.sinks + window) {
+  if (config.evict_tokens <= config.sinks + config.window) {
     return Status::Invalid("evict: " + std::to_string(config.evict_tokens) +
                            " tokens are not above sinks " + std::to_string(config.sinks) +
-                           (window > config.window ? " and recent " : " and window ") +
-                           std::to_string(window));
+                           " and window " + std::to_string(config.window));
   }
   return Status::Ok();
 }

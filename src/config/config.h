@@ -10,7 +10,7 @@
 
 namespace sparkv {
 
-inline constexpr std::string_view kDefaultPreset = "spark-0.5-i5";
+inline constexpr std::string_view kDefaultPreset = "balanced";
 
 // Channels kept of head_dim: head_dim - int(ratio * head_dim), the double product truncated. ratio
 // in [0, 1].

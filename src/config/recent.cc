@@ -59,7 +59,10 @@ Status ParseRecent(std::string_view value, std::vector<RecentStage>* stages) {
 std::vector<RecentStage> RecentStages(const sparkv_config& config) {
   std::vector<RecentStage> stages;
   if (!ParseRecent(TextOf(config.recent), &stages).ok()) return {};
-  std::erase_if(stages, [&](const RecentStage& s) { return s.until <= config.window; });
+  std::erase_if(stages, [&](const RecentStage& s) {
+    return s.until <= config.window ||
+           (config.evict != SPARKV_EVICT_NONE && config.sinks + s.until >= config.evict_tokens);
+  });
   return stages;
 }
 

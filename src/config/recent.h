@@ -20,7 +20,8 @@ inline constexpr size_t kMaxRecentStages = 3;
 
 // "256:i8+q8,1024:t7432+t4": younger ones first; none when it fails.
 Status ParseRecent(std::string_view value, std::vector<RecentStage>* stages);
-// Those of a configuration that was checked which are older than its window.
+// Those of a configuration that was checked which are older than its window and, where tokens are
+// evicted, younger than what stays.
 std::vector<RecentStage> RecentStages(const sparkv_config& config);
 // The parameter recent of SetParameter, "none" for no stages, and its part of CheckConfig.
 Status SetRecent(std::string_view value, sparkv_config* config);

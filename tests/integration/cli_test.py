@@ -753,7 +753,7 @@ class Command(unittest.TestCase):
         done = self.succeeds("check", "-m", self.model)
         self.assertEqual(
             done,
-            "passes: --kv-preset spark-0.5-i5 at 4.50 bits/element, KL median 0.002000, mean "
+            "passes: --kv-preset balanced at 4.50 bits/element, KL median 0.002000, mean "
             "0.005000, perplexity x 1.0250, top-1 0.965 (limits: mean KL 0.0500, top-1 0.820; "
             "unquantised weights, noise floor 0.000200)\n",
         )
@@ -793,37 +793,38 @@ class Command(unittest.TestCase):
         self.assertEqual(
             [row["options"] for row in self.check(1, BREAKS=".")["tried"]],
             [
-                "--kv-preset spark-0.5-i5 --kv-protect first:1",
-                "--kv-preset spark-0.5-i5 --kv-protect first:2,last:1",
-                "--kv-preset spark-0.5-i8",
+                "--kv-preset balanced --kv-protect first:1",
+                "--kv-preset balanced --kv-protect first:2,last:1",
+                "--kv-preset safe",
+                "--kv-preset spark-0-i8",
                 "--kv-preset exact",
             ],
         )
 
     def test_check_then_proposes_a_better_preset_as_it_is_meant(self):
         args = ["--kv-preset", "spark-0.9-i4", "--kv-recover", "zero", "--kv-threads", "1"]
-        report = self.check(1, *args, BREAKS="0.9|0.5-i5")
-        self.assertEqual(report["proposal"], "--kv-preset spark-0.5-i8 --kv-threads 1")
-        done = self.run_sparkv("check", "-m", self.model, *args, BREAKS="0.9|0.5-i5")
+        report = self.check(1, *args, BREAKS="0.9|balanced")
+        self.assertEqual(report["proposal"], "--kv-preset safe --kv-threads 1")
+        done = self.run_sparkv("check", "-m", self.model, *args, BREAKS="0.9|balanced")
         self.assertTrue(
             done.stdout.endswith(
-                "\nuse --kv-preset spark-0.5-i8 --kv-threads 1 (without --kv-recover)\n"
+                "\nuse --kv-preset safe --kv-threads 1 (without --kv-recover)\n"
             )
         )
         tried = self.check(1, "--kv-preset", "spark-0.5-i6", BREAKS=".")["tried"]
-        self.assertEqual([row["cache"] for row in tried[2:]], ["spark-0.5-i8", "exact"])
+        self.assertEqual([row["cache"] for row in tried[2:]], ["safe", "spark-0-i8", "exact"])
 
     def test_check_refuses_a_model_that_nothing_saves(self):
         done = self.run_sparkv("check", "-m", self.model, BREAKS=".")
         self.assertEqual(done.returncode, 1)
-        self.assertEqual(done.stdout.count("breaks: "), 5)
+        self.assertEqual(done.stdout.count("breaks: "), 6)
         self.assertIn("\nnothing that was tried passes", done.stdout)
 
     def test_check_goes_on_where_a_proposal_cannot_run(self):
-        done = self.run_sparkv("check", "-m", self.model, BREAKS="i5 $", REFUSE="first:1")
+        done = self.run_sparkv("check", "-m", self.model, BREAKS="balanced $", REFUSE="first:1")
         self.assertEqual(done.returncode, 1)
         self.assertIn("the plugin refuses", done.stderr)
-        self.assertIn("\nuse --kv-preset spark-0.5-i5 --kv-protect first:2,last:1\n", done.stdout)
+        self.assertIn("\nuse --kv-preset balanced --kv-protect first:2,last:1\n", done.stdout)
         done = self.run_sparkv("check", "-m", self.model, "--kv-protect=first:1", REFUSE="first:1")
         self.assertEqual((done.returncode, done.stdout), (1, ""))
 
@@ -838,7 +839,7 @@ class Command(unittest.TestCase):
             (True, {"KL": "0.005", "TOP": "82.1"}),
         ):
             with self.subTest(environment=environment):
-                report = self.check(not passes, BREAKS="i5 $", **environment)
+                report = self.check(not passes, BREAKS="balanced $", **environment)
                 self.assertEqual(report["passes"], passes)
         done = self.run_sparkv("check", "-m", self.model, FLOOR="nan")
         self.assertEqual((done.returncode, done.stdout), (1, ""))
@@ -862,7 +863,7 @@ class Command(unittest.TestCase):
             self.environment.pop(name)
         self.assertRegex(
             self.succeeds("check", "-m", model),
-            r"^passes: --kv-preset spark-0.5-i5 at [45]\.\d\d bits/element, KL median 0\.00\d+, ",
+            r"^passes: --kv-preset balanced at [45]\.\d\d bits/element, KL median 0\.00\d+, ",
         )
 
     EVALUATION = {
@@ -1013,7 +1014,7 @@ class Command(unittest.TestCase):
             self.assertEqual(self.fit(self.model, memory * per_token)[1]["f16"]["context"], context)
         self.assertEqual(self.fit(self.model, 1024 * per_token - 1)[1]["f16"]["context"], 768)
         _, rows = self.fit(self.model, 16384 * per_token)
-        presets = ["exact", "spark-0.5-i8", "spark-0.5-i5"]
+        presets = ["exact", "safe", "balanced", "small"]
         self.assertEqual(list(rows), ["f16", "q8_0", "q4_0", *presets])
         self.assertEqual((rows["f16"]["times_f16"], rows["f16"]["times_trained"]), (1, 2))
         self.assertEqual(rows["f16"]["bits_per_element"], 16)
@@ -1025,6 +1026,7 @@ class Command(unittest.TestCase):
         gemma = self.write("g.gguf", gguf(GEMMA))
         for model, memory, presets in (
             (self.model, "5MiB", "exact,spark-0.5-i8,spark-0.5-i5"),
+            (self.model, "3MiB", "safe,balanced,tiny"),
             (self.model, "4GiB", "exact,spark-0.8"),
             (gemma, "100 MB", "spark-0.5-i5,spark-0.5-i4"),
         ):

@@ -59,15 +59,26 @@ double Bytes(const sparkv_config& config, const std::vector<sparkv_shape>& shape
       sparkv_error error = {};
       const int32_t number = shape.layer_numbers ? shape.layer_numbers[i] : i;
       EXPECT_EQ(sparkv_config_layer(&config, number, n_layers, &rows, &error), SPARKV_OK);
-      const double stay =
-          double(std::min<int64_t>(shape.cells_per_stream, config.sinks + config.window));
+      const auto newest = [&](int64_t tokens) {
+        return double(std::min(shape.cells_per_stream, config.sinks + tokens));
+      };
+      const double key = double(sparkv_key_row_bytes(&rows, s.k_dim)),
+                   value = double(sparkv_value_row_bytes(&rows, s.v_dim));
+      double stay = newest(config.window), head = stay * 2.0 * (s.k_dim + s.v_dim);
+      sparkv_config recent = {};
+      recent.struct_size = sizeof(recent);
+      int32_t until = 0;
+      for (int32_t k = 0; sparkv_config_recent(&config, k, &until, &recent, nullptr) == SPARKV_OK;
+           ++k) {
+        head += (newest(until) - stay) *
+                (std::max(key, double(sparkv_key_row_bytes(&recent, s.k_dim))) +
+                 std::max(value, double(sparkv_value_row_bytes(&recent, s.v_dim))));
+        stay = newest(until);
+      }
       const bool weights =
           rows.kept >= SPARKV_TIERS_7543 || (rows.ratio > 0 && int(rows.ratio * s.k_dim) > 0);
       bytes += shape.n_streams * s.n_kv_heads *
-               (stay * 2.0 * (s.k_dim + s.v_dim) +
-                (double(shape.cells_per_stream) - stay) *
-                    double(sparkv_key_row_bytes(&rows, s.k_dim) +
-                           sparkv_value_row_bytes(&rows, s.v_dim)) +
+               (head + (double(shape.cells_per_stream) - stay) * (key + value) +
                 (weights ? 2.0 * s.k_dim : 0.0));
     }
   }
@@ -88,6 +99,10 @@ TEST(Budget, IsSpentAndNotExceeded) {
     EXPECT_LE(got, bits + 1e-9) << solved.config.layers;
     EXPECT_GT(got, bits - 0.1) << solved.config.layers;
   }
+  // Stages that are too much are given up, the oldest first.
+  EXPECT_STREQ(Solve(Config({{"budget", "3.6bpe"}}), shapes).config.recent,
+               "128:i8+q8,1024:t7432+t4");
+  EXPECT_STREQ(Solve(Config({{"budget", "3.1bpe"}}), shapes).config.recent, "128:i8+q8");
   const Solved all = Solve(Config({{"budget", "17bpe"}}), shapes);
   EXPECT_STREQ(all.config.layers, "0-29=spark-0+f16");
   const Solved bytes = Solve(Config({{"budget", "26.5MiB"}}), shapes);

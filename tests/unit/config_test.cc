@@ -48,9 +48,13 @@ std::string Text(const sparkv_config& config) {
 }
 
 TEST(Config, NoNameMeansTheDefaultPreset) {
-  EXPECT_STREQ(Preset(nullptr).preset, "spark-0.5-i5");
-  EXPECT_STREQ(Preset("").preset, "spark-0.5-i5");
-  EXPECT_EQ(Text(Preset(nullptr)),
+  EXPECT_STREQ(Preset(nullptr).preset, "balanced");
+  EXPECT_STREQ(Preset("").preset, "balanced");
+  EXPECT_EQ(
+      Text(Preset(nullptr)),
+      "balanced ratio 0 recover mean kept t6321 values t3 sinks 4 window 32 seal stream recent "
+      "128:i8+q8,1024:t7432+t4");
+  EXPECT_EQ(Text(Preset("spark-0.5-i5")),
             "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal stream");
 }
 
@@ -200,8 +204,11 @@ TEST(Config, RecentRowsAreStagesFromYoungToOld) {
   EXPECT_EQ(RecentStages(config).size(), 1u);
   EXPECT_EQ(CheckConfig(config).text, "");
   config.evict = SPARKV_EVICT_SNAPKV;
-  config.evict_tokens = 1000;
-  EXPECT_EQ(CheckConfig(config).text, "evict: 1000 tokens are not above sinks 4 and recent 1024");
+  config.evict_tokens = 1000;  // are fewer than the last would have
+  EXPECT_TRUE(RecentStages(config).empty());
+  EXPECT_EQ(CheckConfig(config).text, "");
+  config.evict_tokens = 1 << 25;
+  EXPECT_EQ(CheckConfig(config).text, "evict: 33554432 is outside [1, 2^24]");
   EXPECT_EQ(SetError("recent", "256"),
             "recent: \"256\" is not TOKENS:KEYS+VALUES, as in 256:i8+q8");
   EXPECT_EQ(SetError("recent", "256:i8"),

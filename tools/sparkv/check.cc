@@ -17,8 +17,8 @@ namespace {
 using Json = nlohmann::json;
 
 // A model is broken above this divergence. llama.cpp's q4_0, which is known to hurt, comes to .067
-// with SmolLM2-135M and .131 with Gemma-3-270m, q8_0/q4_0 to .006 and .005; spark-0.5-i5 to .005
-// and, on the model that does not stand it, .064 (docs/results.md).
+// with SmolLM2-135M and .131 with Gemma-3-270m, q8_0/q4_0 to .006 and .005, balanced to .004 and
+// .011; spark-0.5-i5 to .005 and, on the model that does not stand it, .062 (docs/results.md).
 constexpr double kMostMeanKl = 0.05;
 // With quantised weights the exact runs differ, too: the cache must then stand out of that.
 constexpr double kTimesFloor = 3;
@@ -29,7 +29,7 @@ constexpr double kLeastTop1 = 0.85;
 // Few layers with 8 bits cost little memory; many more than these as much as better numbers for
 // all.
 constexpr std::pair<int, int> kProtect[] = {{1, 0}, {2, 1}, {4, 2}, {8, 4}};
-constexpr const char* kPresets[] = {"spark-0.5-i5", "spark-0.5-i8", "exact"};
+constexpr const char* kPresets[] = {"balanced", "safe", "spark-0-i8", "exact"};
 
 struct Settings : Reading {
   Settings() { context = 1024, chunks = 1; }
@@ -48,14 +48,13 @@ std::string Spelled(const KvOptions& options, const Cache& cache) {
   return words;
 }
 
-// Whether a preset gives keys and values at least the bytes that `config` gives them, and one more.
+// Whether a preset gives the keys and values of a token more bytes than `config` does.
 bool KeepsMore(const sparkv_config& preset, const sparkv_config& config) {
   constexpr int32_t kHead = 64;
-  const size_t keys = sparkv_key_row_bytes(&preset, kHead),
-               values = sparkv_value_row_bytes(&preset, kHead);
-  const size_t keys_now = sparkv_key_row_bytes(&config, kHead),
-               values_now = sparkv_value_row_bytes(&config, kHead);
-  return keys >= keys_now && values >= values_now && (keys > keys_now || values > values_now);
+  const auto bytes = [](const sparkv_config& rows) {
+    return sparkv_key_row_bytes(&rows, kHead) + sparkv_value_row_bytes(&rows, kHead);
+  };
+  return bytes(preset) > bytes(config);
 }
 
 // What to try instead of `given`, in this order.

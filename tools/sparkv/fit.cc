@@ -106,7 +106,7 @@ void PrintTable(const Json& report) {
 }
 
 int Fit(Settings settings) {
-  if (settings.kv.preset.empty()) settings.kv.preset = "exact,spark-0.5-i8,spark-0.5-i5";
+  if (settings.kv.preset.empty()) settings.kv.preset = "exact,safe,balanced,small";
   const int64_t memory = ParseMemory(settings.memory);
   const std::vector<Cache> caches = MakeCaches("f16,q8_0,q4_0", settings.kv);
   if (caches.back().config.budget[0] != '\0') {
@@ -145,7 +145,7 @@ std::function<int()> AddFit(CLI::App* app) {
   app->add_flag("--json", settings->json, "JSON on stdout");
   AddKvOptions(app, &settings->kv);
   app->footer(
-      "--kv-preset takes a list here; without it: exact, spark-0.5-i8, spark-0.5-i5. Contexts are "
+      "--kv-preset takes a list here; without it: exact, safe, balanced, small. Contexts are "
       "those of one\n"
       "sequence, in multiples of 256 tokens, as llama.cpp makes them. In JSON a context is 0 where "
       "not even 256\n"

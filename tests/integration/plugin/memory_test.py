@@ -8,6 +8,7 @@ import host
 
 MIB = 2**20
 CELLS = 8192
+PACKED = {"SPARKV_PRESET": "spark-0.5-i5", "SPARKV_WINDOW": "96"}  # no recent rows
 
 
 class Memory(unittest.TestCase):
@@ -20,6 +21,8 @@ class Memory(unittest.TestCase):
         cls.prompt.write_text(host.DOCUMENT[:11500])
         cls.ours = cls.complete(CELLS, "-fa", "on")
         assert cls.ours.code == 0, cls.ours
+        cls.packed = cls.complete(CELLS, "-fa", "on", **PACKED)
+        assert cls.packed.code == 0, cls.packed
 
     @classmethod
     def complete(cls, cells, *args, **options):
@@ -66,7 +69,7 @@ class Memory(unittest.TestCase):
     def test_a_budget_holds_when_the_cache_is_full(self):
         cells = -(-self.ours.stats["tokens"] // 256) * 256
         ours = self.complete(cells, "-fa", "on", SPARKV_BUDGET="5.5bpe",
-                             SPARKV_SENSITIVITY="15-24:5")
+                             SPARKV_SENSITIVITY="15-24:5", **PACKED)
         self.assertEqual(ours.code, 0, ours)
         chosen = ours.stats["caches"][0]["budget_layers"]
         self.assertIn(f"budget 5.5bpe: layers {chosen}", ours.err)
@@ -77,20 +80,20 @@ class Memory(unittest.TestCase):
 
     def test_layers_of_their_own_take_the_bytes_of_their_own_rows(self):
         ours = self.complete(CELLS, "-fa", "on", SPARKV_LAYERS="3=exact,10-19=spark-0.5-i8",
-                             SPARKV_PROTECT="first:2,last:1")
+                             SPARKV_PROTECT="first:2,last:1", **PACKED)
         self.assertEqual(ours.code, 0, ours)
         self.assertEqual(ours.stats["tokens"], self.ours.stats["tokens"])
         # Bytes of a key row (i5 34, i8 46, none pruned 66, f16 128) and a value row, 3 heads.
         more = 3 * (3 * (66 - 34 + 66 - 34) + (128 - 34 + 128 - 34) + 10 * (46 - 34 + 66 - 34))
-        bits = ours.stats["bits_per_element"] - self.ours.stats["bits_per_element"]
+        bits = ours.stats["bits_per_element"] - self.packed.stats["bits_per_element"]
         packed = 1 - (4 + 96) / ours.stats["tokens"]  # sinks and window are dense either way
         self.assertAlmostEqual(bits, packed * more * 8 / (2 * 30 * 3 * 64), delta=0.05)
 
     def test_heads_evict_when_the_prompt_has_ended(self):
-        ours = self.complete(CELLS, "-fa", "on", SPARKV_EVICT="snapkv:512")
+        ours = self.complete(CELLS, "-fa", "on", SPARKV_EVICT="snapkv:512", **PACKED)
         self.assertEqual(ours.code, 0, ours)
         self.assertIn("evict snapkv:512", ours.err)
-        stats, all_rows = ours.stats, self.ours.stats
+        stats, all_rows = ours.stats, self.packed.stats
         self.assertEqual(stats["tokens"], all_rows["tokens"])
         # All but the dense rows: sinks, window, and what came after the first token that was alone.
         self.assertAlmostEqual(stats["evicted"], stats["tokens"] - 100, delta=4)

@@ -18,7 +18,8 @@ def text(start, length):
 
 def start(*args, model=host.MODEL, **variables):
     # A small window, so that short prompts are packed too.
-    return host.Server(model, *args, "-fa", "on", **{"SPARKV_WINDOW": "16"} | variables)
+    small = {"SPARKV_PRESET": "spark-0.5-i5", "SPARKV_WINDOW": "16"}
+    return host.Server(model, *args, "-fa", "on", **small | variables)
 
 
 class Answer:

@@ -334,7 +334,8 @@ Status CheckConfig(const sparkv_config& config) {
   }
   if (Tiered(config.kept) && config.ratio != 0.0) {
     return Status::Invalid("ratio: " + NumberText(config.ratio) + ", but tiers (kept " +
-                           std::string(NameOf(kKeptNames, config.kept)) + ") prune nothing");
+                           std::string(NameOf(kKeptNames, config.kept)) +
+                           ") prune nothing (presets spark-R-iB do)");
   }
   if (Status s = CheckEvict(config); !s.ok()) return s;
   if (Status s = CheckLayers(config); !s.ok()) return s;

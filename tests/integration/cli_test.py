@@ -979,6 +979,7 @@ class Command(unittest.TestCase):
 
     def test_inspect_knows_layers_of_their_own(self):
         args = ["inspect", "-m", self.model, "--kv-layers", "2=exact", "--kv-protect", "first:1"]
+        args += ["--kv-preset", "spark-0.5-i5"]
         self.assertEqual(
             [
                 (g["first_layer"], g["last_layer"], g["key_row_bytes"], g["value_row_bytes"])

@@ -391,7 +391,7 @@ std::function<int()> AddEval(CLI::App* app) {
       "mustafar-R\n"
       "(R pruned, 0 to 1) and llama.cpp's q8_0-rows, q5_1-rows, q4_0-rows. The plugin codes and "
       "decodes rows,\n"
-      "with the sinks and the window of the default preset or as --kv-sinks and --kv-window say; "
+      "with the sinks and the window of spark-0.5-i5 or as --kv-sinks and --kv-window say; "
       "bits are the\n"
       "codec's, memory and speed are not.\n\n"
       "Examples\n"

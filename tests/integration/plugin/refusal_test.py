@@ -154,8 +154,10 @@ class Accepted(unittest.TestCase):
         self.assertIn("sparkv: warning: no KV cache was put on device SPARKV (-nkvo", result.err)
 
     def test_values_at_their_bounds(self):
-        self.check("-fa", "on", SPARKV_RATIO="1", SPARKV_SINKS="0", SPARKV_WINDOW="0")
+        self.check("-fa", "on", SPARKV_RATIO="1", SPARKV_SINKS="0", SPARKV_WINDOW="0",
+                   SPARKV_PRESET="spark-0.5-i5")
         self.check("-fa", "on", SPARKV_RATIO="0", SPARKV_KEPT="i4", SPARKV_VALUES="q8")
+        self.check("-fa", "on", SPARKV_SINKS="0", SPARKV_WINDOW="0", SPARKV_RECENT="1:i8+q8")
         self.check("-fa", "on", SPARKV_SEAL="prefill-end", SPARKV_RECOVER="paper",
                    SPARKV_GROUP="energy")
 

@@ -48,7 +48,7 @@ Status SetText(std::string_view key, std::string_view value, char (*text)[kSize]
                            " characters, at most " + std::to_string(kSize - 1) + " fit");
   }
   std::memset(*text, 0, kSize);
-  std::memcpy(*text, value.data(), value.size());
+  std::copy(value.begin(), value.end(), *text);
   return Status::Ok();
 }
 

@@ -44,6 +44,18 @@ inline float SumOfSquares(const float* x, int n) {
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t FourInts __attribute__((vector_size(16)));
 
+// Lane i of the result: lane from[i] of v.
+template <typename V>
+inline V Shuffled(V v, FourInts from) {
+#if defined(__clang__)  // has no shuffle by a variable
+  V result;
+  for (int i = 0; i < 4; ++i) result[i] = v[from[i]];
+  return result;
+#else
+  return __builtin_shuffle(v, from);
+#endif
+}
+
 // Codes of x and the gain of each run; planes of the row were zero. The path that loses least under
 // the gain that suits a normal distribution; then the gain that gives the run its length back: a
 // score that is too small is worse than one that is noisy (docs/results.md).
@@ -83,18 +95,16 @@ inline void PackTrellis(const TrellisRuns& runs, const float* x, uint8_t* row, i
       const Four off = (lower ? to_low : to_high) * unit;
       // Lane c of the result: subset c.
       const FourInts turn = (FourInts{0, 1, 2, 3} - below) & 3;
-      const Four best = __builtin_shuffle(off * off, turn);
+      const Four best = Shuffled(off * off, turn);
       const FourInts first = FourInts{0, 1, 2, 3} + below - 4;
-      const FourInts code = __builtin_shuffle(lower ? first : first + 4, turn);
-      const Four at_level = __builtin_shuffle(lower ? low : high, turn);
+      const FourInts code = Shuffled(lower ? first : first + 4, turn);
+      const Four at_level = Shuffled(lower ? low : high, turn);
       std::memcpy(pick[i], &code, sizeof(code));
       std::memcpy(level[i], &at_level, sizeof(at_level));
       // State u | v << 1, u = p[i], v = p[i-1], is reached from p[i-2] = 0 with subset u << 1 | v,
       // and from 1 with subset (u ^ 1) << 1 | v.
-      const Four zero = __builtin_shuffle(cost, FourInts{0, 0, 1, 1}) +
-                        __builtin_shuffle(best, FourInts{0, 2, 1, 3});
-      const Four one = __builtin_shuffle(cost, FourInts{2, 2, 3, 3}) +
-                       __builtin_shuffle(best, FourInts{2, 0, 3, 1});
+      const Four zero = Shuffled(cost, FourInts{0, 0, 1, 1}) + Shuffled(best, FourInts{0, 2, 1, 3});
+      const Four one = Shuffled(cost, FourInts{2, 2, 3, 3}) + Shuffled(best, FourInts{2, 0, 3, 1});
       const FourInts chosen = one < zero;
       cost = chosen ? one : zero;
       std::memcpy(back[i], &chosen, sizeof(chosen));

@@ -142,10 +142,15 @@ void KvCache::RemovePacked(int64_t cell) {
 // Into a slot of `stage`.
 Status KvCache::AddDense(int64_t cell, int stage) {
   if (Status s = TakeSlot(cell, stage); !s.ok()) return s;
+  JoinDense(cell);
+  return Status::Ok();
+}
+
+// A cell that has its slot.
+void KvCache::JoinDense(int64_t cell) {
   dense_cells_[size_t(layout_.stream_of(cell))].push_back(cell);
   ++n_dense_;
   ++in_stage_[cells_.stage(cell)];
-  return Status::Ok();
 }
 
 void KvCache::RemoveDense(int64_t cell) {

@@ -204,6 +204,7 @@ class KvCache {
   void AddPacked(int64_t cell);
   void RemovePacked(int64_t cell);
   Status AddDense(int64_t cell, int stage = 0);
+  void JoinDense(int64_t cell);
   void RemoveDense(int64_t cell);
   Status TakeSlot(int64_t cell, int stage = 0);
   // Key or value rows of all heads in a slot.

@@ -146,9 +146,7 @@ void KvCache::FinishStep() {
       continue;
     }
     cells_.set_state(cell, CellState::kDense);
-    dense_cells_[size_t(layout_.stream_of(cell))].push_back(cell);
-    ++n_dense_;
-    ++in_stage_[0];
+    JoinDense(cell);
   }
   flight_cells_.clear();
   flight_at_.clear();
@@ -174,16 +172,14 @@ void KvCache::FinishEntering(const Column& column, bool complete) {
     stores_[size_t(last)].Free(column.coded[size_t(last)]);
     return;
   }
-  if (column.flight >= 0) {
-    cells_.set_state(column.cell, CellState::kDense);
-    dense_cells_[size_t(layout_.stream_of(column.cell))].push_back(column.cell);
-    ++n_dense_;
-  } else {
-    stores_[size_t(column.stage)].Free(column.slot);
-    --in_stage_[size_t(column.stage)];
-  }
   cells_.stage(column.cell) = uint8_t(last);
   cells_.slot(column.cell) = column.coded[size_t(last)];
+  if (column.flight >= 0) {
+    cells_.set_state(column.cell, CellState::kDense);
+    return JoinDense(column.cell);
+  }
+  stores_[size_t(column.stage)].Free(column.slot);
+  --in_stage_[size_t(column.stage)];
   ++in_stage_[size_t(last)];
 }
 
@@ -555,25 +551,20 @@ Status KvCache::Look(const sparkv_attend_args& args) {
       if (needs_weights_) PlanObserved(args, s, seen, tokens[size_t(s)]);
       PlanQueries(args, s, seen, tokens[size_t(s)]);
       PlanEviction(args, s, seen, tokens[size_t(s)]);
-    } else {
-      // What becomes of rows was decided by the first look.
-      for (Column& column : columns) {
-        const Column* aging = AgingOf(column.cell);
-        if (aging == nullptr) continue;
-        column.sealing = aging->sealing;
-        column.table = aging->table;
-        column.coded = aging->coded;
-      }
     }
   }
   if (plan) {
     if (Status status = CommitPlan(); !status.ok()) return status;
     step_.planned = true;
-    for (std::vector<Column>& columns : view_.columns) {
-      for (Column& column : columns) {
-        if (const Column* aging = AgingOf(column.cell); aging != nullptr)
-          column.coded = aging->coded;
-      }
+  }
+  // What becomes of rows was decided by the first look.
+  for (std::vector<Column>& columns : view_.columns) {
+    for (Column& column : columns) {
+      const Column* aging = AgingOf(column.cell);
+      if (aging == nullptr) continue;
+      column.sealing = aging->sealing;
+      column.table = aging->table;
+      column.coded = aging->coded;
     }
   }
   MarkBits(args, seen, tokens);

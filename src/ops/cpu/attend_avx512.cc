@@ -21,12 +21,6 @@ inline uint64_t BitsAt(const uint8_t* bytes, unsigned at) {
   return word >> shift | uint64_t(bytes[at / 8 + 8]) << (64 - shift);
 }
 
-inline uint64_t Word(const uint8_t* bytes) {
-  uint64_t word;
-  std::memcpy(&word, bytes, 8);
-  return word;
-}
-
 bool HalfRow(const uint16_t* half, int n, float* out) {
   __m256i largest = _mm256_setzero_si256();
   for (int j = 0; j < n; j += 16) {
@@ -167,33 +161,18 @@ inline void HalfKey(const KeyLayout& layout, const float* restore, const uint8_t
   }
 }
 
-// Levels of up to four bits, 32 codes: two registers to look up in.
-constexpr int kLookUpBits = 4;
+// Levels of values by code: at most four bits, 32 codes, two registers to look up in.
+constexpr int kValueBits = 4;
 struct LevelTable {
-  alignas(64) float level[kLookUpBits + 1][32] = {};
+  alignas(64) float level[kValueBits + 1][32] = {};
   constexpr LevelTable() {
-    for (int bits = 0; bits <= kLookUpBits; ++bits) {
+    for (int bits = 0; bits <= kValueBits; ++bits) {
       for (int code = 0; code < 2 << bits; ++code)
         level[bits][code] = float(kTrellisLevels[bits].level[code]);
     }
   }
 };
 constexpr LevelTable kLevelTable;
-
-inline __m512 LevelsOfCodes(int bits, __m512i code) {
-  if (bits <= kLookUpBits) {
-    const float* level = kLevelTable.level[bits];
-    return _mm512_permutex2var_ps(_mm512_load_ps(level), code, _mm512_load_ps(level + 16));
-  }
-  const LevelFormula& level = kLevelFormulas[bits];
-  const __m512 y = _mm512_sub_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(level.centre));
-  const __m512 size = _mm512_abs_ps(y);
-  const __m512 curve =
-      _mm512_fmadd_ps(size, _mm512_set1_ps(level.square), _mm512_set1_ps(level.linear));
-  const __m512 whole = _mm512_roundscale_ps(_mm512_fmadd_ps(size, curve, _mm512_set1_ps(0.5f)),
-                                            _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  return _mm512_or_ps(whole, _mm512_and_ps(y, _mm512_set1_ps(-0.0f)));
-}
 
 // Where the codes of 64 trellis-coded numbers lie in a row, numbers first .. first + 63: a plane is
 // a mask, a code the sum of the bits under it. Behind a plane's last number a bit counts for
@@ -224,44 +203,36 @@ struct Piece {
   }
 };
 
-// Calls body(constant) with the number of planes at compile time.
-template <int kMost = kMaxPlanes, typename Body>
-inline void WithPlanes(int n, Body&& body) {
-  if constexpr (kMost == 1) {
-    body(std::integral_constant<int, 1>());
-  } else {
-    if (n >= kMost) return body(std::integral_constant<int, kMost>());
-    WithPlanes<kMost - 1>(n, body);
-  }
-}
-
-// TrellisNumbers; sixteen numbers belong to one run, else one by one.
-inline void TrellisFloats(const TrellisRuns& runs, const uint8_t* row, const float* unit,
-                          float* out) {
-  if (runs.per_run % 16 != 0) return TrellisNumbers(runs, row, unit, out);
+// TrellisNumbers for values, whose numbers share one unit.
+inline void ValueFloats(const TrellisRuns& runs, const uint8_t* row, const float* unit,
+                        float* out) {
+  if (runs.n() % 16 != 0) return TrellisNumbers(runs, row, unit, out);
+  const float* level = kLevelTable.level[runs.bits[0]];
+  const __m512 low = _mm512_load_ps(level), high = _mm512_load_ps(level + 16);
   for (int first = 0; first < runs.n(); first += 64) {
     const Piece piece(*runs.planes, first);
     alignas(64) uint8_t codes[64];
-    WithPlanes(piece.n_planes,
-               [&](auto planes) { _mm512_store_si512(codes, piece.Codes<planes()>(row)); });
+    WithPlanes<kValueBits>(piece.n_planes, [&](auto planes) {
+      _mm512_store_si512(codes, piece.Codes<planes()>(row));
+    });
     for (int i = first; i < first + 64 && i < runs.n(); i += 16) {
-      const int run = i / runs.per_run;
       const __m512i sixteen =
           _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(codes + i - first)));
-      _mm512_storeu_ps(out + i, _mm512_mul_ps(LevelsOfCodes(runs.bits[run], sixteen),
-                                              _mm512_set1_ps(unit[run])));
+      _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_permutex2var_ps(low, sixteen, high),
+                                              _mm512_set1_ps(*unit)));
     }
   }
 }
 
 inline void KeyRow(const KeyLayout& layout, const float* table, const uint8_t* row, float* out) {
-  if (layout.tiered()) return TierRow(layout, row, out, TrellisFloats);
+  // Tiers that bytes can hold do not come here.
+  if (layout.tiered()) return TierRow(layout, row, out, TrellisNumbers);
   if (layout.number == SPARKV_F16) return HalfKey(layout, table, row, out);
   WithInteger(layout.number, [&](auto number) { IntegerKey<number()>(layout, table, row, out); });
 }
 
 inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) {
-  if (layout.trellis()) return TrellisValue(layout, row, out, TrellisFloats);
+  if (layout.trellis()) return TrellisValue(layout, row, out, ValueFloats);
   const int n = layout.head_dim;
   const uint8_t* code = row + layout.scale_bytes;
   if (layout.number == SPARKV_F16) return HalfRow(reinterpret_cast<const uint16_t*>(row), n, out);

@@ -1,5 +1,11 @@
 // Reading the fields of a packed row, plainly. Included inside a namespace per instruction set.
 
+inline uint64_t Word(const uint8_t* bytes) {
+  uint64_t word;
+  std::memcpy(&word, bytes, 8);
+  return word;
+}
+
 inline int GetCode(const KeyLayout& layout, const uint8_t* row, int rank) {
   const uint8_t* low = row + layout.low_at;
   const uint8_t* high = row + layout.high_at;

@@ -31,16 +31,6 @@ inline void TierUnits(const KeyLayout& layout, const uint8_t* row, float unit[kT
   }
 }
 
-// Bits of plane p of numbers first .. first + 63, first a multiple of 64; those behind the plane's
-// last are zero. May read 8 bytes past the plane.
-inline uint64_t PlaneWord(const PlaneLayout& planes, const uint8_t* row, int p, int first) {
-  const int n = planes.numbers[p] - first;
-  if (n <= 0) return 0;
-  uint64_t bits;
-  std::memcpy(&bits, row + planes.at[p] + unsigned(first) / 8, 8);
-  return n >= 64 ? bits : bits & ((uint64_t{1} << n) - 1);
-}
-
 // Planes of the code that follow from the path: bits 0 and 1 of 64 codes. before: the path of the
 // 64 numbers before them, 0 at the start.
 struct PathPlanes {
@@ -61,6 +51,17 @@ struct LevelFormula {
 };
 
 constexpr LevelFormula kLevelFormulas[kMaxTrellisBits + 1] = {0, 1, 2, 3, 4, 5, 6, 7};
+
+// Calls body(constant) with the number of planes at compile time.
+template <int kMost = kMaxPlanes, typename Body>
+inline void WithPlanes(int n, Body&& body) {
+  if constexpr (kMost == 1) {
+    body(std::integral_constant<int, 1>());
+  } else {
+    if (n >= kMost) return body(std::integral_constant<int, kMost>());
+    WithPlanes<kMost - 1>(n, body);
+  }
+}
 
 // Bit i of a byte becomes byte i: 0 or 1.
 inline uint64_t SpreadBits(unsigned byte) {

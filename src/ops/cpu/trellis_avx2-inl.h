@@ -62,11 +62,6 @@ struct Piece {
   // Codes of numbers 32 h .. 32 h + 31.
   template <int kPlanes>
   [[gnu::always_inline]] void Codes(const uint8_t* row, __m256i (&codes)[2]) const {
-    const auto word = [](const uint8_t* from) {
-      uint64_t bits;
-      std::memcpy(&bits, from, 8);
-      return bits;
-    };
     const uint64_t place = 0x0101010101010101u;
     const __m256i places[2] = {
         _mm256_setr_epi64x(0, int64_t(place), int64_t(2 * place), int64_t(3 * place)),
@@ -80,13 +75,13 @@ struct Piece {
           select);
     };
     const uint8_t* path = row + at[0];
-    const PathPlanes c(word(path), later ? word(path - 8) : 0);
+    const PathPlanes c(Word(path), later ? Word(path - 8) : 0);
     for (int h = 0; h < 2; ++h) {
       codes[h] = _mm256_or_si256(_mm256_and_si256(set(c.c0, h), _mm256_set1_epi8(1)),
                                  _mm256_and_si256(set(c.c1, h), _mm256_set1_epi8(2)));
     }
     for (int p = 1; p < kPlanes; ++p) {
-      const uint64_t plane = word(row + at[p]);
+      const uint64_t plane = Word(row + at[p]);
       codes[0] = _mm256_or_si256(codes[0], _mm256_and_si256(set(plane, 0), bit[p][0]));
       if (p < half_planes)
         codes[1] = _mm256_or_si256(codes[1], _mm256_and_si256(set(plane, 1), bit[p][1]));
@@ -106,17 +101,6 @@ struct Piece {
     return _mm256_sub_epi8(_mm256_xor_si256(size, negative), negative);
   }
 };
-
-// Calls body(constant) with the number of planes at compile time.
-template <int kMost = kMaxPlanes, typename Body>
-inline void WithPlanes(int n, Body&& body) {
-  if constexpr (kMost == 1) {
-    body(std::integral_constant<int, 1>());
-  } else {
-    if (n >= kMost) return body(std::integral_constant<int, kMost>());
-    WithPlanes<kMost - 1>(n, body);
-  }
-}
 
 inline __m256 WideLevels(int bits, __m128i eight_codes) {
   const LevelFormula& level = kLevelFormulas[bits];

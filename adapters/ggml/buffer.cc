@@ -346,6 +346,12 @@ sparkv_cache* Buffer::Cache() {
     made == SPARKV_INVALID ? Refuse(error.text) : Break(error.text);  // settings do not heal
     return nullptr;
   }
+  if (!Calibrate(&reason)) {
+    sparkv_cache_free(cache_);
+    cache_ = nullptr;
+    Refuse(reason);
+    return nullptr;
+  }
   {
     Registry& registry = TheRegistry();
     const std::lock_guard lock(registry.mutex);
@@ -368,6 +374,20 @@ sparkv_cache* Buffer::Cache() {
   return cache_;
 }
 
+// Takes what is known of the model, or begins to measure it.
+bool Buffer::Calibrate(std::string* reason) {
+  const Options& options = ThePlugin().options;
+  sparkv_error error = {};
+  if (!options.calibrate.empty()) sparkv_cache_start_calibration(cache_, &error);
+  if (options.calibration.empty()) return true;
+  if (sparkv_cache_load_calibration(cache_, options.calibration.data(), options.calibration.size(),
+                                    &error) == SPARKV_OK) {
+    return true;
+  }
+  *reason = error.text;
+  return false;
+}
+
 void Buffer::LoadWeights() {
   if (ThePlugin().options.weights.empty()) return;
   const std::string path = FileOfSlot(ThePlugin().options.weights, weights_slot_);
@@ -383,6 +403,11 @@ void Buffer::SaveFiles() {
   const Options& options = ThePlugin().options;
   if (!options.weights.empty())
     WriteFile(FileOfSlot(options.weights, weights_slot_), WeightsOf(cache_));
+  if (!options.calibrate.empty()) {
+    std::string bytes(sparkv_cache_save_calibration(cache_, nullptr, 0), '\0');
+    sparkv_cache_save_calibration(cache_, bytes.data(), bytes.size());
+    WriteFile(FileOfSlot(options.calibrate, weights_slot_), bytes);
+  }
   if (!pictured_) return;
   const auto layer = std::find_if(layers_.begin(), layers_.end(),
                                   [&](const auto& l) { return l->il == options.saliency_layer; });

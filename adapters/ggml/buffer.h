@@ -85,6 +85,7 @@ class Buffer {
   bool MakeWritable();
   bool FillShapes(std::string* reason);
   bool SolveBudget(sparkv_config* config, std::string* reason);
+  bool Calibrate(std::string* reason);
   void LoadWeights();
   void SaveFiles();
   std::vector<sparkv_layer_shape> Shapes() const;

@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "report.h"
+
 namespace sparkv {
 namespace {
 
@@ -18,7 +20,8 @@ constexpr const char* kParameters[] = {"RATIO",   "RECOVER", "GROUP",   "KEPT", 
                                        "SINKS",   "WINDOW",  "OBSERVE", "SEAL",   "SIMD",
                                        "THREADS", "LAYERS",  "PROTECT", "BUDGET", "SENSITIVITY",
                                        "RECENT",  "EVICT",   "BASELINE"};
-constexpr const char* kOthers[] = {"PRESET", "LOG", "STATS", "WEIGHTS", "SALIENCY", "ALLOW_RPC"};
+constexpr const char* kOthers[] = {"PRESET",   "LOG",         "STATS",     "WEIGHTS",
+                                   "SALIENCY", "CALIBRATION", "CALIBRATE", "ALLOW_RPC"};
 constexpr const char* kLevels[] = {"off", "error", "warn", "info", "debug"};
 
 std::atomic<LogLevel> log_level{LogLevel::kInfo};
@@ -102,7 +105,18 @@ std::string ReadOptions(Options* options) {
   options->allow_rpc = allow_rpc == "1";
   options->stats = Env("STATS");
   options->weights = Env("WEIGHTS");
+  options->calibrate = Env("CALIBRATE");
   ReadSaliency(options);
+  const std::string calibration = Env("CALIBRATION");
+  if (calibration.empty()) return "";
+  if (!options->calibrate.empty())
+    return "SPARKV_CALIBRATE=" + options->calibrate + ": does not go with SPARKV_CALIBRATION";
+  if (!ReadFile(calibration, &options->calibration))
+    return "SPARKV_CALIBRATION=" + calibration + ": cannot be read";
+  if (sparkv_config_calibration(&options->config, options->calibration.data(),
+                                options->calibration.size(), &error) != SPARKV_OK) {
+    return "SPARKV_CALIBRATION=" + calibration + ": " + error.text;
+  }
   return "";
 }
 

@@ -12,9 +12,11 @@ enum class LogLevel { kOff, kError, kWarn, kInfo, kDebug };
 struct Options {
   sparkv_config config = {};
   LogLevel log = LogLevel::kInfo;
-  std::string stats;     // SPARKV_STATS, "" = none
-  std::string weights;   // SPARKV_WEIGHTS
-  std::string saliency;  // SPARKV_SALIENCY without its :layer:head
+  std::string stats;        // SPARKV_STATS, "" = none
+  std::string weights;      // SPARKV_WEIGHTS
+  std::string calibration;  // what the file SPARKV_CALIBRATION holds, "" = none
+  std::string calibrate;    // SPARKV_CALIBRATE, a file to write
+  std::string saliency;     // SPARKV_SALIENCY without its :layer:head
   int saliency_layer = 0;
   int saliency_head = 0;
   bool allow_rpc = false;

@@ -393,6 +393,34 @@ SPARKV_API size_t sparkv_cache_save_weights(const sparkv_cache* cache, void* byt
 SPARKV_API sparkv_status sparkv_cache_load_weights(sparkv_cache* cache, const void* bytes,
                                                    size_t size, sparkv_error* error);
 
+/* A calibration (docs/format.md, "calibration") is what a model was measured to do: which channels
+ * its queries and keys use, and what a lost bit costs in which layer. start: `cache` sums up what
+ * it sees from now on; save: the energies so far, layers in which nothing was seen left out, as
+ * sparkv_cache_save_weights. load: sequences of an empty cache take their weights from it instead
+ * of from their first queries; bytes of a model of another shape are SPARKV_INVALID, and so is
+ * every attend once 32 tokens have shown another model of the same shape. Ours. */
+SPARKV_API sparkv_status sparkv_cache_start_calibration(sparkv_cache* cache, sparkv_error* error);
+SPARKV_API size_t sparkv_cache_save_calibration(const sparkv_cache* cache, void* bytes,
+                                                size_t size);
+SPARKV_API sparkv_status sparkv_cache_load_calibration(sparkv_cache* cache, const void* bytes,
+                                                       size_t size, sparkv_error* error);
+/* One calibration out of `n_parts` (1..64) that share no layer, for the model of that name (at most
+ * 127 bytes) and with these sensitivities (as sparkv_config has them; NULL or "": not measured).
+ * *size: room in `bytes` before, which may be NULL, bytes needed behind it; nothing is written
+ * where the room is too small. */
+SPARKV_API sparkv_status sparkv_calibration_join(const void* const* parts, const size_t* part_sizes,
+                                                 int32_t n_parts, const char* model,
+                                                 const char* sensitivity, void* bytes, size_t* size,
+                                                 sparkv_error* error);
+/* The name of the model it was made for, zero-terminated. */
+SPARKV_API sparkv_status sparkv_calibration_model(const void* bytes, size_t size, char model[128],
+                                                  sparkv_error* error);
+/* What a calibration says about layers: its sensitivities, where `config` has none, and, where the
+ * keys have tiers and neither budget nor layers are given, budget "auto": the same bytes, spent
+ * where they count. */
+SPARKV_API sparkv_status sparkv_config_calibration(sparkv_config* config, const void* bytes,
+                                                   size_t size, sparkv_error* error);
+
 /* For pictures: saliency |k| * weight of one head's live cells in cell order, [n_cells][k_dim]
  * scaled to the row's largest, and which channels are kept (all of them in a dense row). Returns
  * the number of live cells written (<= max_cells). */

@@ -52,6 +52,8 @@ Status KvCache::Attend(const sparkv_attend_args& args) {
   const bool first =
       step_.open && layer_done_[size_t(args.layer)] == 0 && arena_layer_ == args.layer;
   if (first) {
+    if (model_ == Model::kOther) return TellModel();
+    if (model_ != Model::kTold) CountEnergies(args);
     MakeTables(args);
     KeepQueries(args);
   }
@@ -67,7 +69,7 @@ Status KvCache::Attend(const sparkv_attend_args& args) {
     if (std::all_of(layer_done_.begin(), layer_done_.end(), [](uint8_t done) { return done != 0; }))
       FinishStep();
   }
-  return Status::Ok();
+  return first && model_ == Model::kUntold ? TellModel() : Status::Ok();
 }
 
 void KvCache::AttendLayer(const sparkv_attend_args& args) {

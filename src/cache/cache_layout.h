@@ -37,6 +37,7 @@ inline ValueLayout StageValue(const RecentStage& stage, const ValueLayout& value
 
 struct LayerLayout {
   int n_kv_heads = 0;
+  int32_t number = 0;  // in the model
   KeyLayout key;
   ValueLayout value;
   std::vector<StageLayout> stages;  // 0: the window, f16

@@ -45,6 +45,7 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
       return status;
     LayerLayout layer;
     layer.n_kv_heads = s.n_kv_heads;
+    layer.number = LayerNumber(shape, i);
     layer.key = KeyLayout::Make(s.k_dim, KeptChannels(rows.ratio, s.k_dim),
                                 sparkv_number(rows.kept), sparkv_recover(rows.recover));
     layer.value = ValueLayout::Make(s.v_dim, sparkv_number(rows.values));
@@ -119,7 +120,7 @@ void KvCache::Clear() {
   for (DenseStore& store : stores_) store.Clear();
   std::fill(in_stage_.begin(), in_stage_.end(), 0);
   packed_.Clear();
-  tables_.Clear();
+  tables_.Clear(calibrated_);
   std::fill(sealed_bits_.begin(), sealed_bits_.end(), 0);
   for (auto& list : dense_cells_) list.clear();
   std::fill(used_end_.begin(), used_end_.end(), 0);

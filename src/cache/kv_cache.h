@@ -15,6 +15,7 @@
 #include "base/status.h"
 #include "base/thread_pool.h"
 #include "cache/cache_layout.h"
+#include "cache/calibration.h"
 #include "cache/cell_table.h"
 #include "cache/dense_store.h"
 #include "cache/kept_rows.h"
@@ -49,6 +50,9 @@ class KvCache {
   int64_t Saliency(int layer, int kv_head, int64_t max_cells, float* saliency, uint8_t* kept);
   size_t SaveWeights(void* bytes, size_t size) const;
   Status LoadWeights(const void* bytes, size_t size);
+  void StartCalibration();
+  Calibration Measured() const;
+  Status LoadCalibration(const void* bytes, size_t size);
 
  private:
   using Words = std::vector<uint64_t>;
@@ -178,6 +182,10 @@ class KvCache {
   // The packed row of a cell that is sealed or evicted; NULL when this head has evicted it.
   uint8_t* PackedRow(const LayerLayout& layer, int head, int64_t cell, bool keys) const;
 
+  // calibrate.cc
+  void CountEnergies(const sparkv_attend_args& args);
+  Status TellModel();
+
   // seal_baseline.cc
   int32_t PackedFrom(int32_t rank) const;
   void MakeChannels(const LayerLayout& layer, const NewTable& table, const float* u);
@@ -273,6 +281,13 @@ class KvCache {
 
   // Queries that may choose at the next eviction: f16 [n_heads][k_dim] per cell and layer.
   std::unordered_map<int64_t, std::vector<std::vector<uint16_t>>> queries_;
+
+  // Energies are summed up while the model is measured, or not yet known to be the calibrated one.
+  Calibration calibration_;
+  uint16_t calibrated_ = 0;  // its weights, 0: none
+  enum class Model { kMeasured, kUntold, kTold, kOther } model_ = Model::kTold;
+  std::vector<EnergySums> sums_;  // per layer
+  double likeness_ = 0.0;
 
   std::vector<float>
       table_f32_;  // KeyWeights of one layer, [table][n_kv_heads][kWeightParts][k_dim]

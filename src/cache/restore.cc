@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/checksum.h"
 #include "base/half.h"
 #include "cache/kv_cache.h"
 #include "cache/rope.h"
@@ -317,12 +318,6 @@ Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cell
 namespace {
 
 constexpr char kMagic[8] = {'s', 'p', 'a', 'r', 'k', 'v', 'w', '1'};
-
-uint64_t Fnv1a(const void* bytes, size_t n, uint64_t hash = 0xcbf29ce484222325u) {
-  const uint8_t* p = static_cast<const uint8_t*>(bytes);
-  for (size_t i = 0; i < n; ++i) hash = (hash ^ p[i]) * 0x100000001b3u;
-  return hash;
-}
 
 struct WeightsHeader {
   char magic[8];

@@ -235,6 +235,7 @@ uint16_t KvCache::FindOrMakeTable(const sparkv_attend_args& args, int stream_ind
     }
   });
   if (found != 0) return found;
+  if (calibrated_ != 0) return calibrated_;
 
   NewTable made{tables_.Make(), {}};
   if (made.id == 0) return 0;
@@ -308,7 +309,7 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
       }
     }
     if (plan.table == 0 && needs_weights_) {
-      if (prefill_end ? plan.alone : plan.rank >= config_.observe) {
+      if (prefill_end ? plan.alone : calibrated_ != 0 || plan.rank >= config_.observe) {
         plan.table = FindOrMakeTable(args, stream_index, row, own, plan.rank);
         if (plan.table == 0) return Status::NoMemory("weights: more than 65534 sequences");
       }

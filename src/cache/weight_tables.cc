@@ -26,10 +26,11 @@ void WeightTables::Unref(uint16_t id) {
   if (--tables_[id]->refs == 0) DropIdle();
 }
 
-void WeightTables::Clear() {
+void WeightTables::Clear(uint16_t held) {
   for (auto& table : tables_) {
     if (table != nullptr) table->refs = 0;
   }
+  Ref(held);
   DropIdle();
 }
 

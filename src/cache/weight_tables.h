@@ -29,7 +29,7 @@ class WeightTables {
   }
   // A table without references is kept for a while: a state file may bring its rows back.
   void Unref(uint16_t id);
-  void Clear();  // drops every reference; the tables stay known
+  void Clear(uint16_t held);  // drops every reference but one to `held`; the tables stay known
 
   WeightTable* at(uint16_t id) const { return tables_[id].get(); }
   // Tables that cells refer to, and all tables, newest use first.

@@ -1,4 +1,7 @@
 // The cache behind C handles: arguments are checked here, once.
+#include <algorithm>
+#include <cstring>
+#include <iterator>
 #include <string>
 
 #include "cache/budget.h"
@@ -101,6 +104,56 @@ using sparkv::Guard;
 using sparkv::Status;
 
 extern "C" {
+
+sparkv_status sparkv_calibration_join(const void* const* parts, const size_t* part_sizes,
+                                      int32_t n_parts, const char* model, const char* sensitivity,
+                                      void* bytes, size_t* size, sparkv_error* error) {
+  return Guard(error, [&] {
+    if (parts == nullptr || part_sizes == nullptr || size == nullptr)
+      return Status::Invalid("parts, part_sizes or size: NULL");
+    if (n_parts < 1 || n_parts > 64) return sparkv::Outside("n_parts", n_parts, 1, 64);
+    sparkv::Calibration joined;
+    for (int32_t i = 0; i < n_parts; ++i) {
+      sparkv::Calibration part;
+      if (Status s = sparkv::ReadCalibration(parts[i], part_sizes[i], &part); !s.ok()) return s;
+      std::move(part.layers.begin(), part.layers.end(), std::back_inserter(joined.layers));
+    }
+    joined.model = model != nullptr ? model : "";
+    joined.sensitivity = sensitivity != nullptr ? sensitivity : "";
+    const std::string whole = sparkv::CalibrationBytes(joined);
+    // What was joined must stand what any file must.
+    sparkv::Calibration read;
+    if (Status s = sparkv::ReadCalibration(whole.data(), whole.size(), &read); !s.ok()) return s;
+    if (read.model != joined.model || read.sensitivity != joined.sensitivity)
+      return Status::Invalid("model or sensitivity: too long");
+    if (bytes != nullptr && *size >= whole.size()) std::memcpy(bytes, whole.data(), whole.size());
+    *size = whole.size();
+    return Status::Ok();
+  });
+}
+
+sparkv_status sparkv_calibration_model(const void* bytes, size_t size, char model[128],
+                                       sparkv_error* error) {
+  return Guard(error, [&] {
+    if (bytes == nullptr || model == nullptr) return Status::Invalid("bytes or model: NULL");
+    sparkv::Calibration read;
+    if (Status s = sparkv::ReadCalibration(bytes, size, &read); !s.ok()) return s;
+    std::memcpy(model, read.model.c_str(), read.model.size() + 1);
+    return Status::Ok();
+  });
+}
+
+sparkv_status sparkv_config_calibration(sparkv_config* config, const void* bytes, size_t size,
+                                        sparkv_error* error) {
+  return Guard(error, [&] {
+    if (config == nullptr || bytes == nullptr)
+      return Status::Invalid(config == nullptr ? "config: NULL" : "bytes: NULL");
+    if (Status s = sparkv::CheckConfig(*config); !s.ok()) return s;
+    sparkv::Calibration calibration;
+    if (Status s = sparkv::ReadCalibration(bytes, size, &calibration); !s.ok()) return s;
+    return sparkv::ApplyCalibration(calibration, config);
+  });
+}
 
 sparkv_status sparkv_config_budget(const sparkv_config* config, const sparkv_shape* shapes,
                                    int32_t n_shapes, sparkv_config* out, sparkv_error* error) {
@@ -284,6 +337,35 @@ sparkv_status sparkv_cache_load_weights(sparkv_cache* cache, const void* bytes, 
     if (Status s = sparkv::CheckHandle(cache); !s.ok()) return s;
     if (bytes == nullptr) return Status::Invalid("bytes: NULL");
     return cache->cache->LoadWeights(bytes, size);
+  });
+}
+
+sparkv_status sparkv_cache_start_calibration(sparkv_cache* cache, sparkv_error* error) {
+  return Guard(error, [&] {
+    if (Status s = sparkv::CheckHandle(cache); !s.ok()) return s;
+    cache->cache->StartCalibration();
+    return Status::Ok();
+  });
+}
+
+size_t sparkv_cache_save_calibration(const sparkv_cache* cache, void* bytes, size_t size) {
+  size_t needed = 0;
+  if (cache != nullptr)
+    Guard(nullptr, [&] {
+      const std::string saved = sparkv::CalibrationBytes(cache->cache->Measured());
+      needed = saved.size();
+      if (bytes != nullptr && size >= needed) std::memcpy(bytes, saved.data(), needed);
+      return Status::Ok();
+    });
+  return needed;
+}
+
+sparkv_status sparkv_cache_load_calibration(sparkv_cache* cache, const void* bytes, size_t size,
+                                            sparkv_error* error) {
+  return Guard(error, [&] {
+    if (Status s = sparkv::CheckHandle(cache); !s.ok()) return s;
+    if (bytes == nullptr) return Status::Invalid("bytes: NULL");
+    return cache->cache->LoadCalibration(bytes, size);
   });
 }
 

@@ -10,8 +10,6 @@
 namespace sparkv {
 namespace {
 
-constexpr int kMaxLayer = 9999;
-
 // "3" or "0-4", inside 0..kMaxLayer.
 bool ParseLayers(std::string_view text, int* first, int* last) {
   const size_t dash = text.find('-');

@@ -9,6 +9,8 @@
 
 namespace sparkv {
 
+inline constexpr int kMaxLayer = 9999;
+
 // The parameters layers, protect, budget and sensitivity of SetParameter.
 Status SetLayers(std::string_view value, sparkv_config* config);
 Status SetProtect(std::string_view value, sparkv_config* config);

@@ -102,7 +102,7 @@ TEST(Budget, IsSpentAndNotExceeded) {
   // Stages that are too much are given up, the oldest first.
   EXPECT_STREQ(Solve(Config({{"budget", "3.6bpe"}}), shapes).config.recent,
                "128:i8+q8,1024:t7432+t4");
-  EXPECT_STREQ(Solve(Config({{"budget", "3.1bpe"}}), shapes).config.recent, "128:i8+q8");
+  EXPECT_STREQ(Solve(Config({{"budget", "2.3bpe"}}), shapes).config.recent, "128:i8+q8");
   const Solved all = Solve(Config({{"budget", "17bpe"}}), shapes);
   EXPECT_STREQ(all.config.layers, "0-29=spark-0+f16");
   const Solved bytes = Solve(Config({{"budget", "26.5MiB"}}), shapes);
@@ -165,9 +165,9 @@ TEST(Budget, CachesOfOneModelShareIt) {
 
 TEST(Budget, WhatCannotBeMetIsRefusedWithTheLeast) {
   const std::vector<sparkv_shape> shapes = {Shape(kSmol)};
-  Solved solved = Solve(Config({{"budget", "2bpe"}}), shapes);
+  Solved solved = Solve(Config({{"budget", "1.5bpe"}}), shapes);
   EXPECT_EQ(solved.status, SPARKV_INVALID);
-  EXPECT_NE(solved.error.find("budget: \"2bpe\" is below the least"), std::string::npos)
+  EXPECT_NE(solved.error.find("budget: \"1.5bpe\" is below the least"), std::string::npos)
       << solved.error;
   EXPECT_NE(solved.error.find("bits per element"), std::string::npos) << solved.error;
   solved = Solve(Config({{"budget", "1MiB"}}), shapes);
@@ -207,7 +207,7 @@ TEST(Budget, ACacheIsMadeUnderIt) {
   sparkv_error error = {};
   ASSERT_EQ(sparkv_cache_create(&config, &shape, &cache, &error), SPARKV_OK) << error.text;
   sparkv_cache_free(cache);
-  const sparkv_config small = Config({{"budget", "2bpe"}});
+  const sparkv_config small = Config({{"budget", "1.5bpe"}});
   EXPECT_EQ(sparkv_cache_create(&small, &shape, &cache, &error), SPARKV_INVALID);
 }
 

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <iterator>
 
 #include "report.h"
@@ -32,6 +33,7 @@ constexpr Parameter kParameters[] = {
     {"budget", "4bpe|512MiB|auto", "what the whole cache may take; chooses the rows of each layer"},
     {"sensitivity", "LIST", "what a budget takes from which layer: 0-4:0.5,15-19:7.1"},
     {"recent", "LIST", "rows between window and packed ones: 256:i8+q8,1024:t7432+t4"},
+    {"calibration", "FILE", "what `sparkv calibrate` wrote for this model"},
     {"evict", "METHOD:TOKENS", "tokens a head keeps of a prompt: snapkv:512"},
     {"protect", "first:N,last:N", "first and last layers that keep 8-bit numbers, none pruned"},
 };
@@ -79,6 +81,23 @@ std::vector<std::string> SplitList(const std::string& option, const std::string&
     start = end + 1;
   }
   return parts;
+}
+
+// Comes last: it fills in what the other options leave open.
+void Calibrate(const std::string& path, Cache* cache) {
+  std::string bytes;
+  try {
+    bytes = ReadFile(path);
+  } catch (const Error& error) {
+    throw Error(kUsage, fmt::format("--kv-calibration: {}", error.what()));
+  }
+  sparkv_error error = {};
+  char model[128] = "";
+  if (sparkv_calibration_model(bytes.data(), bytes.size(), model, &error) != SPARKV_OK ||
+      sparkv_config_calibration(&cache->config, bytes.data(), bytes.size(), &error) != SPARKV_OK) {
+    throw Error(kUsage, fmt::format("--kv-calibration: {}: {}", path, error.text));
+  }
+  cache->calibrated_for = model;
 }
 
 // The plugin's variable of the same name counts where the option is not given.
@@ -153,11 +172,28 @@ Cache MakeCache(const std::string& name, const KvOptions& options) {
   cache.name = cache.config.preset;
   cache.environment.push_back("SPARKV_PRESET=" + cache.name);
   for (const auto& [key, value] : options.values) {
+    if (key == "calibration") {
+      cache.environment.push_back(VariableOf(key) + "=" +
+                                  std::filesystem::absolute(value).string());
+      continue;
+    }
     if (sparkv_config_set(&cache.config, key.c_str(), value.c_str(), &error) != SPARKV_OK)
       Refuse(key, error.text);
     cache.environment.push_back(VariableOf(key) + "=" + value);
   }
+  if (const auto file = options.values.find("calibration"); file != options.values.end())
+    Calibrate(file->second, &cache);
   return cache;
+}
+
+std::string ModelName(const ModelShape& shape) {
+  return Printable(shape.architecture + " " + shape.name).substr(0, 127);
+}
+
+void CheckCalibration(const Cache& cache, const ModelShape& shape) {
+  if (cache.calibrated_for.empty() || cache.calibrated_for == ModelName(shape)) return;
+  throw Error(kUsage, fmt::format("--kv-calibration: made for '{}', this model is '{}'",
+                                  Printable(cache.calibrated_for), ModelName(shape)));
 }
 
 std::vector<Cache> MakeCaches(const std::string& baselines, const KvOptions& options, bool codecs) {

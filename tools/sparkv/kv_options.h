@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "gguf.h"
 #include "sparkv/sparkv.h"
 
 namespace sparkv {
@@ -25,8 +26,14 @@ struct Cache {
   bool packed = false;                     // needs the plugin
   sparkv_config config = {};               // when packed
   std::vector<std::string> environment;    // "SPARKV_...=...", when packed
+  std::string calibrated_for;              // the model of --kv-calibration; empty: any
   std::vector<std::string> Flags() const;  // for any llama.cpp program
 };
+
+// As a calibration names a model, from its file.
+std::string ModelName(const ModelShape& shape);
+// Throws Error(kUsage) when the cache is calibrated for another model than this file.
+void CheckCalibration(const Cache& cache, const ModelShape& shape);
 
 // Checks preset and parameters; throws Error(kUsage) naming the option and the value.
 Cache MakeCache(const std::string& name, const KvOptions& options);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bench.h"
+#include "calibrate.h"
 #include "check.h"
 #include "completion.h"
 #include "eval.h"
@@ -69,6 +70,8 @@ int Main(std::vector<std::string> words) {
   add("inspect", "bytes of a preset for a model; pictures of what was kept", AddInspect);
   add("fit", "the longest context that a memory holds, by preset", AddFit);
   add("check", "does the model break under the packed cache, and what would it stand", AddCheck);
+  add("calibrate", "what a model does with its cache, as a file for --kv-calibration",
+      AddCalibrate);
   add("eval", "perplexity, KL divergence, agreement, retrieval tasks", AddEval);
   add("report", "an evaluation as a page with its frontier, and as CSV", AddReport);
 
@@ -86,9 +89,10 @@ int Main(std::vector<std::string> words) {
   for (const auto& [command, action] : commands) {
     if (command->parsed()) return action();
   }
-  throw Error(kUsage,
-              "no sub-command: one of run, serve, bench, inspect, fit, check, eval, report (--help "
-              "explains)");
+  throw Error(
+      kUsage,
+      "no sub-command: one of run, serve, bench, inspect, fit, check, calibrate, eval, report "
+      "(--help explains)");
 }
 
 }  // namespace

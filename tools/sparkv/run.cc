@@ -42,10 +42,14 @@ bool ModelIsRemote(const Words& host) {
          HasFlag(host, {"-hf", "-hfr", "--hf-repo", "-mu", "--model-url", "-dr", "--docker-repo"});
 }
 
-void CheckModel(const Words& host) {
-  const std::string model = FlagValue(host, {"-m", "--model"});
-  if (!model.empty()) return RequireModel(model);
-  if (!getenv("LLAMA_ARG_MODEL") && !ModelIsRemote(host)) throw Error(kUsage, "-m: no model given");
+void CheckModel(const Words& host, const Cache& cache) {
+  std::string model = FlagValue(host, {"-m", "--model"});
+  const char* variable = getenv("LLAMA_ARG_MODEL");
+  if (model.empty() && variable != nullptr) model = variable;
+  if (model.empty() && !ModelIsRemote(host)) throw Error(kUsage, "-m: no model given");
+  if (model.empty()) return;
+  RequireModel(model);
+  if (!cache.calibrated_for.empty()) CheckCalibration(cache, ReadModelShape(model));
 }
 
 Cache CacheOf(const KvOptions& kv) {
@@ -112,7 +116,7 @@ int RunJson(Command command, const Cache& cache) {
 
 int Run(const Settings& settings, const Words& host) {
   const Cache cache = CacheOf(settings.kv);
-  CheckModel(host);
+  CheckModel(host, cache);
   const bool one_shot = HasFlag(host, {"-p", "--prompt", "-f", "--file", "-bf", "--binary-file"});
   if (settings.json && !one_shot) throw Error(kUsage, "--json: needs a prompt (-p or -f)");
   Words before;
@@ -136,7 +140,7 @@ int Run(const Settings& settings, const Words& host) {
 
 int Serve(const Settings& settings, const Words& host) {
   const Cache cache = CacheOf(settings.kv);
-  CheckModel(host);
+  CheckModel(host, cache);
   Words before;
   if (!HasFlag(host, {"--host"}) && !getenv("LLAMA_ARG_HOST")) before = {"--host", "127.0.0.1"};
   Command command = HostCommand("llama-server", cache, before, host);

@@ -1,0 +1,146 @@
+// A cache that measures a model, and one that was told what to expect of it.
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "base/half.h"
+#include "cache/kv_cache.h"
+#include "method/observe.h"
+
+namespace sparkv {
+
+void KvCache::StartCalibration() {
+  model_ = Model::kMeasured;
+  sums_.assign(layout_.layers.size(), {});
+}
+
+// Queries and keys of the tokens in flight. Sinks have no say: they stay dense.
+void KvCache::CountEnergies(const sparkv_attend_args& args) {
+  const LayerLayout& layer = layout_.layers[size_t(args.layer)];
+  EnergySums& sums = sums_[size_t(args.layer)];
+  const int dim = layer.k_dim(), group = args.n_heads / layer.n_kv_heads;
+  sums.rope_rot = args.rope_rot;
+  sums.rope_neox = args.rope_neox != 0;
+  sums.queries.resize(layer.k_row());
+  sums.keys.resize(layer.k_row());
+  std::vector<float> energy(static_cast<size_t>(dim));
+  const auto add = [](double x, double* sum) {
+    if (std::isfinite(x)) *sum += x;
+  };
+  for (size_t i = 0; i < flight_cells_.size(); ++i) {
+    const int64_t cell = flight_cells_[i];
+    if (cell < 0 || cells_.rank(cell) < config_.sinks) continue;
+    const uint8_t* q = FlightQuery(args, cell);
+    const uint16_t* k = flight_keys_.data() + i * layer.k_row();
+    for (int h = 0; h < layer.n_kv_heads; ++h) {
+      QueryEnergy(reinterpret_cast<const float*>(q + size_t(h * group) * args.q_head_stride),
+                  args.q_head_stride / sizeof(float), group, dim, SPARKV_GROUP_ENERGY,
+                  energy.data());
+      const size_t at = size_t(h) * size_t(dim);
+      for (size_t j = 0; j < size_t(dim); ++j) {
+        add(energy[j], &sums.queries[at + j]);
+        const double x = HalfToFloat(k[at + j]);
+        add(x * x, &sums.keys[at + j]);
+      }
+    }
+    ++sums.n;
+  }
+}
+
+// Layers that saw no token are left out.
+Calibration KvCache::Measured() const {
+  Calibration measured;
+  for (size_t i = 0; i < sums_.size(); ++i) {
+    const EnergySums& sums = sums_[i];
+    if (sums.n == 0) continue;
+    const LayerLayout& layer = layout_.layers[i];
+    LayerEnergies energies{layer.number, layer.n_kv_heads, layer.k_dim(), {}, {}};
+    const auto mean = [&](const std::vector<double>& from, std::vector<float>* to) {
+      for (const double x : from) to->push_back(float(std::min(x / double(sums.n), 1e30)));
+      for (int h = 0; h < layer.n_kv_heads; ++h) {
+        ShareInPairs(to->data() + size_t(h) * size_t(layer.k_dim()), layer.k_dim(), sums.rope_rot,
+                     sums.rope_neox);
+      }
+    };
+    mean(sums.queries, &energies.queries);
+    mean(sums.keys, &energies.keys);
+    measured.layers.push_back(std::move(energies));
+  }
+  return measured;
+}
+
+Status KvCache::LoadCalibration(const void* bytes, size_t size) {
+  Calibration read;
+  if (Status s = ReadCalibration(bytes, size, &read); !s.ok()) return s;
+  if (baseline_.codec != Codec::kNone)
+    return Status::Invalid("calibration: does not go with a baseline");
+  if (calibrated_ != 0 || model_ == Model::kMeasured || next_order_ > 1)
+    return Status::Invalid("calibration: comes before all else, and once");
+  for (const LayerLayout& layer : layout_.layers) {
+    const LayerEnergies* energies = read.Layer(layer.number);
+    const std::string made_for =
+        "calibration: made for " + (read.model.empty() ? "a model" : "'" + read.model + "'");
+    if (energies == nullptr)
+      return Status::Invalid(made_for + " without layer " + std::to_string(layer.number));
+    if (energies->n_kv_heads != layer.n_kv_heads || energies->k_dim != layer.k_dim()) {
+      return Status::Invalid(made_for + ", whose layer " + std::to_string(layer.number) + " has " +
+                             std::to_string(energies->n_kv_heads) + " x " +
+                             std::to_string(energies->k_dim) + " key channels, not " +
+                             std::to_string(layer.n_kv_heads) + " x " +
+                             std::to_string(layer.k_dim()));
+    }
+  }
+  const uint16_t id = tables_.Make();
+  if (id == 0) return Status::NoMemory("calibration: no room for its weights");
+  for (const LayerLayout& layer : layout_.layers) {
+    if (!layer.has_table) continue;
+    const LayerEnergies& energies = *read.Layer(layer.number);
+    const int dim = layer.k_dim();
+    for (int h = 0; h < layer.n_kv_heads; ++h) {
+      const size_t at = size_t(h) * size_t(dim);
+      uint16_t* table = tables_.at(id)->a.data() + layer.table_at + at;
+      if (layer.key.tiered()) {
+        MakeTierTable(energies.queries.data() + at, energies.keys.data() + at, dim, table);
+        continue;
+      }
+      std::vector<float> u(energies.queries.begin() + ptrdiff_t(at),
+                           energies.queries.begin() + ptrdiff_t(at) + dim);
+      for (float& x : u) x = std::sqrt(x);
+      MakeTable(layer.key.recover, u.data(), dim, table);
+    }
+  }
+  calibrated_ = id;
+  calibration_ = std::move(read);
+  model_ = Model::kUntold;
+  sums_.assign(layout_.layers.size(), {});
+  return Status::Ok();
+}
+
+// Whether the first tokens use the channels as the calibrated model does; rows packed for another
+// one would be far off.
+Status KvCache::TellModel() {
+  if (model_ == Model::kUntold) {
+    if (step_.open || sums_.front().n < kTokensToTell) return Status::Ok();
+    const Calibration seen = Measured();
+    likeness_ = 0.0;
+    for (const LayerEnergies& layer : seen.layers) {
+      const LayerEnergies& expected = *calibration_.Layer(layer.number);
+      for (const auto& [a, b] :
+           {std::pair(&layer.queries, &expected.queries), std::pair(&layer.keys, &expected.keys)}) {
+        likeness_ += LikenessOf(a->data(), b->data(), layer.n_kv_heads, layer.k_dim) /
+                     (2.0 * double(seen.layers.size()));
+      }
+    }
+    sums_.clear();
+    model_ = likeness_ >= kLeastLikeness ? Model::kTold : Model::kOther;
+    calibration_.layers.clear();
+  }
+  if (model_ != Model::kOther) return Status::Ok();
+  return Status::Invalid("calibration: made for another model" +
+                         (calibration_.model.empty() ? "" : ", '" + calibration_.model + "'") +
+                         ": the energies of its channels and those of the first tokens correlate "
+                         "by " +
+                         std::to_string(likeness_).substr(0, 5) + ", at least 0.5 expected");
+}
+
+}  // namespace sparkv

@@ -50,6 +50,10 @@ def solve(text):
 def value(flag):
     return args[len(args) - 1 - args[::-1].index(flag) + 1]
 packed = "SPARKV" in args
+if "SPARKV_CALIBRATE" in env:
+    for i, part in enumerate(os.environ["PARTS"].split()):
+        suffix = ".%%d" %% i if i else ""
+        open(env["SPARKV_CALIBRATE"] + suffix, "wb").write(bytes.fromhex(part))
 if "SPARKV_STATS" in env:
     json.dump({"bits_per_element": 4.5, "keys_bits_per_element": 4.6,
                "values_bits_per_element": 4.4, "resident_bytes": 1000,
@@ -82,7 +86,9 @@ elif name == "llama-perplexity":
             sys.exit("stand-in: the plugin refuses")
         settings = env.get("SPARKV_PRESET", "") + " " + env.get("SPARKV_PROTECT", "")
         broken = packed and re.search(os.environ.get("BREAKS", "^$"), settings)
-        kl = (float(os.environ.get("KL", "0.5")) if broken else 0.005 if packed
+        few = re.match(r"(\d+)-?\d*=", env.get("SPARKV_LAYERS", ""))
+        kl = (0.1 * (1 + int(few[1])) if few
+              else float(os.environ.get("KL", "0.5")) if broken else 0.005 if packed
               else 0.0 if value("-fa") == "off"
               else float(os.environ.get("FLOOR", "0.0002")) if exact else 0.001)
         print("chunk header\n   1  20.1 +- 1\n\nMean PPL(Q)  :  20.5 +- 0.1\n"
@@ -138,6 +144,19 @@ def gguf(pairs, magic=b"GGUF", version=3, tensors=0, count=None):
         else:
             out += struct.pack("<IIQ", 9, 5, len(value)) + struct.pack("<%di" % len(value), *value)
     return out
+
+
+def calibration(layers, model="", sensitivity=""):
+    """Energies of 1; layers: (number, KV heads, key channels)."""
+    rest = model.encode().ljust(128, b"\0") + sensitivity.encode().ljust(512, b"\0")
+    rest += struct.pack("<II", len(layers), 0)
+    for number, heads, dim in layers:
+        rest += struct.pack("<iiiI", number, heads, dim, 0)
+        rest += struct.pack("<%df" % (2 * heads * dim), *[1.0] * (2 * heads * dim))
+    checksum = 0xCBF29CE484222325
+    for byte in rest:
+        checksum = (checksum ^ byte) * 0x100000001B3 & (1 << 64) - 1
+    return b"sparkvc1" + struct.pack("<Q", checksum) + rest
 
 
 SMALL = [
@@ -227,7 +246,8 @@ class Command(unittest.TestCase):
         return done.stdout
 
     def test_every_sub_command_explains_itself_with_examples(self):
-        names = ["run", "serve", "bench", "inspect", "fit", "check", "eval", "report"]
+        names = ["run", "serve", "bench", "inspect", "fit", "check", "calibrate"]
+        names += ["eval", "report"]
         for command in ([], *([name] for name in names)):
             text = self.succeeds(*command, "--help")
             self.assertIn("Examples", text)
@@ -270,6 +290,12 @@ class Command(unittest.TestCase):
                 ["--head", "3", "0..2"],
                 ["inspect", "-m", self.model, "--dump-saliency", "-p", "x", "--head", "3"],
             ),
+            (["--groups", "99"], ["calibrate", "-m", self.model, "--groups", "99"]),
+            (["--file", "/no/text"], ["calibrate", "-m", self.model, "-f", "/no/text"]),
+            (
+                ["--kv-calibration", "/no/file"],
+                ["run", "-m", self.model, "-p", "x", "--kv-calibration", "/no/file"],
+            ),
             (["--memory"], ["fit", "-m", self.model]),
             (["--kv-preset", "sparse"], ["fit", "--memory", "1GiB", "--kv-preset", "sparse"]),
             (["--completion", "tcsh"], ["--completion", "tcsh"]),
@@ -294,6 +320,7 @@ class Command(unittest.TestCase):
             SPARKV_LLAMA_BIN="/no/programs",
         )
         self.refuses(1, ["/no/model.gguf"], "check", "-m", "/no/model.gguf")
+        self.refuses(1, ["/no/model.gguf"], "calibrate", "-m", "/no/model.gguf")
         self.refuses(1, ["/no/text.txt"], "eval", "-m", self.model, "-f", "/no/text.txt")
 
     def test_run_gives_unknown_options_to_the_program_unchanged_and_in_order(self):
@@ -765,6 +792,94 @@ class Command(unittest.TestCase):
             self.assertEqual(call["args"][call["args"].index("-c") + 1], "1024")
             self.assertEqual(call["args"][call["args"].index("--chunks") + 1], "1")
 
+    def calibrate(self, *args, parts=None, **environment):
+        parts = parts or [calibration([(i, 3, 64) for i in range(4)])]
+        return self.run_sparkv(
+            *("calibrate", "-m", self.model, *args),
+            PARTS=" ".join(part.hex() for part in parts),
+            **environment,
+        )
+
+    def test_calibrate_judges_groups_of_layers_and_writes_a_file_beside_the_model(self):
+        done = self.calibrate("--groups", "2", "--json")
+        self.assertEqual(done.returncode, 0, done)
+        report = json.loads(done.stdout)
+        path = self.folder / "model.calibration"
+        self.assertEqual(report["output"], str(path))
+        # The stand-in loses .1 in layers 0-1 and .3 in layers 2-3, beside .005 of noise.
+        self.assertEqual(report["sensitivity"], "0-1:0.49,2-3:1.51")
+        whole = calibration([(i, 3, 64) for i in range(4)], "llama ", report["sensitivity"])
+        self.assertEqual(path.read_bytes(), whole)
+        packed = [call for call in self.calls() if "SPARKV" in call["args"]]
+        self.assertEqual(
+            [call["env"].get("SPARKV_LAYERS") for call in packed],
+            [None, "0-1=tiers-5321+t2", "2-3=tiers-5321+t2"],
+        )
+
+    def test_calibrate_joins_what_several_caches_saw(self):
+        parts = [calibration([(0, 3, 64), (2, 3, 64)]), calibration([(1, 3, 64), (3, 3, 64)])]
+        output = self.folder / "joined"
+        done = self.calibrate("--groups", "0", "-o", output, parts=parts)
+        self.assertEqual(done.returncode, 0, done)
+        self.assertEqual(
+            output.read_bytes(), calibration([(i, 3, 64) for i in (0, 2, 1, 3)], "llama ")
+        )
+        self.assertIn("--kv-calibration %s" % output, done.stdout)
+
+    def test_calibrate_says_when_noise_hides_the_layers(self):
+        self.write("model.gguf", gguf(changed("general.file_type", 3)))
+        done = self.calibrate("--groups", "4", BREAKS="exact", KL="0.2")
+        self.assertEqual(done.returncode, 0, done)
+        self.assertIn("noise (0.200000) hides", done.stderr)
+        self.assertIn("--requantize-f32", done.stderr)
+        expected = calibration([(i, 3, 64) for i in range(4)], "llama ")
+        self.assertEqual((self.folder / "model.calibration").read_bytes(), expected)
+
+    def test_calibrate_without_a_measurement_writes_nothing(self):
+        for parts in ([b"\0"], [calibration([(0, 3, 64)])[:-1]]):
+            done = self.calibrate("--groups", "1", parts=parts)
+            self.assertEqual(done.returncode, 1, done)
+            self.assertIn("calibration", done.stderr)
+            self.assertFalse((self.folder / "model.calibration").exists())
+
+    def test_a_calibration_reaches_the_plugin_and_chooses_layers(self):
+        good = calibration([(i, 3, 64) for i in range(4)], "llama ", "0-1:0.1,2-3:3")
+        path = self.write("good", good)
+        self.succeeds("run", "-m", self.model, "-p", "x", "--kv-calibration", path)
+        self.assertEqual(self.calls()[-1]["env"]["SPARKV_CALIBRATION"], path)
+        args = ["inspect", "-m", self.model, "-c", "4096", "--json"]
+        plain = json.loads(self.succeeds(*args))["caches"][-1]
+        chosen = json.loads(self.succeeds(*args, "--kv-calibration", path))["caches"][-1]
+        self.assertLessEqual(chosen["bits_per_element"], plain["bits_per_element"])
+        self.assertGreater(chosen["bits_per_element"], plain["bits_per_element"] - 0.2)
+
+    def test_a_calibration_of_another_model_or_a_damaged_one_is_refused(self):
+        layers = [(i, 3, 64) for i in range(4)]
+        other = self.write("other", calibration(layers, "llama Another"))
+        good = calibration(layers, "llama ")
+        damaged = {
+            "cut": good[:-1],
+            "longer": good + b"\0",
+            "flipped": good[:700] + b"\1" + good[701:],
+            "magic": b"x" + good[1:],
+            "empty": b"",
+            "layers": calibration([(0, 3, 64), (0, 3, 64)]),
+            "size": calibration([(0, 3, 60)]),
+        }
+        for command in (
+            ["run", "-p", "x"],
+            ["serve"],
+            ["check"],
+            ["inspect"],
+            ["fit", "--memory", "1GiB"],
+        ):
+            command += ["-m", self.model, "--kv-calibration"]
+            self.refuses(2, ["--kv-calibration", "'llama Another'", "'llama '"], *command, other)
+            for name, data in damaged.items():
+                with self.subTest(name, command=command[0]):
+                    path = self.write(name, data)
+                    self.refuses(2, ["--kv-calibration", path, "calibration"], *command, path)
+
     def deep_model(self):
         self.model = self.write("deep.gguf", gguf(changed("llama.block_count", 30)))
 
@@ -970,7 +1085,7 @@ class Command(unittest.TestCase):
         rows = {g["first_layer"]: g["key_row_bytes"] for g in layers}
         self.assertGreater(rows[2], rows[0])
         inspect = ["inspect", "-m", self.model, *args]
-        self.refuses(2, ["--kv-budget", "2bpe", "least"], *inspect, "2bpe")
+        self.refuses(2, ["--kv-budget", "1.5bpe", "least"], *inspect, "1.5bpe")
         self.refuses(2, ["--kv-budget", "4 bits"], *inspect, "4 bits")
         self.refuses(2, ["--kv-sensitivity", "2"], *inspect, "5bpe", "--kv-sensitivity", "2")
         self.refuses(

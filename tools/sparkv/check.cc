@@ -124,6 +124,7 @@ int Check(Settings settings) {
     throw Error(kUsage, fmt::format("--kv-preset: '{}' is no packed cache", cache.name));
   RequireModel(settings.model);
   const ModelShape shape = ReadModelShape(settings.model);
+  CheckCalibration(cache, shape);
   Json report = {{"model", settings.model},
                  {"weights", WeightsName(shape, settings.requantize)},
                  {"context", settings.context},

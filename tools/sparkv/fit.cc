@@ -108,14 +108,18 @@ void PrintTable(const Json& report) {
 int Fit(Settings settings) {
   if (settings.kv.preset.empty()) settings.kv.preset = "exact,safe,balanced,small";
   const int64_t memory = ParseMemory(settings.memory);
-  const std::vector<Cache> caches = MakeCaches("f16,q8_0,q4_0", settings.kv);
-  if (caches.back().config.budget[0] != '\0') {
+  if (const auto budget = settings.kv.values.find("budget"); budget != settings.kv.values.end()) {
     throw Error(kUsage, fmt::format("--kv-budget: {}: fit asks what presets take; a budget takes "
                                     "what it is given",
-                                    caches.back().config.budget));
+                                    budget->second));
   }
+  std::vector<Cache> caches = MakeCaches("f16,q8_0,q4_0", settings.kv);
   RequireModel(settings.model);
   const ModelShape model = ReadCachedModelShape(settings.model);
+  for (Cache& cache : caches) {
+    CheckCalibration(cache, model);
+    cache.config.budget[0] = '\0';  // a calibration spends the same bytes, elsewhere
+  }
   Json report = {{"model",
                   {{"path", settings.model},
                    {"architecture", model.architecture},

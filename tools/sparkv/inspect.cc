@@ -95,6 +95,7 @@ int Layout(const Settings& settings) {
   Cache cache = MakeCache(settings.kv.preset, settings.kv);
   RequireModel(settings.model);
   const ModelShape model = ReadCachedModelShape(settings.model);
+  CheckCalibration(cache, model);
   const int64_t context =
       settings.context > 0 ? settings.context : std::max(1, model.context_length);
   cache = SolveBudget(std::move(cache), model, context);

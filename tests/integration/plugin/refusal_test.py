@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import resource
+import struct
 import subprocess
 import tempfile
 import unittest
@@ -16,6 +17,18 @@ PROMPT = host.DOCUMENT[:300]
 def complete(*args, model=host.MODEL, **options):
     return host.run("llama-completion", "-m", model, "-p", PROMPT, "-n", 4, "-c", 512, "--temp", 0,
                     "-no-cnv", "--no-warmup", "--no-display-prompt", "-t", 2, *args, **options)
+
+
+def checked(calibration):
+    """The bytes with the checksum that they need."""
+    checksum = 0xcbf29ce484222325
+    for byte in calibration[16:]:
+        checksum = (checksum ^ byte) * 0x100000001b3 & (1 << 64) - 1
+    return bytes(calibration[:8]) + struct.pack("<Q", checksum) + bytes(calibration[16:])
+
+
+def reversed_floats(data):
+    return struct.pack(f"<{len(data) // 4}f", *struct.unpack(f"<{len(data) // 4}f", data)[::-1])
 
 
 class Refused(unittest.TestCase):
@@ -53,6 +66,40 @@ class Refused(unittest.TestCase):
     def test_a_budget_below_the_least(self):
         for budget in ("2bpe", "100KiB"):
             self.check(complete("-fa", "on", SPARKV_BUDGET=budget), f'budget: "{budget}" is below')
+
+    def test_calibrations_that_do_not_fit(self):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = pathlib.Path(folder)
+            good = folder / "good"
+            result = complete("-fa", "on", SPARKV_CALIBRATE=str(good))
+            self.assertEqual(result.code, 0, result)
+            result = complete("-fa", "on", SPARKV_CALIBRATION=str(good))
+            self.assertEqual(result.code, 0, result)
+            whole = good.read_bytes()
+            bad = folder / "bad"
+            for name, data in (("cut", whole[:-1]), ("flipped", whole[:-1] + b"\x7f"),
+                               ("empty", b""), ("noise", os.urandom(5000))):
+                with self.subTest(name):
+                    bad.write_bytes(data)
+                    self.check(complete("-fa", "on", SPARKV_CALIBRATION=str(bad)),
+                               f"SPARKV_CALIBRATION={bad}: calibration")
+            missing = folder / "missing"
+            self.check(complete("-fa", "on", SPARKV_CALIBRATION=str(missing)),
+                       f"SPARKV_CALIBRATION={missing}: cannot be read")
+            # Layers of another model, in bytes that are good in themselves.
+            layer = 16 + 2 * 3 * 64 * 4
+            fewer = bytearray(whole[:-layer])
+            fewer[656:660] = struct.pack("<I", 29)
+            bad.write_bytes(checked(fewer))
+            self.check(complete("-fa", "on", SPARKV_CALIBRATION=str(bad)), "without layer 29")
+            turned = bytearray(whole[:664])
+            for i in range(30):
+                begin = 664 + i * layer
+                turned += whole[begin:begin + 16] + reversed_floats(whole[begin + 16:begin + layer])
+            bad.write_bytes(checked(turned))
+            result = complete("-fa", "on", SPARKV_CALIBRATION=str(bad))
+            self.assertGreater(result.code, 0, result)
+            self.assertIn("made for another model", result.err)
 
     def test_cache_types_of_llama_cpp(self):
         self.check(complete("-fa", "on", "-ctk", "q8_0"), "cache_k_l0", "q8_0", "-ctk")

@@ -89,11 +89,13 @@ typedef enum sparkv_simd {
 typedef enum sparkv_evict {
   SPARKV_EVICT_NONE = 0,
   SPARKV_EVICT_STREAMINGLLM = 1, /* all but the newest (arXiv 2309.17453) */
-  SPARKV_EVICT_TOVA = 2,     /* least read by the newest query, of all heads (arXiv 2401.06104) */
-  SPARKV_EVICT_KNORM = 3,    /* largest keys (arXiv 2406.11430) */
-  SPARKV_EVICT_KEYDIFF = 4,  /* keys most like the mean key (arXiv 2504.15364) */
-  SPARKV_EVICT_SNAPKV = 5,   /* least read by the newest `observe` queries (arXiv 2404.14469) */
-  SPARKV_EVICT_PYRAMIDKV = 6 /* SnapKV, more tokens in lower layers (arXiv 2406.02069) */
+  SPARKV_EVICT_TOVA = 2,      /* least read by the newest query, of all heads (arXiv 2401.06104) */
+  SPARKV_EVICT_KNORM = 3,     /* largest keys (arXiv 2406.11430) */
+  SPARKV_EVICT_KEYDIFF = 4,   /* keys most like the mean key (arXiv 2504.15364) */
+  SPARKV_EVICT_SNAPKV = 5,    /* least read by the newest `observe` queries (arXiv 2404.14469) */
+  SPARKV_EVICT_PYRAMIDKV = 6, /* SnapKV, more tokens in lower layers (arXiv 2406.02069) */
+  SPARKV_EVICT_EXPECTED =
+      7 /* least expected of queries like the newest `observe` (arXiv 2510.00636) */
 } sparkv_evict;
 
 typedef struct sparkv_config {

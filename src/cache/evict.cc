@@ -176,6 +176,26 @@ std::vector<float> KvCache::EvictionScores(const sparkv_attend_args& args, const
           HalfToFloat(row[size_t(head) * size_t(group) * dim + j]) * args.scale;
     }
   }
+  if (config_.evict == SPARKV_EVICT_EXPECTED) {
+    std::vector<QueryMoments> moments;
+    for (size_t g = 0; g < size_t(group); ++g) {
+      moments.push_back(MomentsOf(&queries[g * dim], e.queries.size(), size_t(group) * dim, dim));
+    }
+    each_key([&](size_t i) {
+      for (size_t g = 0; g < size_t(group); ++g)
+        logits[g * n_logits + i] = ExpectedLogit(moments[g], key.data());
+    });
+    for (size_t g = 0; g < size_t(group); ++g)
+      AddAttention(&logits[g * n_logits], int64_t(n), int64_t(n), score.data());
+    std::vector<uint16_t> value(size_t(layer.v_dim()));
+    for (size_t i = 0; i < n; ++i) {
+      ops_->unpack_value(layer.value, PackedRow(layer, head, cells[i], false), value.data());
+      float square = 0.0f;
+      for (const uint16_t v : value) square += HalfToFloat(v) * HalfToFloat(v);
+      score[i] *= std::sqrt(square);
+    }
+    return score;
+  }
   const auto add_logits = [&](size_t column) {
     for (size_t r = 0; r < n_queries; ++r) {
       const float* q = &queries[r * dim];

@@ -56,10 +56,10 @@ constexpr Name kSimdNames[] = {{"auto", SPARKV_SIMD_AUTO},
                                {"neon", SPARKV_SIMD_NEON}};
 
 constexpr Name kEvictNames[] = {
-    {"none", SPARKV_EVICT_NONE},          {"streamingllm", SPARKV_EVICT_STREAMINGLLM},
-    {"tova", SPARKV_EVICT_TOVA},          {"knorm", SPARKV_EVICT_KNORM},
-    {"keydiff", SPARKV_EVICT_KEYDIFF},    {"snapkv", SPARKV_EVICT_SNAPKV},
-    {"pyramidkv", SPARKV_EVICT_PYRAMIDKV}};
+    {"none", SPARKV_EVICT_NONE},           {"streamingllm", SPARKV_EVICT_STREAMINGLLM},
+    {"tova", SPARKV_EVICT_TOVA},           {"knorm", SPARKV_EVICT_KNORM},
+    {"keydiff", SPARKV_EVICT_KEYDIFF},     {"snapkv", SPARKV_EVICT_SNAPKV},
+    {"pyramidkv", SPARKV_EVICT_PYRAMIDKV}, {"expected", SPARKV_EVICT_EXPECTED}};
 constexpr int32_t kMostEvictTokens = 1 << 24;
 
 struct EnumField {

@@ -19,6 +19,30 @@ void AddAttention(float* logits, int64_t n_logits, int64_t n, float* score) {
   for (int64_t i = 0; i < n; ++i) score[i] += logits[i] / sum;
 }
 
+QueryMoments MomentsOf(const float* queries, size_t n, size_t stride, size_t head_dim) {
+  QueryMoments q;
+  q.mean.assign(head_dim, 0.0f);
+  q.variance.assign(head_dim, 0.0f);
+  const float each = 1.0f / float(n);
+  for (size_t i = 0; i < n; ++i) {
+    for (size_t j = 0; j < head_dim; ++j) q.mean[j] += queries[i * stride + j] * each;
+  }
+  for (size_t i = 0; i < n; ++i) {
+    for (size_t j = 0; j < head_dim; ++j) {
+      const float off = queries[i * stride + j] - q.mean[j];
+      q.variance[j] += off * off * each;
+    }
+  }
+  return q;
+}
+
+float ExpectedLogit(const QueryMoments& q, const float* k) {
+  float sum = 0.0f;
+  for (size_t j = 0; j < q.mean.size(); ++j)
+    sum += k[j] * (q.mean[j] + 0.5f * q.variance[j] * k[j]);
+  return sum;
+}
+
 void PoolScores(std::vector<float>* score, int width) {
   const int64_t n = int64_t(score->size()), half = width / 2;
   std::vector<float> pooled(score->size());

@@ -9,11 +9,21 @@
 
 namespace sparkv {
 
-// Methods that read queries: the newest one (TOVA) or the newest `observe` (SnapKV, PyramidKV).
+// Methods that read queries: the newest one (TOVA) or the newest `observe` (SnapKV, PyramidKV,
+// expected attention).
 inline bool ScoresByQueries(int32_t evict) {
   return evict == SPARKV_EVICT_TOVA || evict == SPARKV_EVICT_SNAPKV ||
-         evict == SPARKV_EVICT_PYRAMIDKV;
+         evict == SPARKV_EVICT_PYRAMIDKV || evict == SPARKV_EVICT_EXPECTED;
 }
+
+// A normal number per channel: what queries are like.
+struct QueryMoments {
+  std::vector<float> mean, variance;  // [head_dim]
+};
+// queries: n rows of head_dim, `stride` floats apart.
+QueryMoments MomentsOf(const float* queries, size_t n, size_t stride, size_t head_dim);
+// Logarithm of the mean of e^(q . k) over such queries: mean . k + variance . k^2 / 2.
+float ExpectedLogit(const QueryMoments& q, const float* k);
 
 // What one query adds: score[i] += softmax(logits)[i] for i < n. logits: [n_logits], n_logits >= n,
 // overwritten. A logit of -inf is not seen.

@@ -247,9 +247,10 @@ TEST(Config, EvictionNamesAMethodAndTokens) {
   EXPECT_EQ(CheckConfig(config).text, "evict: 100 tokens are not above sinks 4 and window 96");
   ASSERT_EQ(SetParameter("evict", "none", &config).text, "");
   EXPECT_EQ(config.evict_tokens, 0);
-  config.evict = 7;
+  config.evict = 8;
   EXPECT_EQ(CheckConfig(config).text,
-            "evict: 7 is unknown (none, streamingllm, tova, knorm, keydiff, snapkv, pyramidkv)");
+            "evict: 8 is unknown (none, streamingllm, tova, knorm, keydiff, snapkv, pyramidkv, "
+            "expected)");
   EXPECT_EQ(SetError("evict", "snapkv"), "evict: \"snapkv\" names no tokens, as in snapkv:512");
   EXPECT_EQ(SetError("evict", "snapkv:"), "evict: \"snapkv:\" names no tokens, as in snapkv:512");
   EXPECT_EQ(SetError("evict", "snapkv:0"), "evict: 0 is outside [1, 2^24]");
@@ -258,7 +259,7 @@ TEST(Config, EvictionNamesAMethodAndTokens) {
   EXPECT_EQ(SetError("evict", "none:3"), "evict: none takes no tokens");
   EXPECT_EQ(SetError("evict", "h2o:512"),
             "evict: \"h2o:512\" is unknown (none, streamingllm, tova, knorm, keydiff, snapkv, "
-            "pyramidkv, each but none with tokens: snapkv:512)");
+            "pyramidkv, expected, each but none with tokens: snapkv:512)");
 }
 
 TEST(Config, LayersTakeTheRowsOfTheirPreset) {

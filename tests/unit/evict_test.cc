@@ -113,6 +113,38 @@ std::vector<double> Scores(const Host& host, const std::string& method, int l, i
     score[size_t(i - first)] =
         -std::inner_product(k.begin(), k.end(), anchor.begin(), 0.0) / norm(k);
   }
+  if (method == "expected") {
+    // The mean of e^(q . k) over normal queries with the moments of the newest ones.
+    for (int g = 0; g < layer.group; ++g) {
+      std::vector<double> logit(score.size(), 0.0);
+      for (int j = 0; j < layer.k_dim; ++j) {
+        double sum = 0.0, squares = 0.0;
+        for (int t = newest - kObserve + 1; t <= newest; ++t) {
+          const std::vector<float> q = Numbers(Content(1, t), kQueries, l, layer.q_row());
+          const double x =
+              double(q[size_t((head * layer.group + g) * layer.k_dim + j)]) * double(layer.scale());
+          sum += x;
+          squares += x * x;
+        }
+        const double mean = sum / kObserve, variance = squares / kObserve - mean * mean;
+        for (int i = first; i < last; ++i) {
+          const double k = key(i)[size_t(j)];
+          logit[size_t(i - first)] += mean * k + variance * k * k / 2;
+        }
+      }
+      double sum = 0.0;
+      for (const double x : logit) sum += std::exp(x);
+      for (size_t i = 0; i < score.size(); ++i) score[i] += std::exp(logit[i]) / sum;
+    }
+    for (int i = first; i < last; ++i) {
+      const std::vector<float> v = Numbers(Content(1, i), kValues, l, layer.v_row());
+      double square = 0.0;
+      for (int j = 0; j < layer.v_dim; ++j)
+        square += std::pow(double(v[size_t(head * layer.v_dim + j)]), 2);
+      score[size_t(i - first)] *= std::sqrt(square);
+    }
+    return score;
+  }
   if (method != "snapkv" && method != "tova") return score;
   std::vector<std::vector<double>> keys;
   for (int i = 0; i <= newest; ++i) keys.push_back(key(i));
@@ -181,7 +213,8 @@ std::vector<std::set<int64_t>> AllKept(Host& host, int64_t n) {
 
 class EvictMethod : public testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Methods, EvictMethod,
-                         testing::Values("streamingllm", "tova", "knorm", "keydiff", "snapkv"));
+                         testing::Values("streamingllm", "tova", "knorm", "keydiff", "snapkv",
+                                         "expected"));
 
 TEST_P(EvictMethod, HeadsKeepTheBestScoresAndAttentionReadsNothingElse) {
   const std::string method = GetParam(), evict = method + ":100";

@@ -55,10 +55,10 @@ needed=(
   nlohmann-json3-dev:/usr/include/nlohmann/json.hpp
   libgtest-dev:/usr/include/gtest/gtest.h librapidcheck-dev:/usr/include/rapidcheck.h
 )
-# Only the fuzz smoke run, the tests for arm64 and the count of instructions want these; without
-# them they are skipped.
+# Only the fuzz smoke run, the tests for arm64, the count of instructions and pictures of reports
+# want these; without them they are skipped.
 wanted=(
-  valgrind:valgrind
+  valgrind:valgrind librsvg2-bin:rsvg-convert
   clang-14:clang++-14 g++-aarch64-linux-gnu:aarch64-linux-gnu-g++ qemu-user:qemu-aarch64
   'libclang-rt-14-dev:/usr/lib/llvm-14/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a'
 )

@@ -1025,6 +1025,25 @@ class Command(unittest.TestCase):
         self.assertEqual(rows[3].split(",")[:4], ["spark-0.5-i5", "sparkv", "4.57", "0.005"])
         self.assertEqual(rows[2].split(",")[1], "llama.cpp")
 
+    def test_report_has_its_plots_drawn_as_a_picture(self):
+        results = self.write("eval.json", json.dumps(self.EVALUATION).encode())
+        page, picture = self.folder / "r.html", self.folder / "r.png"
+        self.refuses(
+            1, ["--png", "rsvg-convert"], "report", results, "-o", page, "--png", picture, PATH=""
+        )
+        convert = self.folder / "bin" / "rsvg-convert"
+        convert.parent.mkdir()
+        convert.write_text('#!/bin/sh\n{ echo picture; cat "$5"; } > "$4"\n')
+        convert.chmod(0o755)
+        path = "%s:%s" % (convert.parent, os.environ["PATH"])
+        out = self.succeeds("report", results, "-o", page, "--png", picture, PATH=path)
+        self.assertEqual(out.split(), [str(page), str(picture)])
+        first, svg = picture.read_text().split("\n", 1)
+        self.assertEqual(first, "picture")
+        root = xml.etree.ElementTree.fromstring(svg)
+        self.assertEqual((root.get("width"), root.get("height")), ("880", "800"))
+        self.assertEqual(svg.count("<circle"), 8)
+
     def test_report_refuses_what_is_no_evaluation_and_writes_nothing(self):
         page = self.folder / "none.html"
 

@@ -7,7 +7,9 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "child.h"
 #include "kv_options.h"
+#include "launch.h"
 #include "report.h"
 #include "svg.h"
 
@@ -22,7 +24,7 @@ constexpr const char* kSand = "#b5793a";  // llama.cpp's own
 constexpr double kLeastKl = 1e-7;         // what is drawn for none
 
 struct Settings {
-  std::string results, page, csv;
+  std::string results, page, csv, png;
 };
 
 struct Column {
@@ -251,13 +253,42 @@ std::string Csv(const Evaluation& e) {
   return out;
 }
 
+// The plots, one below the other, by a program that draws SVG.
+std::string Png(const Evaluation& e, const std::string& path) {
+  const std::string program = FindOnPath("rsvg-convert");
+  if (program.empty()) {
+    throw Error(kRuntime, fmt::format("--png: {}: needs rsvg-convert on PATH (Debian: "
+                                      "librsvg2-bin)",
+                                      path));
+  }
+  std::vector<std::string> plots = {KlPlot(e)};
+  if (!e.tasks.empty()) plots.push_back(TaskPlot(e));
+  const double height = kHeight * static_cast<double>(plots.size());
+  std::string svg = fmt::format(
+      "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{0}\" height=\"{1}\">\n<rect "
+      "width=\"{0}\" height=\"{1}\" fill=\"white\"/>\n",
+      kWidth, height);
+  for (size_t i = 0; i < plots.size(); ++i) {
+    svg += fmt::format(
+        "<g transform=\"translate(0 {})\">{}</g>\n", kHeight * static_cast<double>(i),
+        plots[i].replace(0, 4, fmt::format("<svg width=\"{}\" height=\"{}\"", kWidth, kHeight)));
+  }
+  const TemporaryFolder folder;
+  WriteFile(folder.File("plots.svg"), svg + "</svg>\n");
+  RunToEnd({program, {"--zoom", "2", "-o", folder.File("plots.png"), folder.File("plots.svg")}, {}},
+           nullptr, nullptr);
+  return ReadFile(folder.File("plots.png"));
+}
+
 int Report(const Settings& settings) {
   const Evaluation evaluation = Reader(settings.results).Read();
-  WriteFile(settings.page, Page(evaluation));
-  fmt::print("{}\n", settings.page);
-  if (settings.csv.empty()) return kOk;
-  WriteFile(settings.csv, Csv(evaluation));
-  fmt::print("{}\n", settings.csv);
+  std::vector<std::pair<std::string, std::string>> files = {{settings.page, Page(evaluation)}};
+  if (!settings.csv.empty()) files.emplace_back(settings.csv, Csv(evaluation));
+  if (!settings.png.empty()) files.emplace_back(settings.png, Png(evaluation, settings.png));
+  for (const auto& [path, content] : files) {
+    WriteFile(path, content);
+    fmt::print("{}\n", path);
+  }
   return kOk;
 }
 
@@ -269,10 +300,11 @@ std::function<int()> AddReport(CLI::App* app) {
   app->add_option("results", settings->results, "what 'sparkv eval --json' wrote")->required();
   app->add_option("-o,--output", settings->page, "the page")->capture_default_str();
   app->add_option("--csv", settings->csv, "the table as CSV too");
+  app->add_option("--png", settings->png, "the plots as a picture too, drawn by rsvg-convert");
   app->footer(
       "Examples\n"
       "  sparkv eval -m model.gguf --kv-preset spark-0.5-i5,spark-0.5-i8 --json > results.json\n"
-      "  sparkv report results.json -o report.html --csv report.csv");
+      "  sparkv report results.json -o report.html --csv report.csv --png report.png");
   return [=] { return Report(*settings); };
 }
 

@@ -45,14 +45,19 @@ std::string FindProgram(const std::string& name) {
   }
   const fs::path beside = OwnFolder() / name;
   if (IsProgram(beside)) return beside;
-  std::istringstream path(Variable("PATH"));
-  for (std::string folder; std::getline(path, folder, ':');) {
-    if (!folder.empty() && IsProgram(fs::path(folder) / name)) return fs::path(folder) / name;
-  }
+  if (const std::string found = FindOnPath(name); !found.empty()) return found;
   throw Error(
       kRuntime,
       fmt::format("{}: not found, nor on PATH; build it with 'make build' or set SPARKV_LLAMA_BIN",
                   beside.string()));
+}
+
+std::string FindOnPath(const std::string& name) {
+  std::istringstream path(Variable("PATH"));
+  for (std::string folder; std::getline(path, folder, ':');) {
+    if (!folder.empty() && IsProgram(fs::path(folder) / name)) return fs::path(folder) / name;
+  }
+  return "";
 }
 
 std::string FindPlugin() {

@@ -12,6 +12,8 @@ namespace sparkv {
 
 // $SPARKV_LLAMA_BIN, then beside this program, then PATH. Throws naming what was looked for.
 std::string FindProgram(const std::string& name);
+// On PATH alone; "" where it is not there.
+std::string FindOnPath(const std::string& name);
 // $SPARKV_PLUGIN, then ../lib/libggml-sparkv.so beside this program.
 std::string FindPlugin();
 // $LLAMA_ARG_MODEL, then the model that `make build` put into ../models, else "".

@@ -14,7 +14,8 @@ void KvCache::StartCalibration() {
   sums_.assign(layout_.layers.size(), {});
 }
 
-// Queries and keys of the tokens in flight. Sinks have no say: they stay dense.
+// Queries and keys of the tokens in flight. Sinks have no say: they stay dense. Nor have tokens
+// whose queries do not come with those of all others (streams that are attended one by one).
 void KvCache::CountEnergies(const sparkv_attend_args& args) {
   const LayerLayout& layer = layout_.layers[size_t(args.layer)];
   EnergySums& sums = sums_[size_t(args.layer)];
@@ -27,11 +28,11 @@ void KvCache::CountEnergies(const sparkv_attend_args& args) {
   const auto add = [](double x, double* sum) {
     if (std::isfinite(x)) *sum += x;
   };
-  for (size_t i = 0; i < flight_cells_.size(); ++i) {
-    const int64_t cell = flight_cells_[i];
+  for (int64_t i = 0; i < args.n_streams * args.n_tokens; ++i) {
+    const int64_t cell = FlightOf(args, int(i / args.n_tokens), i % args.n_tokens);
     if (cell < 0 || cells_.rank(cell) < config_.sinks) continue;
     const uint8_t* q = FlightQuery(args, cell);
-    const uint16_t* k = flight_keys_.data() + i * layer.k_row();
+    const uint16_t* k = flight_keys_.data() + size_t(i) * layer.k_row();
     for (int h = 0; h < layer.n_kv_heads; ++h) {
       QueryEnergy(reinterpret_cast<const float*>(q + size_t(h * group) * args.q_head_stride),
                   args.q_head_stride / sizeof(float), group, dim, SPARKV_GROUP_ENERGY,

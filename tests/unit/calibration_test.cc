@@ -89,6 +89,33 @@ TEST(Calibration, DoesNotDependOnHowAPromptIsCut) {
   }
 }
 
+TEST(Calibration, ReadsNoQueriesBeyondThoseOfACall) {
+  Model model = Small();
+  model.streams = 2;
+  model.split = true;
+  Host host(model);
+  ASSERT_EQ(sparkv_cache_start_calibration(host.cache, &host.error), SPARKV_OK);
+  for (int p = 0; p < 20; p += 2) {
+    const auto step = host.Begin(
+        {{0, Content(0, p)}, {0, Content(0, p + 1)}, {1, Content(1, p)}, {1, Content(1, p + 1)}});
+    for (int l = 0; l < host.n_layers(); ++l) {
+      ASSERT_EQ(host.Write(step, l, kKeys), SPARKV_OK);
+      ASSERT_EQ(host.Write(step, l, kValues), SPARKV_OK);
+      for (int s = 0; s < 2; ++s) {
+        auto one = step;
+        one.first_stream = s;
+        one.n_streams = 1;
+        one.contents.assign(step.contents.begin() + s * 2, step.contents.begin() + s * 2 + 2);
+        one.mask.assign(step.mask.begin() + s * 2 * step.n_kv,
+                        step.mask.begin() + (s + 1) * 2 * step.n_kv);
+        std::vector<float> out;
+        ASSERT_EQ(host.Attend(one, l, &out), SPARKV_OK) << host.error.text;
+      }
+    }
+  }
+  EXPECT_EQ(sparkv_cache_save_calibration(host.cache, nullptr, 0), 664u);  // no layer was measured
+}
+
 class Calibrated : public testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Presets, Calibrated,
                          testing::Values("tiers-6321", "spark-0.5-i5", "balanced"));

@@ -28,6 +28,7 @@ struct Registry {
   std::map<int, CacheReport> finished;  // by cache id
   int next_id = 0;
   int32_t n_model_layers = 0;  // highest layer number seen, and one
+  bool calibrated = false;     // some cache has taken SPARKV_CALIBRATION
   bool has_picture = false;    // some cache is the one of SPARKV_SALIENCY
 };
 
@@ -374,14 +375,22 @@ sparkv_cache* Buffer::Cache() {
   return cache_;
 }
 
-// Takes what is known of the model, or begins to measure it.
+// Takes what is known of the model, or begins to measure it. A file that fits the first cache is of
+// the host's model; a later one may be of a draft model.
 bool Buffer::Calibrate(std::string* reason) {
   const Options& options = ThePlugin().options;
   sparkv_error error = {};
   if (!options.calibrate.empty()) sparkv_cache_start_calibration(cache_, &error);
   if (options.calibration.empty()) return true;
+  const std::lock_guard lock(TheRegistry().mutex);
+  bool& calibrated = TheRegistry().calibrated;
   if (sparkv_cache_load_calibration(cache_, options.calibration.data(), options.calibration.size(),
                                     &error) == SPARKV_OK) {
+    calibrated = true;
+    return true;
+  }
+  if (calibrated) {
+    Log(LogLevel::kWarn, "another cache goes without: %s", error.text);
     return true;
   }
   *reason = error.text;
@@ -391,8 +400,11 @@ bool Buffer::Calibrate(std::string* reason) {
 void Buffer::LoadWeights() {
   if (ThePlugin().options.weights.empty()) return;
   const std::string path = FileOfSlot(ThePlugin().options.weights, weights_slot_);
-  std::string bytes;
-  if (!ReadFile(path, &bytes)) return;
+  std::string bytes, reason;
+  if (!ReadFile(path, &bytes, &reason)) {
+    if (!reason.empty()) Log(LogLevel::kError, "cannot read %s: %s", path.c_str(), reason.c_str());
+    return;
+  }
   sparkv_error error = {};
   if (sparkv_cache_load_weights(cache_, bytes.data(), bytes.size(), &error) != SPARKV_OK) {
     Log(LogLevel::kWarn, "%s is not used: %s", path.c_str(), error.text);
@@ -406,7 +418,11 @@ void Buffer::SaveFiles() {
   if (!options.calibrate.empty()) {
     std::string bytes(sparkv_cache_save_calibration(cache_, nullptr, 0), '\0');
     sparkv_cache_save_calibration(cache_, bytes.data(), bytes.size());
-    WriteFile(FileOfSlot(options.calibrate, weights_slot_), bytes);
+    // What saw no token leaves a file of before alone.
+    if (sparkv_config unused = options.config;
+        sparkv_config_calibration(&unused, bytes.data(), bytes.size(), nullptr) == SPARKV_OK) {
+      WriteFile(FileOfSlot(options.calibrate, weights_slot_), bytes);
+    }
   }
   if (!pictured_) return;
   const auto layer = std::find_if(layers_.begin(), layers_.end(),

@@ -111,8 +111,9 @@ std::string ReadOptions(Options* options) {
   if (calibration.empty()) return "";
   if (!options->calibrate.empty())
     return "SPARKV_CALIBRATE=" + options->calibrate + ": does not go with SPARKV_CALIBRATION";
-  if (!ReadFile(calibration, &options->calibration))
-    return "SPARKV_CALIBRATION=" + calibration + ": cannot be read";
+  std::string reason = "no such file";
+  if (!ReadFile(calibration, &options->calibration, &reason))
+    return "SPARKV_CALIBRATION=" + calibration + ": " + reason;
   if (sparkv_config_calibration(&options->config, options->calibration.data(),
                                 options->calibration.size(), &error) != SPARKV_OK) {
     return "SPARKV_CALIBRATION=" + calibration + ": " + error.text;

@@ -222,11 +222,11 @@ bool WriteFile(const std::string& path, const std::string& bytes) {
   return false;
 }
 
-bool ReadFile(const std::string& path, std::string* bytes) {
+bool ReadFile(const std::string& path, std::string* bytes, std::string* reason) {
   struct stat found = {};
   if (stat(path.c_str(), &found) != 0) return false;
   if (!S_ISREG(found.st_mode)) {
-    Log(LogLevel::kError, "cannot read %s: not a regular file", path.c_str());
+    *reason = "not a regular file";
     return false;
   }
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
@@ -241,7 +241,7 @@ bool ReadFile(const std::string& path, std::string* bytes) {
   }
   const int error = errno;
   if (file >= 0) close(file);
-  if (!ok) Log(LogLevel::kError, "cannot read %s: %s", path.c_str(), std::strerror(error));
+  if (!ok) *reason = std::strerror(error);
   return ok;
 }
 

@@ -30,6 +30,6 @@ std::string SaliencyJson(sparkv_cache* cache, int layer, int head, int head_dim)
 bool WriteFile(const std::string& path, const std::string& bytes);
 // False when the file does not exist or cannot be read; a file that exists but cannot be read is
 // logged.
-bool ReadFile(const std::string& path, std::string* bytes);
+bool ReadFile(const std::string& path, std::string* bytes, std::string* reason);
 
 }  // namespace sparkv

@@ -5,6 +5,7 @@
 
 #include "base/half.h"
 #include "cache/kv_cache.h"
+#include "config/config.h"
 #include "method/observe.h"
 
 namespace sparkv {
@@ -80,7 +81,7 @@ Status KvCache::LoadCalibration(const void* bytes, size_t size) {
   for (const LayerLayout& layer : layout_.layers) {
     const LayerEnergies* energies = read.Layer(layer.number);
     const std::string made_for =
-        "calibration: made for " + (read.model.empty() ? "a model" : "'" + read.model + "'");
+        "calibration: made for " + (read.model.empty() ? "a model" : Quote(read.model));
     if (energies == nullptr)
       return Status::Invalid(made_for + " without layer " + std::to_string(layer.number));
     if (energies->n_kv_heads != layer.n_kv_heads || energies->k_dim != layer.k_dim()) {
@@ -132,16 +133,15 @@ Status KvCache::TellModel() {
                      (2.0 * double(seen.layers.size()));
       }
     }
-    sums_.clear();
+    sums_.assign(layout_.layers.size(), {});
     model_ = likeness_ >= kLeastLikeness ? Model::kTold : Model::kOther;
-    calibration_.layers.clear();
   }
   if (model_ != Model::kOther) return Status::Ok();
   return Status::Invalid("calibration: made for another model" +
-                         (calibration_.model.empty() ? "" : ", '" + calibration_.model + "'") +
+                         (calibration_.model.empty() ? "" : ", " + Quote(calibration_.model)) +
                          ": the energies of its channels and those of the first tokens correlate "
                          "by " +
-                         std::to_string(likeness_).substr(0, 5) + ", at least 0.5 expected");
+                         std::to_string(likeness_).substr(0, 5) + ", at least 0.3 expected");
 }
 
 }  // namespace sparkv

@@ -120,6 +120,7 @@ void KvCache::Clear() {
   for (DenseStore& store : stores_) store.Clear();
   std::fill(in_stage_.begin(), in_stage_.end(), 0);
   packed_.Clear();
+  if (model_ == Model::kOther) model_ = Model::kUntold;  // other tokens may tell otherwise
   tables_.Clear(calibrated_);
   std::fill(sealed_bits_.begin(), sealed_bits_.end(), 0);
   for (auto& list : dense_cells_) list.clear();

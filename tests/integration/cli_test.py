@@ -82,6 +82,8 @@ elif name == "llama-perplexity":
         print("[1]20.0,")
     else:
         exact = value("-ctk") == "f32" if "-ctk" in args else False
+        if os.environ.get("NO_LAYERS", "none") in env.get("SPARKV_LAYERS", "").split("=")[0]:
+            sys.exit("stand-in: no such layers")
         if os.environ.get("REFUSE", "-") in env.get("SPARKV_PROTECT", ""):
             sys.exit("stand-in: the plugin refuses")
         settings = env.get("SPARKV_PRESET", "") + " " + env.get("SPARKV_PROTECT", "")
@@ -835,6 +837,14 @@ class Command(unittest.TestCase):
         expected = calibration([(i, 3, 64) for i in range(4)], "llama ")
         self.assertEqual((self.folder / "model.calibration").read_bytes(), expected)
 
+    def test_calibrate_leaves_out_layers_that_the_plugin_does_not_know(self):
+        output = self.folder / "rest"
+        done = self.calibrate("--groups", "2", "-o", output, NO_LAYERS="2-3")
+        self.assertEqual(done.returncode, 0, done)
+        self.assertIn("layers 2-3 are left out", done.stderr)
+        expected = calibration([(i, 3, 64) for i in range(4)], "llama ", "0-1:1.00")
+        self.assertEqual(output.read_bytes(), expected)
+
     def test_calibrate_without_a_measurement_writes_nothing(self):
         for parts in ([b"\0"], [calibration([(0, 3, 64)])[:-1]]):
             done = self.calibrate("--groups", "1", parts=parts)
@@ -870,6 +880,8 @@ class Command(unittest.TestCase):
             ["run", "-p", "x"],
             ["serve"],
             ["check"],
+            ["eval"],
+            ["bench"],
             ["inspect"],
             ["fit", "--memory", "1GiB"],
         ):

@@ -197,7 +197,7 @@ TEST(Calibration, OfAnotherModelIsRefusedOnceTheTokensTell) {
       status = host.Attend(step, l, &out);
     }
     EXPECT_EQ(status, SPARKV_INVALID);
-    EXPECT_NE(std::strstr(host.error.text, "made for another model, 'another'"), nullptr)
+    EXPECT_NE(std::strstr(host.error.text, "made for another model, \"another\""), nullptr)
         << host.error.text;
   }
 }

@@ -120,6 +120,9 @@ void PrintTable(const Json& report) {
 int Bench(const Settings& settings) {
   const std::vector<Cache> caches = MakeCaches(settings.baselines, settings.kv);
   RequireModel(settings.model);
+  for (const Cache& cache : caches) {
+    if (!cache.calibrated_for.empty()) CheckCalibration(cache, ReadModelShape(settings.model));
+  }
 
   const char* policy = getenv("OMP_WAIT_POLICY");
   Json report = {{"machine", Machine()},

@@ -98,11 +98,20 @@ bool MeasureGroups(const Settings& settings, double floor, const TemporaryFolder
     KvOptions options;
     options.values = {{"window", "32"}, {"layers", LayersOf(group) + "=" + kFewBits}};
     const Cache cache = MakeCache("spark-0-i8", options);
-    const double loss = Judge(settings, cache, "layers " + LayersOf(group), folder)["mean_kld"];
-    group.loss = std::max(loss - floor, 0.0);
+    try {
+      const double loss = Judge(settings, cache, "layers " + LayersOf(group), folder)["mean_kld"];
+      group.loss = std::max(loss - floor, 0.0);
+    } catch (const Error& error) {
+      // Such as layers that read the cache of others.
+      ThrowIfInterrupted();
+      Note(fmt::format("layers {} are left out: {}", LayersOf(group), error.what()));
+      group.loss = -1;
+      continue;
+    }
     losses += group.loss;
     layers += group.size();
   }
+  std::erase_if(*groups, [](const Group& group) { return group.loss < 0; });
   if (!(losses > kTimesFloor * floor)) return false;
   const double mean = losses / static_cast<double>(layers);
   for (Group& group : *groups) {

@@ -238,6 +238,11 @@ void PrintTable(const Json& report) {
       floor["same_run"].get<double>(), floor["flash_attention"].get<double>());
 }
 
+std::string CalibrationHash(const KvOptions& options) {
+  const auto file = options.values.find("calibration");
+  return file == options.values.end() ? "none" : TextHash(ReadFile(file->second));
+}
+
 // All that a number depends on but the cache itself: results of other settings are never mixed.
 Json ResumeSettings(const Settings& settings, const std::vector<Cache>& caches,
                     const std::string& prose, const Json& tasks) {
@@ -260,7 +265,8 @@ Json ResumeSettings(const Settings& settings, const std::vector<Cache>& caches,
           {"questions", settings.questions},
           {"ask", settings.ask},
           {"seed", settings.seed},
-          {"kv options", settings.kv.values}};
+          {"kv options", settings.kv.values},
+          {"calibration", CalibrationHash(settings.kv)}};
 }
 
 int Eval(Settings settings) {
@@ -272,6 +278,7 @@ int Eval(Settings settings) {
   const std::vector<Task> tasks =
       MakeTasks(settings.tasks, prose, settings.task_words, settings.questions, settings.seed);
   const ModelShape shape = ReadModelShape(settings.model);
+  for (const Cache& cache : caches) CheckCalibration(cache, shape);
 
   Json report = {
       {"model", settings.model},     {"text", settings.file.empty() ? "built in" : settings.file},

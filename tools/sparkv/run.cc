@@ -44,12 +44,14 @@ bool ModelIsRemote(const Words& host) {
 
 void CheckModel(const Words& host, const Cache& cache) {
   std::string model = FlagValue(host, {"-m", "--model"});
+  if (!model.empty()) RequireModel(model);
   const char* variable = getenv("LLAMA_ARG_MODEL");
-  if (model.empty() && variable != nullptr) model = variable;
-  if (model.empty() && !ModelIsRemote(host)) throw Error(kUsage, "-m: no model given");
-  if (model.empty()) return;
+  if (model.empty() && variable == nullptr && !ModelIsRemote(host))
+    throw Error(kUsage, "-m: no model given");
+  if (cache.calibrated_for.empty() || ModelIsRemote(host)) return;  // the plugin compares, too
+  if (model.empty()) model = variable;
   RequireModel(model);
-  if (!cache.calibrated_for.empty()) CheckCalibration(cache, ReadModelShape(model));
+  CheckCalibration(cache, ReadModelShape(model));
 }
 
 Cache CacheOf(const KvOptions& kv) {

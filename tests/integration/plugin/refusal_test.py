@@ -85,7 +85,9 @@ class Refused(unittest.TestCase):
                                f"SPARKV_CALIBRATION={bad}: calibration")
             missing = folder / "missing"
             self.check(complete("-fa", "on", SPARKV_CALIBRATION=str(missing)),
-                       f"SPARKV_CALIBRATION={missing}: cannot be read")
+                       f"SPARKV_CALIBRATION={missing}: no such file")
+            self.check(complete("-fa", "on", SPARKV_CALIBRATION=str(folder)),
+                       f"SPARKV_CALIBRATION={folder}: not a regular file")
             # Layers of another model, in bytes that are good in themselves.
             layer = 16 + 2 * 3 * 64 * 4
             fewer = bytearray(whole[:-layer])

@@ -47,11 +47,14 @@ int32_t ModelLayers() {
 // of its rows outlive the cache that made them.
 constexpr size_t kKeptWeights = size_t{16} << 20;
 
-std::string WeightsOf(const sparkv_cache* cache) {
-  std::string bytes(sparkv_cache_save_weights(cache, nullptr, 0), '\0');
-  sparkv_cache_save_weights(cache, bytes.data(), bytes.size());
+// What one of the library's functions that save gives.
+std::string Saved(const sparkv_cache* cache, decltype(&sparkv_cache_save_weights) save) {
+  std::string bytes(save(cache, nullptr, 0), '\0');
+  save(cache, bytes.data(), bytes.size());
   return bytes;
 }
+
+std::string WeightsOf(const sparkv_cache* cache) { return Saved(cache, sparkv_cache_save_weights); }
 
 void KeepWeights(const sparkv_cache* cache, std::vector<std::string>* kept) {
   std::string bytes = WeightsOf(cache);
@@ -416,13 +419,12 @@ void Buffer::SaveFiles() {
   if (!options.weights.empty())
     WriteFile(FileOfSlot(options.weights, weights_slot_), WeightsOf(cache_));
   if (!options.calibrate.empty()) {
-    std::string bytes(sparkv_cache_save_calibration(cache_, nullptr, 0), '\0');
-    sparkv_cache_save_calibration(cache_, bytes.data(), bytes.size());
-    // What saw no token leaves a file of before alone.
-    if (sparkv_config unused = options.config;
-        sparkv_config_calibration(&unused, bytes.data(), bytes.size(), nullptr) == SPARKV_OK) {
+    const std::string bytes = Saved(cache_, sparkv_cache_save_calibration);
+    // A cache that saw no token leaves a file of before alone: nobody could read what it would
+    // write.
+    char model[128];
+    if (sparkv_calibration_model(bytes.data(), bytes.size(), model, nullptr) == SPARKV_OK)
       WriteFile(FileOfSlot(options.calibrate, weights_slot_), bytes);
-    }
   }
   if (!pictured_) return;
   const auto layer = std::find_if(layers_.begin(), layers_.end(),

@@ -28,8 +28,7 @@ std::string SaliencyJson(sparkv_cache* cache, int layer, int head, int head_dim)
 // The old file or the new one, whatever happens; a device or a pipe is written in place. False
 // after logging why.
 bool WriteFile(const std::string& path, const std::string& bytes);
-// False when the file does not exist or cannot be read; a file that exists but cannot be read is
-// logged.
+// False when the file does not exist or cannot be read; *reason is only set where it exists.
 bool ReadFile(const std::string& path, std::string* bytes, std::string* reason);
 
 }  // namespace sparkv

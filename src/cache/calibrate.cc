@@ -20,30 +20,23 @@ void KvCache::StartCalibration() {
 void KvCache::CountEnergies(const sparkv_attend_args& args) {
   const LayerLayout& layer = layout_.layers[size_t(args.layer)];
   EnergySums& sums = sums_[size_t(args.layer)];
-  const int dim = layer.k_dim(), group = args.n_heads / layer.n_kv_heads;
   sums.rope_rot = args.rope_rot;
   sums.rope_neox = args.rope_neox != 0;
   sums.queries.resize(layer.k_row());
   sums.keys.resize(layer.k_row());
-  std::vector<float> energy(static_cast<size_t>(dim));
+  std::vector<float> energies(layer.k_row());
   const auto add = [](double x, double* sum) {
     if (std::isfinite(x)) *sum += x;
   };
   for (int64_t i = 0; i < args.n_streams * args.n_tokens; ++i) {
     const int64_t cell = FlightOf(args, int(i / args.n_tokens), i % args.n_tokens);
     if (cell < 0 || cells_.rank(cell) < config_.sinks) continue;
-    const uint8_t* q = FlightQuery(args, cell);
+    QueryEnergies(args, cell, SPARKV_GROUP_ENERGY, energies.data());
     const uint16_t* k = flight_keys_.data() + size_t(i) * layer.k_row();
-    for (int h = 0; h < layer.n_kv_heads; ++h) {
-      QueryEnergy(reinterpret_cast<const float*>(q + size_t(h * group) * args.q_head_stride),
-                  args.q_head_stride / sizeof(float), group, dim, SPARKV_GROUP_ENERGY,
-                  energy.data());
-      const size_t at = size_t(h) * size_t(dim);
-      for (size_t j = 0; j < size_t(dim); ++j) {
-        add(energy[j], &sums.queries[at + j]);
-        const double x = HalfToFloat(k[at + j]);
-        add(x * x, &sums.keys[at + j]);
-      }
+    for (size_t j = 0; j < layer.k_row(); ++j) {
+      add(energies[j], &sums.queries[j]);
+      const double x = HalfToFloat(k[j]);
+      add(x * x, &sums.keys[j]);
     }
     ++sums.n;
   }
@@ -97,18 +90,9 @@ Status KvCache::LoadCalibration(const void* bytes, size_t size) {
   for (const LayerLayout& layer : layout_.layers) {
     if (!layer.has_table) continue;
     const LayerEnergies& energies = *read.Layer(layer.number);
-    const int dim = layer.k_dim();
     for (int h = 0; h < layer.n_kv_heads; ++h) {
-      const size_t at = size_t(h) * size_t(dim);
-      uint16_t* table = tables_.at(id)->a.data() + layer.table_at + at;
-      if (layer.key.tiered()) {
-        MakeTierTable(energies.queries.data() + at, energies.keys.data() + at, dim, table);
-        continue;
-      }
-      std::vector<float> u(energies.queries.begin() + ptrdiff_t(at),
-                           energies.queries.begin() + ptrdiff_t(at) + dim);
-      for (float& x : u) x = std::sqrt(x);
-      MakeTable(layer.key.recover, u.data(), dim, table);
+      const size_t at = size_t(h) * size_t(layer.k_dim());
+      FillTable(layer, id, h, energies.queries.data() + at, energies.keys.data() + at);
     }
   }
   calibrated_ = id;

@@ -151,6 +151,10 @@ class KvCache {
 
   // seal.cc
   const uint8_t* FlightQuery(const sparkv_attend_args& args, int64_t cell) const;
+  void QueryEnergies(const sparkv_attend_args& args, int64_t cell, sparkv_group how,
+                     float* energies) const;
+  void FillTable(const LayerLayout& layer, uint16_t id, int head, const float* queries,
+                 const float* keys);
   void MakeTables(const sparkv_attend_args& args);
   std::vector<uint16_t> TableKeys(const LayerLayout& layer, const NewTable& table) const;
   void MakeTiers(const LayerLayout& layer, const NewTable& table, const sparkv_attend_args& args,

@@ -389,13 +389,7 @@ Status KvCache::LoadWeights(const void* bytes, size_t size) {
   }
   // Oldest first, so that the newest is tried first again; the store keeps the newest ones.
   for (uint32_t t = header.n_tables; t-- > 0;) {
-    const std::vector<uint16_t> known = tables_.Known();
-    if (std::any_of(known.begin(), known.end(), [&](uint16_t id) {
-          return std::memcmp(tables_.at(id)->a.data(), in + size_t(t) * table_bytes, table_bytes) ==
-                 0;
-        })) {
-      continue;
-    }
+    if (tables_.Has(in + size_t(t) * table_bytes)) continue;
     const uint16_t id = tables_.Make();
     if (id == 0) return Status::NoMemory("weights: more than 65534 tables");
     std::memcpy(tables_.at(id)->a.data(), in + size_t(t) * table_bytes, table_bytes);

@@ -38,6 +38,30 @@ const uint8_t* KvCache::FlightQuery(const sparkv_attend_args& args, int64_t cell
          size_t(flight % args.n_tokens) * args.q_token_stride;
 }
 
+// What the queries of a cell in flight add to the energies of channels, [k_row].
+void KvCache::QueryEnergies(const sparkv_attend_args& args, int64_t cell, sparkv_group how,
+                            float* energies) const {
+  const LayerLayout& layer = layout_.layers[size_t(args.layer)];
+  const int dim = layer.k_dim(), group = args.n_heads / layer.n_kv_heads;
+  const uint8_t* q = FlightQuery(args, cell);
+  for (int h = 0; h < layer.n_kv_heads; ++h) {
+    QueryEnergy(reinterpret_cast<const float*>(q + size_t(h * group) * args.q_head_stride),
+                args.q_head_stride / sizeof(float), group, dim, how,
+                energies + size_t(h) * size_t(dim));
+  }
+}
+
+// Weights of one head from energies of its channels, [k_dim]; those of keys only for tiers.
+void KvCache::FillTable(const LayerLayout& layer, uint16_t id, int head, const float* queries,
+                        const float* keys) {
+  const int dim = layer.k_dim();
+  uint16_t* restore = tables_.at(id)->a.data() + layer.table_at + size_t(head) * size_t(dim);
+  if (layer.key.tiered()) return MakeTierTable(queries, keys, dim, restore);
+  std::vector<float> u(queries, queries + dim);
+  for (float& x : u) x = std::sqrt(x);
+  MakeTable(layer.key.recover, u.data(), dim, restore);
+}
+
 // Keys, of all heads, of the tokens whose queries make the weights. Sinks stay dense and have no
 // say unless there is nothing else.
 std::vector<uint16_t> KvCache::TableKeys(const LayerLayout& layer, const NewTable& table) const {
@@ -75,8 +99,7 @@ void KvCache::MakeTiers(const LayerLayout& layer, const NewTable& table,
     }
     ShareInPairs(energy + at, dim, args.rope_rot, args.rope_neox != 0);
     ShareInPairs(key_energy.data(), dim, args.rope_rot, args.rope_neox != 0);
-    MakeTierTable(energy + at, key_energy.data(), dim,
-                  tables_.at(table.id)->a.data() + layer.table_at + at);
+    FillTable(layer, table.id, h, energy + at, key_energy.data());
   }
 }
 
@@ -85,17 +108,8 @@ void KvCache::MakeTiers(const LayerLayout& layer, const NewTable& table,
 void KvCache::MakeTables(const sparkv_attend_args& args) {
   const LayerLayout& layer = layout_.layers[size_t(args.layer)];
   if (!layer.has_table) return;
-  const int dim = layer.k_dim(), group = args.n_heads / layer.n_kv_heads;
   // Weights of tiers are scales of numbers, not ranks alone: heads must not cancel.
   const sparkv_group how = layer.key.tiered() ? SPARKV_GROUP_ENERGY : sparkv_group(config_.group);
-  const auto energy = [&](int64_t cell, float* out) {
-    const uint8_t* q = FlightQuery(args, cell);
-    for (int h = 0; h < layer.n_kv_heads; ++h) {
-      QueryEnergy(reinterpret_cast<const float*>(q + size_t(h * group) * args.q_head_stride),
-                  args.q_head_stride / sizeof(float), group, dim, how,
-                  out + size_t(h) * size_t(dim));
-    }
-  };
   const size_t n = layer.k_row();
   std::vector<float> one(n), u(n);
   for (const NewTable& table : step_.new_tables) {
@@ -105,7 +119,7 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
       if (const auto kept = observed_.find(cell); kept != observed_.end()) {
         e = kept->second.data() + layer.channel_at;
       } else {
-        energy(cell, one.data());
+        QueryEnergies(args, cell, how, one.data());
       }
       for (size_t j = 0; j < n; ++j) u[j] += e[j];
     }
@@ -113,21 +127,18 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
       MakeTiers(layer, table, args, u.data());
       continue;
     }
-    for (float& x : u) x = std::sqrt(x);
     if (!layer.key.needs_table()) {
+      for (float& x : u) x = std::sqrt(x);
       MakeChannels(layer, table, u.data());
       continue;
     }
-    for (int h = 0; h < layer.n_kv_heads; ++h) {
-      const size_t at = size_t(h) * size_t(dim);
-      MakeTable(layer.key.recover, u.data() + at, dim,
-                tables_.at(table.id)->a.data() + layer.table_at + at);
-    }
+    for (int h = 0; h < layer.n_kv_heads; ++h)
+      FillTable(layer, table.id, h, u.data() + size_t(h) * size_t(layer.k_dim()), nullptr);
   }
   for (const int64_t cell : step_.observed) {
     std::vector<float>& kept = observed_[cell];
     kept.resize(layout_.channels);
-    energy(cell, kept.data() + layer.channel_at);
+    QueryEnergies(args, cell, how, kept.data() + layer.channel_at);
   }
 }
 

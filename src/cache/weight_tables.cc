@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "base/half.h"
@@ -46,6 +47,13 @@ void WeightTables::DropIdle() {
     tables_[oldest].reset();
     --n_tables_;
   }
+}
+
+bool WeightTables::Has(const void* numbers) const {
+  return std::any_of(tables_.begin(), tables_.end(), [&](const auto& table) {
+    return table != nullptr &&
+           std::memcmp(table->a.data(), numbers, numbers_ * sizeof(uint16_t)) == 0;
+  });
 }
 
 std::vector<uint16_t> WeightTables::Numbers(int64_t least_refs) const {

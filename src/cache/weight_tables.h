@@ -35,6 +35,7 @@ class WeightTables {
   // Tables that cells refer to, and all tables, newest use first.
   std::vector<uint16_t> Live() const { return Numbers(1); }
   std::vector<uint16_t> Known() const { return Numbers(0); }
+  bool Has(const void* numbers) const;  // among all tables, bit for bit
   void Used(uint16_t id) { tables_[id]->last_use = ++clock_; }
   size_t bytes() const { return n_tables_ * numbers_ * sizeof(uint16_t); }
   size_t count() const { return tables_.size(); }

@@ -122,6 +122,18 @@ struct Step {
   int first_stream = 0, n_streams = 1;
 };
 
+// What a call for one stream of a step covers.
+inline Step OneStream(const Step& step, int stream) {
+  const long n = long(step.n_tokens), begin = stream * n;
+  Step one = step;
+  one.first_stream = step.first_stream + stream;
+  one.n_streams = 1;
+  one.contents.assign(step.contents.begin() + begin, step.contents.begin() + begin + n);
+  one.mask.assign(step.mask.begin() + begin * step.n_kv,
+                  step.mask.begin() + (begin + n) * step.n_kv);
+  return one;
+}
+
 class Host {
  public:
   explicit Host(const Model& m, uint32_t seed = 1) : model(m), config(MakeConfig(m)), rng_(seed) {

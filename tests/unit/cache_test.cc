@@ -626,14 +626,8 @@ TEST(Cache, StreamsOfOneStepMayBeAttendedOneByOne) {
       ASSERT_EQ(host.Write(step, l, kKeys), SPARKV_OK);
       ASSERT_EQ(host.Write(step, l, kValues), SPARKV_OK);
       for (int s = 0; s < 2; ++s) {
-        Step one = step;
-        one.first_stream = s;
-        one.n_streams = 1;
-        one.contents.assign(step.contents.begin() + s * 2, step.contents.begin() + s * 2 + 2);
-        one.mask.assign(step.mask.begin() + s * 2 * step.n_kv,
-                        step.mask.begin() + (s + 1) * 2 * step.n_kv);
         std::vector<float> out;
-        ASSERT_EQ(host.Attend(one, l, &out), SPARKV_OK) << host.error.text;
+        ASSERT_EQ(host.Attend(OneStream(step, s), l, &out), SPARKV_OK) << host.error.text;
         const auto row = long(host.layer(l).out_row());
         for (int t = 0; t < 2; ++t) {
           Answer& answer = answers[size_t(s * 2 + t)];

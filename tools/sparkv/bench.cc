@@ -120,9 +120,10 @@ void PrintTable(const Json& report) {
 int Bench(const Settings& settings) {
   const std::vector<Cache> caches = MakeCaches(settings.baselines, settings.kv);
   RequireModel(settings.model);
-  for (const Cache& cache : caches) {
-    if (!cache.calibrated_for.empty()) CheckCalibration(cache, ReadModelShape(settings.model));
-  }
+  const auto calibrated = std::find_if(caches.begin(), caches.end(), [](const Cache& cache) {
+    return !cache.calibrated_for.empty();
+  });
+  if (calibrated != caches.end()) CheckCalibration(*calibrated, ReadModelShape(settings.model));
 
   const char* policy = getenv("OMP_WAIT_POLICY");
   Json report = {{"machine", Machine()},

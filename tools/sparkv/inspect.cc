@@ -133,6 +133,7 @@ std::string DumpSaliency(const Settings& settings) {
   if (settings.prompt.empty() == settings.prompt_file.empty())
     throw Error(kUsage, "--dump-saliency: needs one of -p and -f");
   const ModelShape model = ReadModelShape(settings.model);
+  CheckCalibration(cache, model);
   const int layers = static_cast<int>(model.layers.size());
   if (settings.layer >= layers) {
     throw Error(kUsage, fmt::format("--layer: {} is outside 0..{}", settings.layer, layers - 1));

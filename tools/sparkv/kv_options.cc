@@ -172,17 +172,16 @@ Cache MakeCache(const std::string& name, const KvOptions& options) {
   cache.name = cache.config.preset;
   cache.environment.push_back("SPARKV_PRESET=" + cache.name);
   for (const auto& [key, value] : options.values) {
-    if (key == "calibration") {
-      cache.environment.push_back(VariableOf(key) + "=" +
-                                  std::filesystem::absolute(value).string());
-      continue;
-    }
+    if (key == "calibration") continue;
     if (sparkv_config_set(&cache.config, key.c_str(), value.c_str(), &error) != SPARKV_OK)
       Refuse(key, error.text);
     cache.environment.push_back(VariableOf(key) + "=" + value);
   }
-  if (const auto file = options.values.find("calibration"); file != options.values.end())
+  if (const auto file = options.values.find("calibration"); file != options.values.end()) {
     Calibrate(file->second, &cache);
+    cache.environment.push_back("SPARKV_CALIBRATION=" +
+                                std::filesystem::absolute(file->second).string());
+  }
   return cache;
 }
 

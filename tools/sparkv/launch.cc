@@ -112,9 +112,6 @@ std::vector<std::string> ChildEnvironment(const Cache& cache, bool keep_settings
 
 Command MakeCommand(const std::string& program, const Cache& cache,
                     const std::vector<std::string>& args) {
-  const auto model = std::find(args.begin(), args.end(), "-m");
-  if (!cache.calibrated_for.empty() && args.end() - model > 1)
-    CheckCalibration(cache, ReadModelShape(model[1]));
   Command command{FindProgram(program), cache.Flags(), ChildEnvironment(cache, false)};
   command.args.insert(command.args.end(), args.begin(), args.end());
   return command;

@@ -267,7 +267,9 @@ SPARKV_API sparkv_status sparkv_cache_create(const sparkv_config* config, const 
 SPARKV_API void sparkv_cache_free(sparkv_cache* cache);
 /* Forgets every cell and gives all pages back. */
 SPARKV_API void sparkv_cache_clear(sparkv_cache* cache);
-/* Threads that attend may use from now on when the configuration leaves it to the host. */
+/* Threads that attend may use from now on when the configuration leaves it to the host: the
+   OpenMP team of the calling thread where the process has such a runtime (ggml computes with it, so
+   give the number that it is given), else threads of the cache's own. */
 SPARKV_API void sparkv_cache_set_threads(sparkv_cache* cache, int32_t n_threads);
 
 typedef enum sparkv_row_type { SPARKV_ROW_F32 = 0, SPARKV_ROW_F16 = 1 } sparkv_row_type;

@@ -1,9 +1,30 @@
 #include "base/thread_pool.h"
 
+#if __has_include(<dlfcn.h>)
+#include <dlfcn.h>
+#endif
+
 namespace sparkv {
 
-void ThreadPool::Resize(int n_threads) {
-  if (n_threads == size()) return;
+// A runtime that is not there is not loaded: without one, nobody shares its threads.
+ThreadPool::Team ThreadPool::FindTeam() {
+#if __has_include(<dlfcn.h>) && defined(RTLD_NOLOAD)
+  for (const char* name : {"libgomp.so.1", "libomp.so.5", "libomp.so"}) {
+    void* runtime = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);  // never closed: it stays as long as we
+    if (runtime == nullptr) continue;
+    if (void* entry = dlsym(runtime, "GOMP_parallel")) return reinterpret_cast<Team>(entry);
+    dlclose(runtime);
+  }
+#endif
+  return nullptr;
+}
+
+void ThreadPool::Resize(int n_threads, bool own) {
+  const Team team = own || n_threads == 1 ? nullptr : FindTeam();
+  if (team != nullptr) n_team_ = n_threads;
+  team_ = team;
+  if (team != nullptr) n_threads = 1;  // of our own
+  if (n_threads == int(workers_.size()) + 1) return;
   {
     std::lock_guard lock(mutex_);
     stop_ = true;
@@ -22,6 +43,20 @@ void ThreadPool::Resize(int n_threads) {
 }
 
 void ThreadPool::Run(int64_t n_tasks, Call call, void* context) {
+  if (team_ != nullptr) {
+    call_ = call;
+    context_ = context;
+    n_tasks_ = n_tasks;
+    next_.store(0, std::memory_order_relaxed);
+    arrived_.store(0, std::memory_order_relaxed);
+    // A runtime may give fewer threads than asked for, never more.
+    return team_(
+        [](void* self) {
+          auto* pool = static_cast<ThreadPool*>(self);
+          pool->Drain(pool->arrived_.fetch_add(1, std::memory_order_relaxed));
+        },
+        this, unsigned(n_team_), 0);
+  }
   {
     std::lock_guard lock(mutex_);
     call_ = call;

@@ -1,4 +1,7 @@
-// Threads that sleep until there is a loop to share. One loop at a time; the caller works too.
+// Threads for one loop at a time; the caller works too. Where an OpenMP runtime is in the process
+// they are its team of the calling thread: ggml computes with that team, so its threads are awake
+// when a loop begins, and threads of our own would compete with them while they wait for their next
+// one. Else threads of our own, which sleep between loops.
 #pragma once
 
 #include <atomic>
@@ -15,15 +18,17 @@ class ThreadPool {
  public:
   ~ThreadPool() { Resize(1); }
 
-  // Threads in all, the caller included. Threads that cannot be started are left out.
-  void Resize(int n_threads);
-  int size() const { return int(workers_.size()) + 1; }
+  // Threads in all, the caller included. Threads that cannot be started are left out. `own`: not
+  // the OpenMP team, which is made anew when its size changes and so wants the host's size.
+  void Resize(int n_threads, bool own = true);
+  int size() const { return team_ != nullptr ? n_team_ : int(workers_.size()) + 1; }
+  bool own() const { return team_ == nullptr; }
 
   // Calls body(task, thread) for task in [0, n_tasks); thread in [0, size()). Returns when all are
   // done.
   template <typename Body>
   void ParallelFor(int64_t n_tasks, Body&& body) {
-    if (workers_.empty() || n_tasks <= 1) {
+    if (size() == 1 || n_tasks <= 1) {
       for (int64_t i = 0; i < n_tasks; ++i) body(i, 0);
       return;
     }
@@ -37,10 +42,15 @@ class ThreadPool {
 
  private:
   using Call = void (*)(void* context, int64_t task, int thread);
+  // GOMP_parallel: fn(data) on every thread of the team; libgomp's, which libomp has too.
+  using Team = void (*)(void (*fn)(void*), void* data, unsigned n_threads, unsigned flags);
+  static Team FindTeam();
   void Run(int64_t n_tasks, Call call, void* context);
   void Work(int thread, uint64_t seen);
   void Drain(int thread);
 
+  Team team_ = nullptr;
+  int n_team_ = 1;
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
@@ -51,6 +61,7 @@ class ThreadPool {
   void* context_ = nullptr;
   int64_t n_tasks_ = 0;
   std::atomic<int64_t> next_{0};
+  std::atomic<int> arrived_{0};  // threads of the team
 };
 
 }  // namespace sparkv

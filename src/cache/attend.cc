@@ -19,8 +19,9 @@ constexpr int64_t kBlockTokens = 64;  // queries of a micro-batch that share unp
 constexpr int64_t kSplitTiles = 32;   // tiles per task when there are few queries
 constexpr int64_t kFewTokens = 8;
 constexpr int64_t kFewRecentTiles = 4;  // of recent rows, which need no task of their own
-// Below this many multiply-adds a loop ends before a sleeping thread has woken up.
-constexpr double kWorthWaking = 3e6;
+// Below this many multiply-adds a loop ends before a sleeping thread, or one of the host's team
+// that waits for its next loop, has begun.
+constexpr double kWorthWaking = 3e6, kWorthSharing = 2e5;
 
 // Calls body(table, rows) for each set of weights among the rows of a tile: bits `rows` of `any`.
 template <typename TableOf, typename Body>
@@ -105,7 +106,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
 
   const double work = double(args.n_streams) * double(args.n_tokens) * double(args.n_heads) *
                       double(args.n_kv) * double(k_dim + v_dim);
-  const int n_threads = work < kWorthWaking ? 1 : pool_.size();
+  const int n_threads = work < (pool_.own() ? kWorthWaking : kWorthSharing) ? 1 : pool_.size();
   const size_t kernel_floats = ScratchFloats(k_dim, v_dim, block_rows);
   // A tile of rows of a stage, and what kernels may read past it.
   size_t tile_bytes = 0;

@@ -101,8 +101,8 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
 }
 
 void KvCache::SetThreads(int n_threads) {
-  if (config_.threads > 0) n_threads = config_.threads;
-  pool_.Resize(std::clamp(n_threads, 1, 256));
+  const bool own = config_.threads > 0;
+  pool_.Resize(std::clamp(own ? config_.threads : n_threads, 1, 256), own);
 }
 
 void KvCache::Clear() {

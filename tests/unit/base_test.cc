@@ -1,3 +1,4 @@
+#include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
@@ -89,6 +90,32 @@ TEST(ThreadPool, RunsEveryTaskOnceWhateverItsSize) {
     }
   }
 }
+
+#if defined(__linux__) && !defined(__SANITIZE_THREAD__)  // which knows nothing of its barriers
+// The runtime that ggml uses with GCC. It is in this process from here on.
+TEST(ThreadPool, SharesTheTeamOfAnOpenMpRuntimeThatIsThere) {
+  ThreadPool pool;
+  void* runtime = dlopen("libgomp.so.1", RTLD_LAZY);
+  if (runtime == nullptr) GTEST_SKIP() << "no libgomp.so.1";
+  pool.Resize(3);
+  EXPECT_TRUE(pool.own());
+  for (const int threads : {2, 4, 1, 3}) {
+    pool.Resize(threads, false);
+    EXPECT_EQ(pool.size(), threads);
+    EXPECT_EQ(pool.own(), threads == 1);
+    for (const int64_t n : {0, 1, 2, 1000}) {
+      std::vector<std::atomic<int>> count(static_cast<size_t>(n));
+      std::atomic<bool> thread_in_range{true};
+      pool.ParallelFor(n, [&](int64_t task, int thread) {
+        ++count[size_t(task)];
+        if (thread < 0 || thread >= threads) thread_in_range = false;
+      });
+      for (const auto& c : count) ASSERT_EQ(c.load(), 1);
+      EXPECT_TRUE(thread_in_range);
+    }
+  }
+}
+#endif
 
 TEST(ThreadPool, LoopsDirectlyAfterResizeDoNotHang) {
   for (int i = 0; i < 200; ++i) {

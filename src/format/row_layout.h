@@ -33,7 +33,8 @@ static inline int NumberBits(sparkv_number number) {
 
 // Bits per number of quarter `tier` of the channels, 0 where the number type has no tiers.
 static inline int TierBits(sparkv_number number, int tier) {
-  constexpr int kBits[][4] = {{7, 5, 4, 3}, {7, 4, 3, 2}, {6, 3, 2, 1}, {5, 3, 2, 1}, {4, 2, 1, 1}};
+  static constexpr int kBits[][4] = {
+      {7, 5, 4, 3}, {7, 4, 3, 2}, {6, 3, 2, 1}, {5, 3, 2, 1}, {4, 2, 1, 1}};
   return number >= SPARKV_TIERS_7543 && number <= SPARKV_TIERS_4211
              ? kBits[number - SPARKV_TIERS_7543][tier]
              : 0;

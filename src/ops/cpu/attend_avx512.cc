@@ -273,16 +273,17 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
   if (key.number == SPARKV_F16 || (key.tiered() && !TiersByBytes(key)))
     return AttendPacked(key, value, block, tile, visible, mask, scratch, state);
   if (key.tiered()) {
-    return AttendBytes<TierBytes>(
-        key, value, block, tile, visible, mask, scratch, state,
-        [&](const uint8_t* rows16, unsigned rows, int run, TierBytes* keys) {
-          UnpackRun(key, rows16, rows, run, keys);
-        });
+    return AttendBytes<TierBytes>(key, value, block, tile, visible, mask, scratch, state,
+                                  [&](TierBytes* keys) { UnpackKeys(key, tile, keys); });
   }
   WithInteger(key.number, [&](auto number) {
     AttendBytes<KeyBytes>(key, value, block, tile, visible, mask, scratch, state,
-                          [&](const uint8_t* rows16, unsigned rows, int run, KeyBytes* keys) {
-                            UnpackRun<number()>(key, rows16, rows, run, keys);
+                          [&](KeyBytes* keys) {
+                            for (int run = 0; run < kTile / 16; ++run) {
+                              const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
+                              if (rows != 0)
+                                UnpackRun<number()>(key, tile.key[run], rows, run, keys);
+                            }
                           });
   });
 }

@@ -111,6 +111,18 @@ void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBloc
 template <int kSteps, int kBias>
 inline __m512 GridValues(__m512i e) {
   const __m512i place = _mm512_sub_epi32(e, _mm512_set1_epi32(1));
+  const __m512i octave = _mm512_sub_epi32(
+      _mm512_srai_epi32(place, std::countr_zero(unsigned(kSteps))), _mm512_set1_epi32(kBias));
+  const auto value = [&](__m512 mantissa) {
+    const __m512i bits =
+        _mm512_add_epi32(_mm512_castps_si512(mantissa), _mm512_slli_epi32(octave, 23));
+    return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(e, e), _mm512_castsi512_ps(bits));
+  };
+  if constexpr (kSteps == 4) {
+    const __m512 quarters = _mm512_broadcast_f32x4(
+        _mm_setr_ps(kPow2Table[0], kPow2Table[16], kPow2Table[32], kPow2Table[48]));
+    return value(_mm512_permutevar_ps(quarters, place));
+  }
   const __m512i index = _mm512_slli_epi32(_mm512_and_si512(place, _mm512_set1_epi32(kSteps - 1)),
                                           std::countr_zero(unsigned(64 / kSteps)));
   const __m512 a =
@@ -118,20 +130,15 @@ inline __m512 GridValues(__m512i e) {
   const __m512 b = _mm512_permutex2var_ps(_mm512_loadu_ps(kPow2Table + 32), index,
                                           _mm512_loadu_ps(kPow2Table + 48));
   const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
-  const __m512i octave = _mm512_sub_epi32(
-      _mm512_srai_epi32(place, std::countr_zero(unsigned(kSteps))), _mm512_set1_epi32(kBias));
-  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(_mm512_mask_mov_ps(a, upper, b)),
-                                        _mm512_slli_epi32(octave, 23));
-  return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(e, e), _mm512_castsi512_ps(bits));
+  return value(_mm512_mask_mov_ps(a, upper, b));
 }
 
-// Scale words at the head of 16 rows.
+// Scale words at the head of 16 rows, zero for rows that are not there.
 inline __m512i ScaleWords(const uint8_t* row, size_t bytes, unsigned rows) {
-  alignas(32) uint16_t words[16] = {};
-  for (int i = 0; i < 16; ++i) {
-    if ((rows >> i & 1) != 0) std::memcpy(&words[i], row + size_t(i) * bytes, 2);
-  }
-  return _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(words)));
+  alignas(32) uint16_t words[16];
+  for (int i = 0; i < 16; ++i) std::memcpy(&words[i], row + size_t(i) * bytes, 2);
+  return _mm512_maskz_cvtepu16_epi32(__mmask16(rows),
+                                     _mm256_load_si256(reinterpret_cast<const __m256i*>(words)));
 }
 
 // Keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
@@ -220,8 +227,8 @@ struct QueryBytes {
 
 // Products of R query rows with 16 tokens: out[r] = 256 high . bytes + low . bytes + bias.
 template <int R>
-inline void ByteProducts(const QueryBytes (&query)[R], int n_quads, const uint8_t* bytes,
-                         Vec (&out)[R]) {
+[[gnu::always_inline]] inline void ByteProducts(const QueryBytes (&query)[R], int n_quads,
+                                                const uint8_t* bytes, Vec (&out)[R]) {
   __m512i high[R], low[R];
   for (int r = 0; r < R; ++r) {
     high[r] = _mm512_set1_epi32(query[r].bias_high);
@@ -308,6 +315,93 @@ inline __m512i LookUp256(const uint8_t* table, __m512i code) {
   return _mm512_mask_mov_epi8(half(table), _mm512_movepi8_mask(code), half(table + 128));
 }
 
+// The codes of 64 trellis-coded numbers, first .. first + 63, of 16 rows. Bits of a code lie in
+// planes, so eight codes are a matrix of bits, eight bytes, to be transposed:
+//   matrix byte 7 - b = bit b of eight codes;  byte i of the product with 1 << i = code i
+// Bits 0 and 1 follow from the path and are made for eight rows at once.
+struct PieceOfRows {
+  const Piece piece;
+  bool together;  // the bytes of a row's planes are within 64: one load
+  uint64_t bytes = 0, present = 0;
+  __m512i from[4];  // matrix bytes of the rows 2 k and 2 k + 1 of eight: of the planes, or 64 and
+                    // on of two rows' path
+  PieceOfRows(const PlaneLayout& planes, int first) : piece(planes, first) {
+    const auto low_bytes = [](unsigned n) {
+      return n >= 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * n)) - 1;
+    };
+    const int last = piece.n_planes - 1;
+    const auto groups = [&](int p) {
+      return unsigned(std::min(64, planes.numbers[p] - first) + 7) / 8;
+    };
+    const unsigned span = piece.at[last] + groups(last) - piece.at[0];
+    together = span <= 64;
+    bytes = span >= 64 ? ~uint64_t{0} : (uint64_t{1} << span) - 1;
+    uint64_t start = 0x4048ull << 48;  // of eight codes: byte 7 path bit 0, byte 6 bit 1
+    present = 0xc0c0c0c0c0c0c0c0u & low_bytes(groups(0));
+    for (int p = 1; p <= last; ++p) {
+      start |= uint64_t(together ? piece.at[p] - piece.at[0] : unsigned(8 * p)) << (8 * (6 - p));
+      present |= 0x0101010101010101u << (6 - p) & low_bytes(groups(p));
+    }
+    const __m512i group = _mm512_set_epi64(
+        0x0707070707070707, 0x0606060606060606, 0x0505050505050505, 0x0404040404040404,
+        0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    for (int k = 0; k < 4; ++k, start += 0x1010ull << 48)
+      from[k] = _mm512_add_epi8(group, _mm512_set1_epi64(int64_t(start)));
+  }
+
+  template <bool kTogether>
+  [[gnu::always_inline]] __m512i Planes(const uint8_t* row) const {
+    if constexpr (kTogether) return _mm512_maskz_loadu_epi8(bytes, row + piece.at[0]);
+    alignas(64) uint64_t word[8] = {};
+    for (int p = 0; p < piece.n_planes; ++p) word[p] = Word(row + piece.at[p]);
+    return _mm512_load_si512(word);
+  }
+
+  // Calls body(i, codes of row i) for 16 rows, i a constant.
+  template <bool kTogether, typename Body>
+  [[gnu::always_inline]] void EachRow(const uint8_t* rows16, size_t row_bytes, Body&& body) const {
+    const __m512i one_bit = _mm512_set1_epi64(int64_t(0x8040201008040201u));
+    Unroll<2>([&](auto half) __attribute__((always_inline)) {
+      const uint8_t* rows = rows16 + size_t(8 * half) * row_bytes;
+      const auto words = [&](const uint8_t* at) __attribute__((always_inline)) {
+        const auto word = [&](int i) { return int64_t(Word(at + size_t(i) * row_bytes)); };
+        return _mm512_setr_epi64(word(0), word(1), word(2), word(3), word(4), word(5), word(6),
+                                 word(7));
+      };
+      const uint8_t* path_at = rows + piece.at[0];
+      const __m512i path = words(path_at);
+      const __m512i before = piece.later ? words(path_at - 8) : _mm512_setzero_si512();
+      const __m512i c0 = _mm512_shldi_epi64(path, before, 1);
+      const __m512i c1 = _mm512_xor_si512(path, _mm512_shldi_epi64(path, before, 2));
+      const __m512i even = _mm512_unpacklo_epi64(c0, c1), odd = _mm512_unpackhi_epi64(c0, c1);
+      Unroll<8>([&](auto i) __attribute__((always_inline)) {
+        const __m512i matrix =
+            _mm512_maskz_permutex2var_epi8(present, Planes<kTogether>(rows + size_t(i) * row_bytes),
+                                           from[i / 2], i % 2 == 0 ? even : odd);
+        body(std::integral_constant<int, 8 * half + i>(),
+             _mm512_gf2p8affine_epi64_epi8(one_bit, matrix, 0));
+      });
+    });
+  }
+};
+
+// Calls body(run, piece, constant: planes together) for pieces and runs with rows.
+template <typename Body>
+[[gnu::always_inline]] inline void EachPieceOfRuns(const PlaneLayout& planes, int n, uint64_t rows,
+                                                   Body&& body) {
+  for (int first = 0; first < n; first += 64) {
+    const PieceOfRows piece(planes, first);
+    for (int run = 0; run < kTile / 16; ++run) {
+      if ((rows >> (16 * run) & 0xffff) == 0) continue;
+      if (piece.together) {
+        body(first / 64, run, piece, std::true_type());
+      } else {
+        body(first / 64, run, piece, std::false_type());
+      }
+    }
+  }
+}
+
 // Tiered keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
 struct TierBytes {
   alignas(64) uint8_t level[kTile * kMaxHeadDim];         // 128 + level
@@ -321,46 +415,54 @@ inline bool WideTier(const KeyLayout& layout, int tier) {
   return TierBits(layout.number, tier) > kByteBits;
 }
 
-void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, int run,
-               TierBytes* out) {
+void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out) {
   const int n = layout.head_dim, per_tier = layout.per_tier(), n_pieces = (n + 63) / 64;
-  for (int p = 0; p < n_pieces; ++p) {
-    const Piece piece(layout.planes, 64 * p);
-    Vec block[16];
-    // Rows that are not there give codes as well; without a unit they score zero.
-    WithPlanes(piece.n_planes, [&](auto planes) {
-      for (int i = 0; i < 16; ++i)
-        block[i] = _mm512_castsi512_ps(piece.Codes<planes()>(rows16 + size_t(i) * layout.bytes));
-    });
-    TransposeStage<1>(block);
-    uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
-    for (int c = 0; c < 16 && 64 * p + 4 * c < n; ++c) {
-      const int channel = 64 * p + 4 * c, tier = channel / per_tier;
-      const int bits = TierBits(layout.number, tier);
-      const __m512i codes = _mm512_castps_si512(block[c]);
-      if (bits > kByteBits) {
-        _mm512_store_si512(to + 64 * c, LookUp256(kCodes.high[bits - 6], codes));
-        _mm512_store_si512(out->low + 16 * (run * per_tier + channel),
-                           LookUp256(kCodes.low[bits - 6], codes));
-      } else {
-        _mm512_store_si512(to + 64 * c,
-                           _mm512_permutexvar_epi8(codes, _mm512_load_si512(kCodes.centred[bits])));
-      }
+  EachPieceOfRuns(
+      layout.planes, n, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
+        Vec block[16];
+        // Rows that are not there give codes as well; without a unit they score zero.
+        piece.EachRow<together()>(
+            tile.key[run], layout.bytes, [&](auto i, __m512i codes) __attribute__((always_inline)) {
+              block[i] = _mm512_castsi512_ps(codes);
+            });
+        TransposeStage<1>(block);
+        const auto codes = [&](int c) { return _mm512_castps_si512(block[c]); };
+        uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
+        for (int t = 0; t < kTiers; ++t) {
+          const int bits = TierBits(layout.number, t);
+          const int begin = std::max(0, t * per_tier - 64 * p) / 4,
+                    end = std::min(64, (t + 1) * per_tier - 64 * p) / 4;
+          if (bits > kByteBits) {
+            uint8_t* low = out->low + 16 * (run * per_tier + 64 * p);
+            for (int c = begin; c < end; ++c) {
+              _mm512_store_si512(to + 64 * c, LookUp256(kCodes.high[bits - 6], codes(c)));
+              _mm512_store_si512(low + 64 * c, LookUp256(kCodes.low[bits - 6], codes(c)));
+            }
+          } else {
+            const __m512i levels = _mm512_load_si512(kCodes.centred[bits]);
+            for (int c = begin; c < end; ++c)
+              _mm512_store_si512(to + 64 * c, _mm512_permutexvar_epi8(codes(c), levels));
+          }
+        }
+      });
+  for (int run = 0; run < kTile / 16; ++run) {
+    const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
+    if (rows == 0) continue;
+    alignas(64) uint32_t gains[16];
+    for (int i = 0; i < 16; ++i)
+      std::memcpy(&gains[i], tile.key[run] + size_t(i) * layout.bytes, 4);
+    const __m512i words = _mm512_maskz_load_epi32(__mmask16(rows), gains);
+    for (int t = 0; t < kTiers; ++t) {
+      const __m512i e =
+          _mm512_and_si512(_mm512_srli_epi32(words, unsigned(6 * t)), _mm512_set1_epi32(63));
+      const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kTierGainNotFinite));
+      const __m512 unit =
+          _mm512_mul_ps(GridValues<4, 8>(e),
+                        _mm512_set1_ps(kTrellisLevels[TierBits(layout.number, t)].inverse_top));
+      _mm512_store_ps(
+          out->unit[t] + 16 * run,
+          _mm512_mask_mov_ps(unit, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN())));
     }
-  }
-  alignas(64) uint32_t gains[16];
-  for (int i = 0; i < 16; ++i) std::memcpy(&gains[i], rows16 + size_t(i) * layout.bytes, 4);
-  const __m512i words = _mm512_maskz_load_epi32(__mmask16(rows), gains);
-  for (int t = 0; t < kTiers; ++t) {
-    const __m512i e =
-        _mm512_and_si512(_mm512_srli_epi32(words, unsigned(6 * t)), _mm512_set1_epi32(63));
-    const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kTierGainNotFinite));
-    const __m512 unit =
-        _mm512_mul_ps(GridValues<4, 8>(e),
-                      _mm512_set1_ps(kTrellisLevels[TierBits(layout.number, t)].inverse_top));
-    _mm512_store_ps(
-        out->unit[t] + 16 * run,
-        _mm512_mask_mov_ps(unit, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN())));
   }
 }
 
@@ -406,28 +508,31 @@ struct ValueBytes {
   alignas(64) int8_t level[kTile * kMaxHeadDim];
 };
 
-template <int kBits>
 void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
   const int n_pieces = (layout.head_dim + 63) / 64;
-  const __m512i levels = _mm512_load_si512(kCodes.level[kBits]);
-  for (int p = 0; p < n_pieces; ++p) {
-    const Piece piece(layout.planes, 64 * p);
-    for (int g = 0; g < kTile / 4; ++g) {
-      if ((tile.rows >> (4 * g) & 15) == 0) continue;
-      const uint8_t* row = tile.value[g / 4] + size_t(g % 4 * 4) * layout.bytes;
-      __m512i x[4];
-      for (int i = 0; i < 4; ++i) {
-        x[i] = _mm512_permutexvar_epi8(piece.Codes<kBits>(row + size_t(i) * layout.bytes), levels);
-      }
-      const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
-      const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
-      int8_t* to = out->level + (size_t(g) * size_t(n_pieces) + size_t(p)) * 256;
-      _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
-      _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(a, c));
-      _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(b, d));
-      _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(b, d));
-    }
-  }
+  const __m512i levels = _mm512_load_si512(kCodes.level[TrellisBits(layout.number)]);
+  EachPieceOfRuns(layout.planes, layout.head_dim, tile.rows,
+                  [&](int p, int run, const PieceOfRows& piece, auto together) {
+                    __m512i x[4];
+                    piece.EachRow<together()>(
+                        tile.value[run],
+                        layout.bytes, [&](auto i, __m512i codes) __attribute__((always_inline)) {
+                          x[i % 4] = _mm512_permutexvar_epi8(codes, levels);
+                          if constexpr (i % 4 == 3) {
+                            const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]),
+                                          b = _mm512_unpackhi_epi8(x[0], x[1]),
+                                          c = _mm512_unpacklo_epi8(x[2], x[3]),
+                                          d = _mm512_unpackhi_epi8(x[2], x[3]);
+                            int8_t* to =
+                                out->level +
+                                (size_t(4 * run + i / 4) * size_t(n_pieces) + size_t(p)) * 256;
+                            _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
+                            _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(a, c));
+                            _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(b, d));
+                            _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(b, d));
+                          }
+                        });
+                  });
 }
 
 // Softmax weights of a row times the scales of the value rows, as 16-bit numbers: weight = factor *
@@ -650,19 +755,19 @@ inline __mmask16 ValueUnits(const ValueLayout& layout, const uint8_t* rows16, un
   return nan;
 }
 
-// unpack_run(rows16, rows, run, keys): keys of 16 rows.
-template <typename Keys, typename UnpackRun>
+// unpack_keys(keys): all keys of the tile.
+template <typename Keys, typename UnpackKeys>
 inline void AttendBytes(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
                         const PackedTile& tile, const uint64_t* visible,
                         const uint16_t* const* mask, const Scratch& scratch,
-                        const AttentionState& state, UnpackRun&& unpack_run) {
+                        const AttentionState& state, UnpackKeys&& unpack_keys) {
   Keys keys;
   ValueBytes levels;
   TileValues values{value, tile, levels, {}};
+  unpack_keys(&keys);
   for (int run = 0; run < 4; ++run) {
     const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
     if (rows == 0) continue;
-    unpack_run(tile.key[run], rows, run, &keys);
     // A value that is not finite gives no number: its key does, to those who see it.
     unsigned nan = 0;
     if (value.rotated()) {
@@ -679,10 +784,7 @@ inline void AttendBytes(const KeyLayout& key, const ValueLayout& value, const Qu
     _mm512_mask_store_ps(keys.FirstUnit() + 16 * run, __mmask16(nan),
                          _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
   }
-  if (value.trellis()) {
-    WithPlanes<4>(TrellisBits(value.number),
-                  [&](auto bits) { UnpackValues<bits()>(value, tile, &levels); });
-  }
+  if (value.trellis()) UnpackValues(value, tile, &levels);
   if (!value.rotated()) ClearHoles(tile.rows, scratch.value, PadTo16(block.v_dim));
   InParts<4>(block.n_rows, [&](int row, auto n) {
     ByteRows<n()>(key, block, row, keys, values, visible, mask, scratch, state);

@@ -175,12 +175,18 @@ class SealSide : public Side {
     constexpr size_t kChunk = 16;
     pool_.ParallelFor(int64_t((rows() + kChunk - 1) / kChunk), [&](int64_t chunk, int) {
       const size_t first = size_t(chunk) * kChunk, end = std::min(rows(), first + kChunk);
+      const float* tables[kChunk];
+      const uint16_t *keys[kChunk], *values[kChunk];
+      uint8_t *to_key[kChunk], *to_value[kChunk];
       for (size_t i = first; i < end; ++i) {
-        uint8_t* to = packed_.data() + i * row_bytes();
-        const size_t from = i * size_t(shape_.dim);
-        ops_->pack_key(key_, key_.needs_table() ? table_.data() : nullptr, &keys_[from], to);
-        ops_->pack_value(value_, &values_[from], to + key_.bytes);
+        tables[i - first] = key_.needs_table() ? table_.data() : nullptr;
+        keys[i - first] = &keys_[i * size_t(shape_.dim)];
+        values[i - first] = &values_[i * size_t(shape_.dim)];
+        to_key[i - first] = packed_.data() + i * row_bytes();
+        to_value[i - first] = to_key[i - first] + key_.bytes;
       }
+      ops_->pack_keys(key_, int(end - first), tables, keys, to_key);
+      ops_->pack_values(value_, int(end - first), values, to_value);
     });
   }
   double bytes() const override {

@@ -239,15 +239,35 @@ const float* KvCache::HeadTable(const LayerLayout& layer, uint16_t id, int head)
 // ExpandTables(layer) was called.
 void KvCache::PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id,
                       const uint16_t* key, const uint16_t* value) {
-  for (int h = 0; h < layer.n_kv_heads; ++h) {
-    uint8_t* to = key != nullptr ? PackedRow(layer, h, cell, true) : nullptr;
-    if (to != nullptr) {
-      ops_->pack_key(layer.key, HeadTable(layer, table_id, h),
-                     key + size_t(h) * size_t(layer.k_dim()), to);
-    }
-    to = value != nullptr ? PackedRow(layer, h, cell, false) : nullptr;
-    if (to != nullptr) ops_->pack_value(layer.value, value + size_t(h) * size_t(layer.v_dim()), to);
+  for (const bool keys : {true, false}) {
+    const uint16_t* row = keys ? key : value;
+    if (row == nullptr) continue;
+    RowBatch batch;
+    AddPackedRow(layer, cell, table_id, keys, row, &batch);
+    PackBatch(layer.key, layer.value, keys, &batch);
   }
+}
+
+// row: f16 of all heads; heads that have evicted the cell store nothing.
+void KvCache::AddPackedRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, bool keys,
+                           const uint16_t* row, RowBatch* batch) const {
+  const size_t dim = size_t(keys ? layer.k_dim() : layer.v_dim());
+  for (int h = 0; h < layer.n_kv_heads; ++h) {
+    uint8_t* to = PackedRow(layer, h, cell, keys);
+    if (to == nullptr) continue;
+    batch->Add(keys ? HeadTable(layer, table_id, h) : nullptr, row + size_t(h) * dim, to);
+  }
+}
+
+void KvCache::PackBatch(const KeyLayout& key, const ValueLayout& value, bool keys,
+                        RowBatch* batch) const {
+  const int n = int(batch->from.size());
+  if (keys) {
+    ops_->pack_keys(key, n, batch->tables.data(), batch->from.data(), batch->to.data());
+  } else {
+    ops_->pack_values(value, n, batch->from.data(), batch->to.data());
+  }
+  batch->Clear();
 }
 
 // row: f16 of all heads; coded: the same rows in the form of a stage. Stages behind the window need
@@ -255,15 +275,19 @@ void KvCache::PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id,
 void KvCache::Code(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
                    const uint16_t* row, uint8_t* coded) const {
   const StageLayout& rows = layer.stages[size_t(stage)];
+  RowBatch batch;
+  AddCodedRow(layer, stage, table_id, keys, row, coded, &batch);
+  PackBatch(rows.key, rows.value, keys, &batch);
+}
+
+void KvCache::AddCodedRow(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
+                          const uint16_t* row, uint8_t* coded, RowBatch* batch) const {
+  const StageLayout& rows = layer.stages[size_t(stage)];
+  const size_t dim = size_t(keys ? layer.k_dim() : layer.v_dim());
+  const size_t bytes = keys ? rows.key.bytes : rows.value.bytes;
   for (int h = 0; h < layer.n_kv_heads; ++h) {
-    if (keys) {
-      const float* table = stage == 0 ? nullptr : HeadTable(layer, table_id, h);
-      ops_->pack_key(rows.key, table, row + size_t(h) * size_t(layer.k_dim()),
-                     coded + size_t(h) * rows.key.bytes);
-    } else {
-      ops_->pack_value(rows.value, row + size_t(h) * size_t(layer.v_dim()),
-                       coded + size_t(h) * rows.value.bytes);
-    }
+    batch->Add(keys && stage > 0 ? HeadTable(layer, table_id, h) : nullptr, row + size_t(h) * dim,
+               coded + size_t(h) * bytes);
   }
 }
 

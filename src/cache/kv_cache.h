@@ -71,6 +71,22 @@ class KvCache {
     bool sealing = false;
     int64_t block = 0;  // with a baseline: its keys are coded with those of the same number
   };
+  // Rows of heads that are packed together.
+  struct RowBatch {
+    std::vector<const float*> tables;
+    std::vector<const uint16_t*> from;
+    std::vector<uint8_t*> to;
+    void Add(const float* table, const uint16_t* row, uint8_t* packed) {
+      tables.push_back(table);
+      from.push_back(row);
+      to.push_back(packed);
+    }
+    void Clear() {
+      tables.clear();
+      from.clear();
+      to.clear();
+    }
+  };
   struct NewTable {
     uint16_t id;
     std::vector<std::pair<int32_t, int64_t>>
@@ -227,6 +243,11 @@ class KvCache {
   }
   void Code(const LayerLayout& layer, int stage, uint16_t table_id, bool keys, const uint16_t* row,
             uint8_t* coded) const;
+  void AddCodedRow(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
+                   const uint16_t* row, uint8_t* coded, RowBatch* batch) const;
+  void AddPackedRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, bool keys,
+                    const uint16_t* row, RowBatch* batch) const;
+  void PackBatch(const KeyLayout& key, const ValueLayout& value, bool keys, RowBatch* batch) const;
   void Decode(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
               const uint8_t* coded, uint16_t* row) const;
   void ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16_t* out) const;

@@ -19,8 +19,11 @@ bool KvCache::PacksToItself(const LayerLayout& layer, const KeyLayout& key, uint
   uint16_t again[kMaxHeadDim];
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     const size_t at = size_t(h) * size_t(layer.k_dim());
-    ops_->pack_key(key, HeadTable(layer, table_id, h), row + at, packed);
-    ops_->unpack_key(key, HeadTable(layer, table_id, h), packed, again);
+    const float* table = HeadTable(layer, table_id, h);
+    const uint16_t* k = row + at;
+    uint8_t* to = packed;
+    ops_->pack_keys(key, 1, &table, &k, &to);
+    ops_->unpack_key(key, table, packed, again);
     for (int j = 0; j < layer.k_dim(); ++j) {
       if (again[j] != row[at + size_t(j)] && ((again[j] | row[at + size_t(j)]) & 0x7fffu) != 0)
         return false;
@@ -193,10 +196,11 @@ void KvCache::EndRestore() {
       const auto* values =
           reinterpret_cast<const uint16_t*>(StageRows(layer, 0, cells_.slot(cell), false));
       for (int h = 0; h < layer.n_kv_heads && !raw && layer.value.rotated(); ++h) {
-        const size_t at = size_t(h) * size_t(layer.v_dim());
-        ops_->pack_value(layer.value, values + at, packed.data());
+        const uint16_t* v = values + size_t(h) * size_t(layer.v_dim());
+        uint8_t* to = packed.data();
+        ops_->pack_values(layer.value, 1, &v, &to);
         ops_->unpack_value(layer.value, packed.data(), again.data());
-        raw = std::memcmp(again.data(), values + at, size_t(layer.v_dim()) * 2) != 0;
+        raw = std::memcmp(again.data(), v, size_t(layer.v_dim()) * 2) != 0;
       }
       if (raw) continue;
       cells_.pinned(cell) = 1;

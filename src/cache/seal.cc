@@ -150,28 +150,44 @@ void KvCache::SealLayer(int layer_index) {
   if (baseline_.codec != Codec::kNone) return SealBaseline(layer);
   const int64_t n = int64_t(step_.aging.size());
   constexpr int64_t kChunk = 16;
+  const int n_stages = layout_.n_stages();
   const auto body = [&](int64_t chunk, int) {
-    std::vector<uint16_t> row(std::max(layer.k_row(), layer.v_row()));
+    const Column* columns = step_.aging.data() + chunk * kChunk;
+    const int64_t count = std::min(kChunk, n - chunk * kChunk);
+    std::vector<uint16_t> rows;
     std::vector<uint8_t> passed;
-    for (int64_t i = chunk * kChunk; i < std::min(n, (chunk + 1) * kChunk); ++i) {
-      const Column& column = step_.aging[size_t(i)];
-      const int last =
-          column.sealing ? layout_.n_stages() - 1 : int(std::bit_width(column.enters)) - 1;
-      for (const bool keys : {true, false}) {
-        ReadColumn(layer, column, keys, row.data());
-        for (int stage = column.stage + 1; stage <= last; ++stage) {
-          const int32_t slot = column.coded[size_t(stage)];
-          passed.resize(layer.stages[size_t(stage)].bytes(layer.n_kv_heads));
-          uint8_t* to = slot < 0 ? passed.data() : StageRows(layer, stage, slot, keys);
-          Code(layer, stage, column.table, keys, row.data(), to);
-          if (stage < last || column.sealing)
-            Decode(layer, stage, column.table, keys, to, row.data());
+    RowBatch batch;
+    for (const bool keys : {true, false}) {
+      const size_t row = keys ? layer.k_row() : layer.v_row();
+      rows.resize(size_t(count) * row);
+      const auto row_at = [&](int64_t i) { return rows.data() + size_t(i) * row; };
+      for (int64_t i = 0; i < count; ++i) ReadColumn(layer, columns[i], keys, row_at(i));
+      for (int stage = 1; stage < n_stages; ++stage) {
+        const size_t bytes = layer.stages[size_t(stage)].bytes(layer.n_kv_heads);
+        passed.resize(size_t(count) * bytes);
+        const auto enters = [&](const Column& c) {
+          return stage > c.stage && (c.sealing || c.enters >> stage != 0);
+        };
+        const auto coded = [&](int64_t i) {
+          const int32_t slot = columns[i].coded[size_t(stage)];
+          return slot < 0 ? passed.data() + size_t(i) * bytes : StageRows(layer, stage, slot, keys);
+        };
+        for (int64_t i = 0; i < count; ++i) {
+          if (enters(columns[i]))
+            AddCodedRow(layer, stage, columns[i].table, keys, row_at(i), coded(i), &batch);
         }
-        if (column.sealing) {
-          PackRow(layer, column.cell, column.table, keys ? row.data() : nullptr,
-                  keys ? nullptr : row.data());
+        PackBatch(layer.stages[size_t(stage)].key, layer.stages[size_t(stage)].value, keys, &batch);
+        for (int64_t i = 0; i < count; ++i) {
+          const Column& c = columns[i];
+          if (enters(c) && (c.sealing || c.enters >> stage > 1))
+            Decode(layer, stage, c.table, keys, coded(i), row_at(i));
         }
       }
+      for (int64_t i = 0; i < count; ++i) {
+        if (columns[i].sealing)
+          AddPackedRow(layer, columns[i].cell, columns[i].table, keys, row_at(i), &batch);
+      }
+      PackBatch(layer.key, layer.value, keys, &batch);
     }
   };
   if (n <= kChunk) {

@@ -155,7 +155,8 @@ sparkv_status sparkv_pack_key(const sparkv_config* config, const uint16_t* table
     float weights[sparkv::kWeightParts * sparkv::kMaxHeadDim];
     if (Status s = sparkv::CheckTable(r.key, table); !s.ok()) return s;
     if (r.key.needs_table()) sparkv::ExpandTable(table, head_dim, weights);
-    r.ops->pack_key(r.key, weights, k, row);
+    const float* all_weights = weights;
+    r.ops->pack_keys(r.key, 1, &all_weights, &k, &row);
     return Status::Ok();
   });
 }
@@ -186,7 +187,7 @@ sparkv_status sparkv_pack_value(const sparkv_config* config, const uint16_t* v, 
     if (Status s = sparkv::CheckSize(row_size, r.value.bytes); !s.ok()) return s;
     if (v == nullptr || row == nullptr)
       return Status::Invalid(v == nullptr ? "v: NULL" : "row: NULL");
-    r.ops->pack_value(r.value, v, row);
+    r.ops->pack_values(r.value, 1, &v, &row);
     return Status::Ok();
   });
 }

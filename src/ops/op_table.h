@@ -81,9 +81,12 @@ static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim) {
 struct OpTable {
   const char* name;
 
-  // One row of one head. k, v: f16. table: KeyWeights, NULL when not needed.
-  void (*pack_key)(const KeyLayout& layout, const float* table, const uint16_t* k, uint8_t* row);
-  void (*pack_value)(const ValueLayout& layout, const uint16_t* v, uint8_t* row);
+  // Rows of one layout, of any tokens and heads; sixteen together cost little more than one. k, v:
+  // f16 [n_rows][head_dim]. tables: KeyWeights of each row, NULL when not needed.
+  void (*pack_keys)(const KeyLayout& layout, int n_rows, const float* const* tables,
+                    const uint16_t* const* k, uint8_t* const* rows);
+  void (*pack_values)(const ValueLayout& layout, int n_rows, const uint16_t* const* v,
+                      uint8_t* const* rows);
   // Back to f16, value rotation undone. The same bits on every instruction set.
   void (*unpack_key)(const KeyLayout& layout, const float* table, const uint8_t* row, uint16_t* k);
   void (*unpack_value)(const ValueLayout& layout, const uint8_t* row, uint16_t* v);

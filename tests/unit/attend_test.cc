@@ -70,8 +70,8 @@ class Tile {
     for (auto [run, bytes] : {std::pair(&packed_keys[t / 16], shape.key.bytes),
                               std::pair(&packed_values[t / 16], shape.value.bytes)})
       run->resize(16 * size_t(bytes) + 128, 0xee);
-    ops->pack_key(shape.key, table.data(), k.data(), const_cast<uint8_t*>(Key(shape, t)));
-    ops->pack_value(shape.value, v.data(), const_cast<uint8_t*>(Value(shape, t)));
+    PackKey(ops, shape.key, table.data(), k.data(), const_cast<uint8_t*>(Key(shape, t)));
+    PackValue(ops, shape.value, v.data(), const_cast<uint8_t*>(Value(shape, t)));
   }
   const uint8_t* Key(const Shape& shape, int t) const {
     return packed_keys[t / 16].data() + size_t(t % 16) * shape.key.bytes;

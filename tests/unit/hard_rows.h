@@ -23,6 +23,15 @@ inline std::vector<const OpTable*> AllOps() {
 
 inline const int kHeadDims[] = {32, 40, 64, 72, 80, 96, 112, 128, 136, 192, 256, 320, 512};
 
+inline void PackKey(const OpTable* ops, const KeyLayout& layout, const float* table,
+                    const uint16_t* k, uint8_t* row) {
+  ops->pack_keys(layout, 1, &table, &k, &row);
+}
+inline void PackValue(const OpTable* ops, const ValueLayout& layout, const uint16_t* v,
+                      uint8_t* row) {
+  ops->pack_values(layout, 1, &v, &row);
+}
+
 // Kind 0: heavy tails and outlier channels. 1: exact ties. 2: mostly zeros. 3: one channel carries
 // all. 4: near the ends of f16. 5: tiny. 6: all zero. 7: one value only. 8: NaN and infinity among
 // numbers.

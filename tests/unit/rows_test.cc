@@ -85,18 +85,18 @@ TEST(Rows, EveryInstructionSetWritesTheSameBytesAndPackingIsIdempotent) {
         for (int kind = 0; kind < kKinds; ++kind) {
           const std::vector<uint16_t> k = HardRow(dim, kind, rng);
           std::vector<uint8_t> first(layout.bytes + 64, 0xaa), row(layout.bytes + 64, 0xaa);
-          ops[0]->pack_key(layout, table.table.data(), k.data(), first.data());
+          PackKey(ops[0], layout, table.table.data(), k.data(), first.data());
           std::vector<uint16_t> back(k.size()), other(k.size());
           ops[0]->unpack_key(layout, table.table.data(), first.data(), back.data());
           for (const OpTable* op : ops) {
             std::fill(row.begin(), row.end(), 0xaa);
-            op->pack_key(layout, table.table.data(), k.data(), row.data());
+            PackKey(op, layout, table.table.data(), k.data(), row.data());
             ASSERT_EQ(row, first) << op->name << " " << Name(config) << " D " << dim << " kind "
                                   << kind << " weights " << weights;
             op->unpack_key(layout, table.table.data(), row.data(), other.data());
             ASSERT_EQ(other, back) << op->name << " " << Name(config);
           }
-          ops[0]->pack_key(layout, table.table.data(), back.data(), row.data());
+          PackKey(ops[0], layout, table.table.data(), back.data(), row.data());
           ASSERT_EQ(row, first) << "not idempotent: " << Name(config) << " D " << dim << " kind "
                                 << kind << " weights " << weights;
         }
@@ -117,18 +117,62 @@ TEST(Rows, ValuesAreTheSameBytesEverywhereAndIdempotent) {
           const std::vector<uint16_t> v = HardRow(dim, kind, rng);
           std::vector<uint8_t> first(layout.bytes + 64, 0xaa), row(layout.bytes + 64, 0xaa);
           std::vector<uint16_t> back(v.size()), other(v.size());
-          ops[0]->pack_value(layout, v.data(), first.data());
+          PackValue(ops[0], layout, v.data(), first.data());
           ops[0]->unpack_value(layout, first.data(), back.data());
           for (const OpTable* op : ops) {
             std::fill(row.begin(), row.end(), 0xaa);
-            op->pack_value(layout, v.data(), row.data());
+            PackValue(op, layout, v.data(), row.data());
             ASSERT_EQ(row, first) << op->name << " D " << dim << " kind " << kind;
             op->unpack_value(layout, row.data(), other.data());
             ASSERT_EQ(other, back) << op->name;
           }
-          ops[0]->pack_value(layout, back.data(), row.data());
+          PackValue(ops[0], layout, back.data(), row.data());
           ASSERT_EQ(row, first) << "not idempotent: D " << dim << " number " << number << " kind "
                                 << kind;
+        }
+      }
+    }
+  }
+}
+
+// Rows beside each other do not touch: each is packed as if it were alone, whatever their number,
+// their weights and what the others are.
+TEST(Rows, ManyTogetherAreTheBytesOfEachAlone) {
+  std::mt19937 rng(31);
+  constexpr int kMost = 37;
+  for (const OpTable* ops : AllOps()) {
+    for (const int dim : {32, 40, 64, 128, 136, 512}) {
+      for (const sparkv_config& config : AllConfigs()) {
+        const KeyLayout key = LayoutOf(config, dim);
+        const ValueLayout value = ValueLayout::Make(dim, sparkv_number(config.values));
+        std::vector<Table> weights;
+        for (int i = 0; i < 3; ++i) weights.push_back(TableOf(key, HardWeights(dim, i, rng)));
+        for (const int n : {1, 3, kMost}) {
+          std::vector<std::vector<uint16_t>> numbers;
+          std::vector<std::vector<uint8_t>> keys(size_t(n),
+                                                 std::vector<uint8_t>(key.bytes + 1, 0xaa));
+          std::vector<std::vector<uint8_t>> values(size_t(n),
+                                                   std::vector<uint8_t>(value.bytes + 1, 0xaa));
+          std::vector<const float*> tables;
+          std::vector<const uint16_t*> from;
+          std::vector<uint8_t*> to_key, to_value;
+          for (int i = 0; i < n; ++i) numbers.push_back(HardRow(dim, int(rng() % kKinds), rng));
+          for (size_t i = 0; i < size_t(n); ++i) {
+            tables.push_back(weights[i / 2 % 3].table.data());
+            from.push_back(numbers[i].data());
+            to_key.push_back(keys[i].data());
+            to_value.push_back(values[i].data());
+          }
+          ops->pack_keys(key, n, tables.data(), from.data(), to_key.data());
+          ops->pack_values(value, n, from.data(), to_value.data());
+          for (size_t i = 0; i < size_t(n); ++i) {
+            std::vector<uint8_t> alone(key.bytes + 1, 0xaa);
+            PackKey(ops, key, tables[i], from[i], alone.data());
+            ASSERT_EQ(keys[i], alone) << ops->name << " " << Name(config) << " D " << dim;
+            alone.assign(value.bytes + 1, 0xaa);
+            PackValue(ops, value, from[i], alone.data());
+            ASSERT_EQ(values[i], alone) << ops->name << " " << Name(config) << " D " << dim;
+          }
         }
       }
     }
@@ -152,9 +196,9 @@ uint64_t HashOfRows(const std::vector<sparkv_config>& configs) {
       for (uint16_t& half : row) half = uint16_t((rng() & 0x83ff) | (8 + rng() % 16) << 10);
       const KeyLayout key = LayoutOf(config, dim);
       const ValueLayout value = ValueLayout::Make(dim, sparkv_number(config.values));
-      AllOps().back()->pack_key(key, TableOf(key, u).table.data(), row.data(), bytes);
+      PackKey(AllOps().back(), key, TableOf(key, u).table.data(), row.data(), bytes);
       add(key.bytes);
-      AllOps().back()->pack_value(value, row.data(), bytes);
+      PackValue(AllOps().back(), value, row.data(), bytes);
       add(value.bytes);
     }
   }
@@ -188,7 +232,7 @@ TEST(Rows, ErrorsLieWhereTheFormatPutsThem) {
       const std::vector<uint16_t> k = HardRow(64, 0, rng);
       std::vector<uint8_t> row(layout.bytes);
       std::vector<uint16_t> back(64);
-      CpuOps(SPARKV_SIMD_AUTO)->pack_key(layout, table.table.data(), k.data(), row.data());
+      PackKey(CpuOps(SPARKV_SIMD_AUTO), layout, table.table.data(), k.data(), row.data());
       CpuOps(SPARKV_SIMD_AUTO)->unpack_key(layout, table.table.data(), row.data(), back.data());
       for (size_t j = 0; j < 64; ++j) {
         const double w = KeyWeights(table.table.data(), 64).weight[j], x = HalfToFloat(k[j]) * w,
@@ -225,11 +269,11 @@ TEST(Trellis, RowsAreWhatTheReferenceReads) {
           }
           return true;
         };
-        ops->pack_key(key, table.table.data(), in.data(), row.data());
+        PackKey(ops, key, table.table.data(), in.data(), row.data());
         ops->unpack_key(key, table.table.data(), row.data(), out.data());
         ASSERT_TRUE(equals(reference::UnpackTiers(row.data(), table.a.data(), dim, bits), 1e-4))
             << Name(config) << " D " << dim << " kind " << kind;
-        ops->pack_value(value, in.data(), row.data());
+        PackValue(ops, value, in.data(), row.data());
         ops->unpack_value(value, row.data(), out.data());
         const int value_bits = TrellisBits(value.number);
         ASSERT_TRUE(equals(reference::UnpackTrellisValue(row.data(), dim, value_bits), 1e-4))
@@ -253,7 +297,7 @@ TEST(Trellis, NoPathIsMuchBetter) {
       std::vector<uint16_t> v(64), back(64);
       for (uint16_t& half : v) half = FloatToHalf(normal(rng));
       std::vector<uint8_t> row(layout.bytes);
-      CpuOps(SPARKV_SIMD_AUTO)->pack_value(layout, v.data(), row.data());
+      PackValue(CpuOps(SPARKV_SIMD_AUTO), layout, v.data(), row.data());
       CpuOps(SPARKV_SIMD_AUTO)->unpack_value(layout, row.data(), back.data());
       std::vector<float> x(64);
       for (size_t j = 0; j < 64; ++j) {
@@ -289,7 +333,7 @@ TEST(Rows, NaNStaysInItsOwnRow) {
     const std::vector<uint16_t> k = HardRow(64, 8, rng);
     std::vector<uint8_t> row(layout.bytes);
     std::vector<uint16_t> back(64);
-    CpuOps(SPARKV_SIMD_PLAIN)->pack_key(layout, table.table.data(), k.data(), row.data());
+    PackKey(CpuOps(SPARKV_SIMD_PLAIN), layout, table.table.data(), k.data(), row.data());
     CpuOps(SPARKV_SIMD_PLAIN)->unpack_key(layout, table.table.data(), row.data(), back.data());
     int nan = 0;
     for (const uint16_t h : back) nan += std::isnan(HalfToFloat(h)) ? 1 : 0;

@@ -6,12 +6,13 @@
 
 namespace sparkv {
 
-#define SPARKV_DECLARE_PACK(isa)                                             \
-  namespace isa {                                                            \
-  void PackKey(const KeyLayout&, const float*, const uint16_t*, uint8_t*);   \
-  void PackValue(const ValueLayout&, const uint16_t*, uint8_t*);             \
-  void UnpackKey(const KeyLayout&, const float*, const uint8_t*, uint16_t*); \
-  void UnpackValue(const ValueLayout&, const uint8_t*, uint16_t*);           \
+#define SPARKV_DECLARE_PACK(isa)                                                     \
+  namespace isa {                                                                    \
+  void PackKeys(const KeyLayout&, int, const float* const*, const uint16_t* const*,  \
+                uint8_t* const*);                                                    \
+  void PackValues(const ValueLayout&, int, const uint16_t* const*, uint8_t* const*); \
+  void UnpackKey(const KeyLayout&, const float*, const uint8_t*, uint16_t*);         \
+  void UnpackValue(const ValueLayout&, const uint8_t*, uint16_t*);                   \
   }
 
 // The attention of `isa` beside the packing of `pack`.
@@ -24,7 +25,7 @@ namespace sparkv {
   void AttendDense(const QueryBlock&, const DenseTile&, const uint64_t*, const uint16_t* const*, \
                    const Scratch&, const AttentionState&);                                       \
   constexpr OpTable kOps{                                                                        \
-      #isa,           pack::PackKey,    pack::PackValue, pack::UnpackKey, pack::UnpackValue,     \
+      #isa,           pack::PackKeys,   pack::PackValues, pack::UnpackKey, pack::UnpackValue,    \
       PrepareQueries, AttendPackedTile, AttendDense};                                            \
   }
 

@@ -240,8 +240,7 @@ inline bool Settle(const KeyLayout& layout, const float* table, uint8_t* row) {
   return false;
 }
 
-void PackKey(const KeyLayout& layout, const float* table, const uint16_t* k, uint8_t* row) {
-  if (layout.tiered()) return PackTiers(layout, table, k, row);
+inline void PackKey(const KeyLayout& layout, const float* table, const uint16_t* k, uint8_t* row) {
   bool fragile = false;
   PackKeyOnce(layout, table, k, row, &fragile);
   if (!fragile || Settle(layout, table, row)) return;
@@ -253,6 +252,12 @@ void PackKey(const KeyLayout& layout, const float* table, const uint16_t* k, uin
     PutScale(row, ScaleWord(layout.kept > 0 ? KeyScaleOf(GetScale(row)) : 0, 0));
   }
   Settle(layout, table, row);
+}
+
+void PackKeys(const KeyLayout& layout, int n_rows, const float* const* tables,
+              const uint16_t* const* k, uint8_t* const* rows) {
+  if (layout.tiered()) return PackTiers(layout, n_rows, tables, k, rows);
+  for (int r = 0; r < n_rows; ++r) PackKey(layout, tables[r], k[r], rows[r]);
 }
 
 void UnpackValue(const ValueLayout& layout, const uint8_t* row, uint16_t* v) {
@@ -276,8 +281,13 @@ void UnpackValue(const ValueLayout& layout, const uint8_t* row, uint16_t* v) {
     const float centre = bytes ? 127.5f : 7.5f;
     const float step = ValueScaleGrid::Value(e) / centre;
     const uint8_t* code = row + layout.scale_bytes;
-    for (int j = 0; j < n; ++j)
-      x[j] = (float(bytes ? code[j] : code[j / 2] >> (j % 2 * 4) & 15) - centre) * step;
+    alignas(64) uint8_t codes[kMaxHeadDim];
+    if (bytes) {
+      std::memcpy(codes, code, size_t(n));
+    } else {
+      for (int j = 0; j < n; ++j) codes[j] = uint8_t(code[j / 2] >> (j % 2 * 4) & 15);
+    }
+    for (int j = 0; j < n; ++j) x[j] = (float(codes[j]) - centre) * step;
   }
   Rotate(x, n, RotationBlock(n));
   for (int j = 0; j < n; ++j) {
@@ -295,36 +305,16 @@ inline void PackValueOnce(const ValueLayout& layout, const uint16_t* v, uint8_t*
     return;
   }
   alignas(64) float x[kMaxHeadDim];
-  bool finite = true;
-  for (int j = 0; j < n; ++j) {
-    x[j] = HalfToFloat(v[j]);
-    finite &= (v[j] & 0x7c00u) != 0x7c00u;
-  }
-  if (!finite) {
-    if (layout.trellis()) {
-      row[0] = kValueGainNotFinite;
-    } else {
-      PutScale(row, kValueScaleNotFinite);
-    }
-    return;
-  }
+  if (!HalfFloats(v, n, x)) return PutScale(row, kValueScaleNotFinite);
   Rotate(x, n, RotationBlock(n));
-  if (layout.trellis()) {
-    int gain = 0;
-    PackTrellis<ValueGainGrid>(RunsOf(layout), x, row, &gain, fragile);
-    row[0] = uint8_t(gain);
-    const float top = ValueGainGrid::Value(gain);
-    if (top < 0x1p-6f || top > 4096.0f) *fragile = true;
-    return;
-  }
-  float largest = 0.0f;
-  int largest_at = 0;
+  float in_lane[kLanes16] = {};
   for (int j = 0; j < n; ++j) {
-    if (std::fabs(x[j]) > largest) {
-      largest = std::fabs(x[j]);
-      largest_at = j;
-    }
+    float& most = in_lane[j % kLanes16];
+    most = std::max(most, std::fabs(x[j]));
   }
+  const float largest = *std::max_element(in_lane, in_lane + kLanes16);
+  int largest_at = 0;
+  while (std::fabs(x[largest_at]) < largest) ++largest_at;
   const int e = largest < 0x1p-20f ? 0 : ValueScaleGrid::Ceil(largest, kValueTolerance);
   PutScale(row, uint32_t(e));
   if (e == 0) return;
@@ -347,20 +337,46 @@ inline void PackValueOnce(const ValueLayout& layout, const uint16_t* v, uint8_t*
   *fragile = largest < 0x1p-6f || largest > 4096.0f;
 }
 
-void PackValue(const ValueLayout& layout, const uint16_t* v, uint8_t* row) {
-  bool fragile = false;
-  PackValueOnce(layout, v, row, &fragile);
-  for (int round = 0; fragile && round < kSettle; ++round) {
-    uint16_t unpacked[kMaxHeadDim];
-    uint8_t again[2 * kMaxHeadDim + 2];
+// Packs what a fragile row unpacks to until the bytes stay the same.
+inline bool SettleValue(const ValueLayout& layout, uint8_t* row) {
+  uint16_t unpacked[kMaxHeadDim];
+  const uint16_t* v = unpacked;
+  uint8_t again[2 * kMaxHeadDim + 2];
+  uint8_t* to = again;
+  for (int round = 0; round < kSettle; ++round) {
     UnpackValue(layout, row, unpacked);
-    PackValueOnce(layout, unpacked, again, &fragile);
-    if (std::memcmp(row, again, layout.bytes) == 0) return;
+    bool fragile = false;
+    if (layout.trellis()) {
+      PackTrellisValuesOnce(layout, 1, &v, &to);
+    } else {
+      PackValueOnce(layout, v, again, &fragile);
+    }
+    if (std::memcmp(row, again, layout.bytes) == 0) return true;
     std::memcpy(row, again, layout.bytes);
   }
-  if (fragile && layout.trellis()) {
-    // f16 cannot hold it: zero, which is exact.
-    const uint16_t zero[kMaxHeadDim] = {};
-    PackValueOnce(layout, zero, row, &fragile);
+  return false;
+}
+
+void PackValues(const ValueLayout& layout, int n_rows, const uint16_t* const* v,
+                uint8_t* const* rows) {
+  if (!layout.trellis()) {
+    for (int r = 0; r < n_rows; ++r) {
+      bool fragile = false;
+      PackValueOnce(layout, v[r], rows[r], &fragile);
+      if (fragile) SettleValue(layout, rows[r]);
+    }
+    return;
+  }
+  for (int r = 0; r < n_rows; r += kRowLanes) {
+    const int n = std::min(kRowLanes, n_rows - r);
+    for (unsigned left = PackTrellisValuesOnce(layout, n, v + r, rows + r); left != 0;
+         left &= left - 1) {
+      uint8_t* row = rows[r + std::countr_zero(left)];
+      if (SettleValue(layout, row)) continue;
+      // f16 cannot hold it: zero, which is exact.
+      const uint16_t zero[kMaxHeadDim] = {};
+      const uint16_t* z = zero;
+      PackTrellisValuesOnce(layout, 1, &z, &row);
+    }
   }
 }

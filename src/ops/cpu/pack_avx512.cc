@@ -1,3 +1,5 @@
+#include <immintrin.h>
+
 #include "ops/cpu/inl.h"
 
 namespace sparkv::avx512 {

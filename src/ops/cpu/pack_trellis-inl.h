@@ -2,38 +2,120 @@
 // on every instruction set, and Pack(RoundToHalf(Unpack(row))) == row. The second rests on levels
 // being whole numbers: numbers that were coded before are recognised, gain and all.
 
+// Rows are packed side by side, one per lane of a vector: a path is a long chain of small steps,
+// and rows do not wait for each other. Every lane does what a row alone would do, in the same
+// order, so bytes do not depend on the width.
+#if defined(__AVX512F__)
+constexpr int kRowLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kRowLanes = 8;
+#else
+constexpr int kRowLanes = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(4 * kRowLanes), may_alias));
+typedef int32_t IntLanes __attribute__((vector_size(4 * kRowLanes), may_alias));
+
+inline bool Any(IntLanes mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(__m512i(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(__m256i(mask)) != 0;
+#else
+  int32_t any = 0;
+  for (int r = 0; r < kRowLanes; ++r) any |= mask[r];
+  return any != 0;
+#endif
+}
+inline Lanes Floats(IntLanes x) { return __builtin_convertvector(x, Lanes); }
+inline IntLanes Truncated(Lanes x) { return __builtin_convertvector(x, IntLanes); }
+inline Lanes Magnitude(Lanes x) { return x < 0.0f ? -x : x; }
+
+constexpr bool LevelFormulasAreExact() {
+  for (int bits = 1; bits <= kMaxTrellisBits; ++bits) {
+    const LevelFormula f(bits);
+    for (int code = 0; code < 2 << bits; ++code) {
+      const float y = float(code) - f.centre, size = y < 0.0f ? -y : y;
+      const int level = int(size * (f.linear + f.square * size) + 0.5f);
+      if ((y < 0.0f ? -level : level) != kTrellisLevels[bits].level[code]) return false;
+    }
+  }
+  return true;
+}
+static_assert(LevelFormulasAreExact());
+
+// Levels of codes; of codes that there are not, some number.
+template <int kBits>
+inline Lanes LevelOf(IntLanes code) {
+#if defined(__AVX512F__)
+  if constexpr (kBits <= 4) {
+    struct Table {
+      alignas(64) float level[32] = {};
+      constexpr Table() {
+        for (int c = 0; c < 2 << kBits; ++c) level[c] = float(kTrellisLevels[kBits].level[c]);
+      }
+    };
+    static constexpr Table kTable;
+    const __m512 low = _mm512_load_ps(kTable.level);
+    if constexpr (kBits <= 3) return Lanes(_mm512_permutexvar_ps(__m512i(code), low));
+    return Lanes(_mm512_permutex2var_ps(low, __m512i(code), _mm512_load_ps(kTable.level + 16)));
+  }
+#endif
+  constexpr LevelFormula kFormula(kBits);
+  const Lanes y = Floats(code) - kFormula.centre, size = Magnitude(y);
+  const Lanes level = Floats(Truncated(size * (kFormula.linear + kFormula.square * size) + 0.5f));
+  return y < 0.0f ? -level : level;
+}
+
+// How many levels are at most x.
+template <int kBits>
+inline IntLanes LevelsUpTo(Lanes x) {
+  IntLanes n = {};
+  for (int step = 1 << kBits; step > 0; step /= 2) {
+    const IntLanes further = n + step;
+    n = LevelOf<kBits>(further - 1) <= x ? further : n;
+  }
+  return n - (LevelOf<kBits>(n) <= x);
+}
+
 // A row that was unpacked lies on levels but for f16's rounding: this close to them, in their
 // units.
 constexpr float OnLevel(int bits) { return bits >= 6 ? 0.45f : 0.1f; }
 constexpr int kGainSteps = 13;  // of a quarter octave that the outermost level used may lie inside
 
-// The gain under which all of x lies on levels, 0: none.
-template <typename Grid>
-inline int GainOfLevels(const float* x, int n, int bits) {
-  float largest = 0.0f;
-  for (int i = 0; i < n; ++i) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
-  const int first = Grid::Ceil(largest, 0x1p-10f);
-  if (first == 0) return 0;
-  const TrellisLevels& levels = kTrellisLevels[bits];
-  for (int e = first; e < first + kGainSteps && e <= Grid::kMost; ++e) {
-    const float per_unit = levels.top / Grid::Value(e);
-    int i = 0;
-    for (; i < n; ++i) {
-      const float at = x[i] * per_unit;
-      if (!(std::fabs(at) < 1023.5f)) break;
-      const int level = int(at + 1024.5f) + levels.kLowest;
-      const int below = levels.below[level - levels.kLowest];
-      if (std::fabs(at - float(level)) > OnLevel(bits) || below == 0 ||
-          levels.level[below - 1] != level)
-        break;
-    }
-    if (i == n) return e;
+// The first gain below `end` under which all of x [n] lies on levels, 0: none.
+template <int kBits, typename Grid>
+inline IntLanes GainOfLevels(const Lanes* x, int n, IntLanes end) {
+  Lanes largest = {};
+  for (int i = 0; i < n; ++i) largest = Magnitude(x[i]) > largest ? Magnitude(x[i]) : largest;
+  IntLanes first = {}, found = {};
+  Lanes start[4] = {};  // values of the first four; four steps on they are twice that
+  for (int r = 0; r < kRowLanes; ++r) {
+    const int e = Grid::Ceil(largest[r], 0x1p-10f);
+    first[r] = e;
+    for (int k = 0; k < 4; ++k) start[k][r] = Grid::Value(e + k);
   }
-  return 0;
+  IntLanes open = first > 0;
+  for (int k = 0; k < kGainSteps && Any(open); ++k) {
+    const IntLanes e = first + k;
+    IntLanes alive = open & (e <= Grid::kMost) & (e < end);
+    const Lanes per_unit = kTrellisLevels[kBits].top / (start[k % 4] * float(1 << (k / 4)));
+    for (int i = 0; i < n && Any(alive); ++i) {
+      const Lanes at = x[i] * per_unit;
+      alive &= Magnitude(at) < 1023.5f;
+      const IntLanes level = Truncated((alive != 0 ? at : Lanes{}) + 1024.5f) - 1024;
+      alive &= Magnitude(at - Floats(level)) <= OnLevel(kBits);
+      if (!Any(alive)) break;
+      const IntLanes below = LevelsUpTo<kBits>(Floats(level));
+      alive &= (below != 0) & (LevelOf<kBits>(below - 1) == Floats(level));
+    }
+    found = alive != 0 ? e : found;
+    open &= ~alive;
+  }
+  return found;
 }
 
-inline float SumOfSquares(const float* x, int n) {
-  float sum[kLanes16] = {};
+inline Lanes SumOfSquares(const Lanes* x, int n) {
+  Lanes sum[kLanes16] = {};
   for (int i = 0; i < n; ++i) sum[i % kLanes16] += x[i] * x[i];
   for (int half = kLanes16 / 2; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
@@ -41,110 +123,179 @@ inline float SumOfSquares(const float* x, int n) {
   return sum[0];
 }
 
-typedef float Four __attribute__((vector_size(16)));
-typedef int32_t FourInts __attribute__((vector_size(16)));
+// Rows side by side on their way to codes. x: [numbers], as rotated.
+struct Paths {
+  Lanes x[kMaxHeadDim];
+  IntLanes codes[kMaxHeadDim];  // those to take from subset c, at bit 8 c; then the code taken
+  IntLanes back[kMaxHeadDim];   // bit s: whether p[i-2] is 1 on the way to state s
+  IntLanes gain[kTiers];
+  IntLanes was_coded[kTiers];  // the gain is that of numbers that were coded before
+  IntLanes fragile = {};
+  Lanes cost[4] = {Lanes{}, Lanes{} + 1e30f, Lanes{} + 1e30f, Lanes{} + 1e30f};
+};
 
-// Lane i of the result: lane from[i] of v.
-template <typename V>
-inline V Shuffled(V v, FourInts from) {
-#if defined(__clang__)  // has no shuffle by a variable
-  V result;
-  for (int i = 0; i < 4; ++i) result[i] = v[from[i]];
-  return result;
-#else
-  return __builtin_shuffle(v, from);
-#endif
+// Gain and steps of one run, numbers begin .. end - 1.
+template <int kBits, typename Grid>
+inline void WalkRun(int run, int begin, int end, Paths* paths) {
+  constexpr const TrellisLevels& kLevels = kTrellisLevels[kBits];
+  constexpr int kCodes = 2 << kBits;
+  const int n = end - begin;
+  const Lanes* x = paths->x + begin;
+  IntLanes gain = GainOfLevels<kBits, Grid>(x, n, IntLanes{} + Grid::kMost + 1);
+  paths->was_coded[run] = gain > 0;
+  const Lanes square = SumOfSquares(x, n) / float(n);
+  Lanes top;
+  for (int r = 0; r < kRowLanes; ++r) {
+    if (gain[r] == 0) gain[r] = Grid::Nearest(std::sqrt(square[r]) * kLevels.best_top);
+    top[r] = Grid::Value(gain[r]);
+  }
+  paths->gain[run] = gain;
+  const Lanes unit = top / kLevels.top;
+  const Lanes per_unit = gain > 0 ? kLevels.top / top : Lanes{};
+  Lanes cost[4];
+  for (int s = 0; s < 4; ++s) cost[s] = paths->cost[s];
+  for (int i = begin; i < end; ++i) {
+    Lanes at = paths->x[i] * per_unit;
+    at = at > kLevels.top ? Lanes{} + kLevels.top : at;
+    at = at < -kLevels.top - 1.0f ? Lanes{} - kLevels.top - 1.0f : at;
+    const IntLanes below = LevelsUpTo<kBits>(at);
+    Lanes best[4];
+    IntLanes codes = {};
+    for (int c = 0; c < 4; ++c) {
+      // Of each subset the level at or below x and the one above it.
+      const IntLanes low = below - 4 + ((c - below) & 3), high = low + 4;
+      const Lanes to_low = at - (low >= 0 ? LevelOf<kBits>(low) : Lanes{} - 1e10f);
+      const Lanes to_high = (high < kCodes ? LevelOf<kBits>(high) : Lanes{} + 1e10f) - at;
+      const IntLanes lower = to_low <= to_high;
+      const Lanes off = (lower ? to_low : to_high) * unit;
+      best[c] = off * off;
+      codes |= (lower ? low : high) << (8 * c);
+    }
+    paths->codes[i] = codes;
+    // State u | v << 1, u = p[i], v = p[i-1], is reached from p[i-2] = 0 with subset u << 1 | v,
+    // and from 1 with subset (u ^ 1) << 1 | v. Of equal paths the one with 0 wins.
+    Lanes next[4];
+    IntLanes back = {};
+    for (int s = 0; s < 4; ++s) {
+      const int u = s & 1, v = s >> 1;
+      const Lanes zero = cost[v] + best[u << 1 | v], one = cost[v | 2] + best[(u ^ 1) << 1 | v];
+      const IntLanes chosen = one < zero;
+      next[s] = chosen ? one : zero;
+      back |= chosen & 1 << s;
+    }
+    for (int s = 0; s < 4; ++s) cost[s] = next[s];
+    paths->back[i] = back;
+  }
+  for (int s = 0; s < 4; ++s) paths->cost[s] = cost[s];
 }
 
-// Codes of x and the gain of each run; planes of the row were zero. The path that loses least under
-// the gain that suits a normal distribution; then the gain that gives the run its length back: a
-// score that is too small is worse than one that is noisy (docs/results.md).
-// Of equal paths the one with p[i-2] = 0 wins, at its end the smaller state.
+// The gain that gives a run its length back: a score that is too small is worse than one that is
+// noisy (docs/results.md). codes: those taken.
+template <int kBits, typename Grid>
+inline void RefitRun(int run, int begin, int end, Paths* paths) {
+  constexpr const TrellisLevels& kLevels = kTrellisLevels[kBits];
+  const int n = end - begin;
+  Lanes levels[kMaxHeadDim];
+  for (int i = 0; i < n; ++i) levels[i] = LevelOf<kBits>(paths->codes[begin + i]);
+  const Lanes length = SumOfSquares(paths->x + begin, n), coded = SumOfSquares(levels, n);
+  IntLanes& gain = paths->gain[run];
+  Lanes unit;
+  for (int r = 0; r < kRowLanes; ++r) {
+    if (gain[r] != 0 && paths->was_coded[run][r] == 0)
+      gain[r] = std::max(1, Grid::Nearest(kLevels.top * std::sqrt(length[r] / coded[r])));
+    unit[r] = Grid::Value(gain[r]) / kLevels.top;
+  }
+  for (int i = 0; i < n; ++i) levels[i] *= unit;
+  // Packed again it must find this gain: no smaller one may do, nor this one be out of its reach.
+  Lanes largest = {};
+  for (int i = 0; i < n; ++i)
+    largest = Magnitude(levels[i]) > largest ? Magnitude(levels[i]) : largest;
+  IntLanes far;
+  for (int r = 0; r < kRowLanes; ++r) {
+    const int first = Grid::Ceil(largest[r], 0x1p-10f);
+    far[r] = -int(first == 0 || gain[r] >= first + kGainSteps);
+  }
+  paths->fragile |= (gain > 0) & (far | (GainOfLevels<kBits, Grid>(levels, n, gain) != 0));
+}
+
+// Calls body(constant) with the bits of a run at compile time.
+template <int kMost = kMaxTrellisBits, typename Body>
+inline void WithBits(int bits, Body&& body) {
+  if constexpr (kMost == 1) {
+    body(std::integral_constant<int, 1>());
+  } else {
+    if (bits == kMost) return body(std::integral_constant<int, kMost>());
+    WithBits<kMost - 1>(bits, body);
+  }
+}
+
+// Codes of the rows' numbers x, their gains, and which rows are fragile; the planes of rows
+// [n_rows] were zero. The path that loses least under the gain that suits a normal distribution.
 template <typename Grid>
-inline void PackTrellis(const TrellisRuns& runs, const float* x, uint8_t* row, int* gain,
-                        bool* fragile) {
-  // By subset c of levels: the code to take and its level; by state: whether p[i-2] is 1.
-  alignas(16) int32_t pick[kMaxHeadDim][4], back[kMaxHeadDim][4];
-  alignas(16) float level[kMaxHeadDim][4];
-  Four cost = {0.0f, 1e30f, 1e30f, 1e30f};  // of state p[i-1] | p[i-2] << 1
-  bool found[kTiers];
-  for (int run = 0, i = 0; run < runs.n_runs; ++run) {
-    const int bits = runs.bits[run];
-    const TrellisLevels& levels = kTrellisLevels[bits];
-    const float* from = x + run * runs.per_run;
-    gain[run] = GainOfLevels<Grid>(from, runs.per_run, bits);
-    found[run] = gain[run] > 0;
-    if (!found[run]) {
-      const float square = SumOfSquares(from, runs.per_run) / float(runs.per_run);
-      gain[run] = Grid::Nearest(std::sqrt(square) * levels.best_top);
-    }
-    const float top = Grid::Value(gain[run]);
-    const float unit = top / levels.top, per_unit = gain[run] > 0 ? levels.top / top : 0.0f;
-    for (const int end = i + runs.per_run; i < end; ++i) {
-      float at = x[i] * per_unit;
-      at = at > levels.top ? levels.top : at < -levels.top - 1.0f ? -levels.top - 1.0f : at;
-      const int below = levels.below[int(at - float(levels.kLowest))];
-      // The four levels at or below x and the four above it: two of each subset, the subset of lane
-      // k is (below + k) mod 4.
-      const float* near = levels.near + levels.kBeyond + below - 4;
-      Four low, high;
-      std::memcpy(&low, near, sizeof(low));
-      std::memcpy(&high, near + 4, sizeof(high));
-      const Four to_low = at - low, to_high = high - at;
-      const FourInts lower = to_low <= to_high;
-      const Four off = (lower ? to_low : to_high) * unit;
-      // Lane c of the result: subset c.
-      const FourInts turn = (FourInts{0, 1, 2, 3} - below) & 3;
-      const Four best = Shuffled(off * off, turn);
-      const FourInts first = FourInts{0, 1, 2, 3} + below - 4;
-      const FourInts code = Shuffled(lower ? first : first + 4, turn);
-      const Four at_level = Shuffled(lower ? low : high, turn);
-      std::memcpy(pick[i], &code, sizeof(code));
-      std::memcpy(level[i], &at_level, sizeof(at_level));
-      // State u | v << 1, u = p[i], v = p[i-1], is reached from p[i-2] = 0 with subset u << 1 | v,
-      // and from 1 with subset (u ^ 1) << 1 | v.
-      const Four zero = Shuffled(cost, FourInts{0, 0, 1, 1}) + Shuffled(best, FourInts{0, 2, 1, 3});
-      const Four one = Shuffled(cost, FourInts{2, 2, 3, 3}) + Shuffled(best, FourInts{2, 0, 3, 1});
-      const FourInts chosen = one < zero;
-      cost = chosen ? one : zero;
-      std::memcpy(back[i], &chosen, sizeof(chosen));
-    }
+inline void PackTrellis(const TrellisRuns& runs, int n_rows, uint8_t* const* rows, Paths* paths) {
+  const int n = runs.n();
+  for (int run = 0; run < runs.n_runs; ++run) {
+    WithBits(runs.bits[run], [&](auto bits) {
+      WalkRun<bits(), Grid>(run, run * runs.per_run, (run + 1) * runs.per_run, paths);
+    });
   }
-  int state = 0;
-  for (int s = 1; s < 4; ++s) state = cost[s] < cost[state] ? s : state;
-  float levels_of[kMaxHeadDim];
-  alignas(8) uint8_t bits_of[kMaxHeadDim + 8] = {};
-  for (int i = runs.n() - 1; i >= 0; --i) {
-    const int u = state & 1, v = state >> 1, w = back[i][state] & 1;
-    const int c = (u ^ w) << 1 | v;
-    bits_of[i] = uint8_t(pick[i][c] >> 2 << 1 | u);
-    levels_of[i] = level[i][c];
+  // The smaller of equal states ends.
+  IntLanes state = {};
+  Lanes least = paths->cost[0];
+  for (int s = 1; s < 4; ++s) {
+    const IntLanes less = paths->cost[s] < least;
+    state = less ? IntLanes{} + s : state;
+    least = less ? paths->cost[s] : least;
+  }
+  const PlaneLayout& planes = *runs.planes;
+  IntLanes word[kMaxPlanes] = {};
+  for (int i = n - 1; i >= 0; --i) {
+    const IntLanes u = state & 1, v = state >> 1, w = paths->back[i] >> state & 1;
+    const IntLanes code = paths->codes[i] >> (((u ^ w) << 1 | v) << 3) & 255;
+    paths->codes[i] = code;
+    const IntLanes bits = code >> 2 << 1 | u;
     state = v | w << 1;
-  }
-  for (int p = 0; p < runs.planes->n_planes; ++p) {
-    // Bit p of eight bytes, gathered by a product that has no carries.
-    for (int i = 0; i < runs.planes->numbers[p]; i += 8) {
-      uint64_t eight;
-      std::memcpy(&eight, bits_of + i, 8);
-      const int left = runs.planes->numbers[p] - i;
-      const uint64_t plane = (eight >> p & 0x0101010101010101u) * 0x0102040810204080u >> 56;
-      row[runs.planes->at[p] + unsigned(i) / 8] |=
-          uint8_t(left >= 8 ? plane : plane & ((1u << left) - 1));
+    for (int p = 0; p < planes.n_planes && planes.numbers[p] > i; ++p) {
+      word[p] |= (bits >> p & 1) << i % 32;
+      if (i % 32 != 0) continue;
+      const size_t at = planes.at[p] + size_t(i) / 8;
+      const size_t left = std::min(4, (planes.numbers[p] - i + 7) / 8);
+      for (int r = 0; r < n_rows; ++r) {
+        const int32_t four = word[p][r];
+        std::memcpy(rows[r] + at, &four, left);
+      }
+      word[p] = IntLanes{};
     }
   }
   for (int run = 0; run < runs.n_runs; ++run) {
-    float* levels = levels_of + run * runs.per_run;
-    if (gain[run] == 0) continue;
-    if (!found[run]) {
-      const float length = SumOfSquares(x + run * runs.per_run, runs.per_run);
-      const float coded = SumOfSquares(levels, runs.per_run);
-      const int e = Grid::Nearest(kTrellisLevels[runs.bits[run]].top * std::sqrt(length / coded));
-      gain[run] = e < 1 ? 1 : e;
-    }
-    const float unit = Grid::Value(gain[run]) / kTrellisLevels[runs.bits[run]].top;
-    for (int i = 0; i < runs.per_run; ++i) levels[i] *= unit;
-    if (GainOfLevels<Grid>(levels, runs.per_run, runs.bits[run]) != gain[run]) *fragile = true;
+    WithBits(runs.bits[run], [&](auto bits) {
+      RefitRun<bits(), Grid>(run, run * runs.per_run, (run + 1) * runs.per_run, paths);
+    });
   }
+}
+
+inline void RotateLanes(Lanes* x, int n, int block) {
+  for (int half = 1; half < block; half *= 2) {
+    for (int i = 0; i < n; i += 2 * half) {
+      for (int j = i; j < i + half; ++j) {
+        const Lanes s = x[j] + x[j + half], d = x[j] - x[j + half];
+        x[j] = s;
+        x[j + half] = d;
+      }
+    }
+  }
+  const float scale = 1.0f / std::sqrt(float(block));
+  for (int i = 0; i < n; ++i) x[i] *= scale;
+}
+
+// f16 -> f32; false when a number is not finite.
+inline bool HalfFloats(const uint16_t* half, int n, float* out) {
+  unsigned largest = 0;
+  for (int j = 0; j < n; ++j) {
+    out[j] = HalfToFloat(half[j]);
+    largest = std::max(largest, unsigned(half[j] & 0x7fffu));
+  }
+  return largest < 0x7c00u;
 }
 
 // A tiered key as its tiers see it: weighted, tier by tier, each rotated.
@@ -164,50 +315,115 @@ void UnpackTiers(const KeyLayout& layout, const float* table, const uint8_t* row
   }
 }
 
-inline void PackTiersOnce(const KeyLayout& layout, const float* table, const uint16_t* k,
-                          uint8_t* row, bool* fragile) {
-  const int n = layout.head_dim;
-  const KeyWeights w(table, n);
-  std::memset(row, 0, layout.bytes);
-  alignas(64) float x[kMaxHeadDim];
-  bool finite = true;
-  for (int i = 0; i < n; ++i) {
-    const int j = int(w.order[i]);
-    x[i] = HalfToFloat(k[j]) * w.weight[j];
-    finite &= (k[j] & 0x7c00u) != 0x7c00u;
+// At most kRowLanes rows. Returns a bit per row that may not be packed to itself.
+inline unsigned PackTiersOnce(const KeyLayout& layout, int n_rows, const float* const* tables,
+                              const uint16_t* const* k, uint8_t* const* rows) {
+  const int n = layout.head_dim, per_tier = layout.per_tier();
+  Paths paths;
+  unsigned not_finite = 0, fragile = 0;
+  float most_weight[kTiers] = {}, most_restore[kTiers] = {};  // of the table before
+  std::memset(paths.x, 0, size_t(n) * sizeof(Lanes));
+  float limits[kRowLanes][kTiers][2];
+  for (int r = 0; r < n_rows; ++r) {
+    const KeyWeights w(tables[r], n);
+    float numbers[kMaxHeadDim];
+    std::memset(rows[r], 0, layout.bytes);
+    if (!HalfFloats(k[r], n, numbers)) {
+      not_finite |= 1u << r;
+      std::memset(numbers, 0, sizeof(numbers));
+    }
+    for (int j = 0; j < n; ++j) numbers[j] *= w.weight[j];
+    float* x = reinterpret_cast<float*>(paths.x) + r;
+    for (int i = 0; i < n; ++i) x[i * kRowLanes] = numbers[int(w.order[i])];
+    for (int t = 0; t < kTiers && (r == 0 || tables[r] != tables[r - 1]); ++t) {
+      most_weight[t] = most_restore[t] = 0.0f;
+      for (int i = t * per_tier; i < (t + 1) * per_tier; ++i) {
+        most_weight[t] = std::max(most_weight[t], w.weight[int(w.order[i])]);
+        most_restore[t] = std::max(most_restore[t], w.restore[int(w.order[i])]);
+      }
+    }
+    for (int t = 0; t < kTiers; ++t) {
+      limits[r][t][0] = most_weight[t];
+      limits[r][t][1] = most_restore[t];
+    }
   }
-  int gain[kTiers] = {kTierGainNotFinite, kTierGainNotFinite, kTierGainNotFinite,
-                      kTierGainNotFinite};
-  if (finite) {
-    Rotate(x, n, TierBlock(layout));
-    PackTrellis<TierGainGrid>(RunsOf(layout), x, row, gain, fragile);
+  RotateLanes(paths.x, n, TierBlock(layout));
+  PackTrellis<TierGainGrid>(RunsOf(layout), n_rows, rows, &paths);
+  for (int r = 0; r < n_rows; ++r) {
+    const bool finite = (not_finite >> r & 1) == 0;
+    uint32_t word = 0;
+    for (int t = 0; t < kTiers; ++t) {
+      const int gain = finite ? paths.gain[t][r] : kTierGainNotFinite;
+      word |= uint32_t(gain) << (6 * t);
+      // Near the ends of its range f16 rounds coarsely.
+      const float unit = TierGainGrid::Value(gain) / kTrellisLevels[TierBits(layout.number, t)].top;
+      const bool coarse = unit > 0.0f && (limits[r][t][0] * 0x1p-25f > 0.01f * unit ||
+                                          limits[r][t][1] * unit > 20.0f);
+      if (finite && (coarse || paths.fragile[r] != 0)) fragile |= 1u << r;
+    }
+    if (!finite) std::memset(rows[r], 0, layout.bytes);
+    for (int i = 0; i < 3; ++i) rows[r][i] = uint8_t(word >> (8 * i));
   }
-  const uint32_t word = uint32_t(gain[0] | gain[1] << 6 | gain[2] << 12 | gain[3] << 18);
-  for (int i = 0; i < 3; ++i) row[i] = uint8_t(word >> (8 * i));
-  // Fragile: near the ends of its range f16 rounds coarsely.
-  for (int i = 0; i < n && finite; ++i) {
-    const int j = int(w.order[i]);
-    const int tier = i / layout.per_tier();
-    const float unit =
-        TierGainGrid::Value(gain[tier]) / kTrellisLevels[TierBits(layout.number, tier)].top;
-    if (unit > 0.0f && (w.weight[j] * 0x1p-25f > 0.01f * unit || w.restore[j] * unit > 20.0f))
-      *fragile = true;
-  }
+  return fragile;
 }
 
-void PackTiers(const KeyLayout& layout, const float* table, const uint16_t* k, uint8_t* row) {
-  bool fragile = false;
-  PackTiersOnce(layout, table, k, row, &fragile);
-  if (!fragile) return;
+// Packs what a fragile row unpacks to until the bytes stay the same.
+inline void SettleTiers(const KeyLayout& layout, const float* table, uint8_t* row) {
   uint16_t unpacked[kMaxHeadDim];
+  const uint16_t* k = unpacked;
   uint8_t again[2 * kMaxHeadDim];
+  uint8_t* to = again;
   for (int round = 0; round < kSettle; ++round) {
     UnpackTiers(layout, table, row, unpacked);
-    PackTiersOnce(layout, table, unpacked, again, &fragile);
+    PackTiersOnce(layout, 1, &table, &k, &to);
     if (std::memcmp(row, again, layout.bytes) == 0) return;
     std::memcpy(row, again, layout.bytes);
   }
   // f16 cannot hold it: zero, which is exact.
   std::memset(unpacked, 0, sizeof(unpacked));
-  PackTiersOnce(layout, table, unpacked, row, &fragile);
+  PackTiersOnce(layout, 1, &table, &k, &row);
+}
+
+inline void PackTiers(const KeyLayout& layout, int n_rows, const float* const* tables,
+                      const uint16_t* const* k, uint8_t* const* rows) {
+  for (int r = 0; r < n_rows; r += kRowLanes) {
+    const int n = std::min(kRowLanes, n_rows - r);
+    for (unsigned left = PackTiersOnce(layout, n, tables + r, k + r, rows + r); left != 0;
+         left &= left - 1) {
+      const int i = r + std::countr_zero(left);
+      SettleTiers(layout, tables[i], rows[i]);
+    }
+  }
+}
+
+// At most kRowLanes rows of trellis-coded values. Returns a bit per fragile row.
+inline unsigned PackTrellisValuesOnce(const ValueLayout& layout, int n_rows,
+                                      const uint16_t* const* v, uint8_t* const* rows) {
+  const int n = layout.head_dim;
+  Paths paths;
+  unsigned not_finite = 0, fragile = 0;
+  std::memset(paths.x, 0, size_t(n) * sizeof(Lanes));
+  for (int r = 0; r < n_rows; ++r) {
+    float numbers[kMaxHeadDim];
+    std::memset(rows[r], 0, layout.bytes);
+    if (!HalfFloats(v[r], n, numbers)) {
+      not_finite |= 1u << r;
+      continue;
+    }
+    float* x = reinterpret_cast<float*>(paths.x) + r;
+    for (int i = 0; i < n; ++i) x[i * kRowLanes] = numbers[i];
+  }
+  RotateLanes(paths.x, n, RotationBlock(n));
+  PackTrellis<ValueGainGrid>(RunsOf(layout), n_rows, rows, &paths);
+  for (int r = 0; r < n_rows; ++r) {
+    if ((not_finite >> r & 1) != 0) {
+      std::memset(rows[r], 0, layout.bytes);
+      rows[r][0] = kValueGainNotFinite;
+      continue;
+    }
+    rows[r][0] = uint8_t(paths.gain[0][r]);
+    const float top = ValueGainGrid::Value(paths.gain[0][r]);
+    if (paths.fragile[r] != 0 || top < 0x1p-6f || top > 4096.0f) fragile |= 1u << r;
+  }
+  return fragile;
 }

@@ -150,7 +150,9 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     float* q;
     float* state;
     uint8_t* rows;
+    Prepared* prepared;
   };
+  prepared_.assign(size_t(n_threads), {});
   const auto space_of = [&](int thread) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(thread_space_[size_t(thread)].data());
     float* p = reinterpret_cast<float*>((at + 63) & ~uintptr_t{63});
@@ -159,6 +161,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     s.q = p + kernel_floats;
     s.state = s.q + block_rows * size_t(k_dim);
     s.rows = reinterpret_cast<uint8_t*>(s.state + block_rows * (o_stride + 2));
+    s.prepared = &prepared_[size_t(thread)];
     return s;
   };
   const auto state_at = [&](float* p) {
@@ -181,19 +184,15 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     }
   };
 
-  // A tile whose rows were packed with one set of weights.
-  struct Prepared {
-    bool any = false;
-    const float* table = nullptr;  // the scratch has the queries in the form for it
-  };
-  const auto attend_under = [&](const KeyLayout& key, const ValueLayout& value, const float* table,
-                                const QueryBlock& block, const uint64_t* visible,
-                                const uint16_t* const* mask, const Space& space,
-                                const AttentionState& state, PackedTile* tile, Prepared* prepared) {
-    tile->table = table;
-    if (!prepared->any || prepared->table != table)
-      ops_->prepare_queries(key, table, block, space.scratch);
-    *prepared = {true, table};
+  // A tile whose rows were packed with one set of weights. The next part of the same rows' cells
+  // finds its queries prepared.
+  const auto attend_under = [&](const KeyLayout& key, const ValueLayout& value,
+                                const Prepared& wanted, const QueryBlock& block,
+                                const uint64_t* visible, const uint16_t* const* mask,
+                                const Space& space, const AttentionState& state, PackedTile* tile) {
+    tile->table = wanted.table;
+    if (*space.prepared != wanted) ops_->prepare_queries(key, wanted.table, block, space.scratch);
+    *space.prepared = wanted;
     ops_->attend_packed(key, value, block, *tile, visible, mask, space.scratch, state);
   };
 
@@ -207,10 +206,10 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     const uint16_t* mask[kBlockTokens];
     uint16_t padded[kBlockTokens][kTile];
     PackedTile tile;
-    Prepared prepared;
     const auto attend_rows = [&](uint16_t id) {
-      attend_under(layer.key, layer.value, HeadTable(layer, id, head), block, visible, mask, space,
-                   state, &tile, &prepared);
+      attend_under(layer.key, layer.value,
+                   {&layer.key, HeadTable(layer, id, head), stream, head, first}, block, visible,
+                   mask, space, state, &tile);
     };
     for (int64_t w = tile_begin; w < tile_end; ++w) {
       uint64_t any = 0;
@@ -277,7 +276,6 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     int64_t cells[kTile];
     for (int64_t t = 0; t < n; ++t) mask[t] = gathered[t];
     int64_t at = 0;
-    Prepared prepared;
     const auto attend_tile = [&](int64_t n_rows) {
       PackedTile tile;
       uint64_t any = 0;
@@ -301,8 +299,9 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
           [&](uint16_t id, uint64_t rows) {
             tile.rows = rows;
             for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-            attend_under(layer.key, layer.value, HeadTable(layer, id, head), block, visible, mask,
-                         space, state, &tile, &prepared);
+            attend_under(layer.key, layer.value,
+                         {&layer.key, HeadTable(layer, id, head), stream, head, first}, block,
+                         visible, mask, space, state, &tile);
           });
     };
     int64_t n_rows = 0;
@@ -377,7 +376,6 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       packed.key[run] = space.rows + run * 16 * key_bytes;
       packed.value[run] = space.rows + kTile * key_bytes + run * 16 * value_bytes;
     }
-    Prepared prepared;
     each_tile_of(
         stage, stream, first, n, block,
         [&](const Column* tile, uint64_t any, const uint64_t* all, const uint16_t* const* mask) {
@@ -399,8 +397,9 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
               [&](uint16_t id, uint64_t rows) {
                 packed.rows = rows;
                 for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-                attend_under(layout.key, layout.value, HeadTable(layer, id, head), block, visible,
-                             mask, space, state, &packed, &prepared);
+                attend_under(layout.key, layout.value,
+                             {&layout.key, HeadTable(layer, id, head), stream, head, first}, block,
+                             visible, mask, space, state, &packed);
               });
         });
   };

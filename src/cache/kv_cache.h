@@ -138,6 +138,14 @@ class KvCache {
     int first_stream = 0, n_streams = 0;
   };
   static constexpr uint16_t kMixedTables = 65535;
+  // Queries that the scratch of a thread holds in the form that rows of `key` want.
+  struct Prepared {
+    const KeyLayout* key = nullptr;
+    const float* table = nullptr;
+    int stream = 0, head = 0;
+    int64_t first = 0;
+    bool operator==(const Prepared&) const = default;
+  };
 
   KvCache() = default;
 
@@ -318,6 +326,7 @@ class KvCache {
       table_f32_;  // KeyWeights of one layer, [table][n_kv_heads][kWeightParts][k_dim]
   std::vector<const float*> table_of_;            // [id] -> row in table_f32_, or NULL
   std::vector<std::vector<float>> thread_space_;  // attention scratch per thread
+  std::vector<Prepared> prepared_;                // of each thread, in one call
   std::vector<float> partial_;                    // attention states of split tasks
   bool needs_weights_ = false;                    // some layer packs keys with weights
 

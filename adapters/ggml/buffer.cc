@@ -132,7 +132,7 @@ Buffer::~Buffer() {
   const std::lock_guard lock(registry.mutex);
   registry.live.erase(std::find(registry.live.begin(), registry.live.end(), this));
   if (cache_) {
-    const CacheReport report = MakeReport(cache_, Shapes(), budget_layers_);
+    const CacheReport report = Report();
     SaveFiles();
     KeepWeights(cache_, &registry.weights);
     sparkv_cache_free(cache_);
@@ -384,6 +384,8 @@ bool Buffer::Calibrate(std::string* reason) {
   const Options& options = ThePlugin().options;
   sparkv_error error = {};
   if (!options.calibrate.empty()) sparkv_cache_start_calibration(cache_, &error);
+  if (options.errors && sparkv_cache_start_errors(cache_, &error) != SPARKV_OK)
+    Log(LogLevel::kWarn, "%s", error.text);
   if (options.calibration.empty()) return true;
   const std::lock_guard lock(TheRegistry().mutex);
   bool& calibrated = TheRegistry().calibrated;
@@ -438,10 +440,20 @@ void Buffer::SaveFiles() {
                                            options.saliency_head, (*layer)->shape.k_dim));
 }
 
+CacheReport Buffer::Report() const {
+  CacheReport report = MakeReport(cache_, Shapes(), budget_layers_);
+  for (size_t i = 0; i < layers_.size() && ThePlugin().options.errors; ++i) {
+    const LayerErrors errors =
+        ErrorsOf(cache_, static_cast<int>(i), layers_[i]->il, layers_[i]->shape.n_kv_heads);
+    if (!errors.keys.empty()) report.errors.push_back(errors);
+  }
+  return report;
+}
+
 bool Buffer::ReportAtExit(CacheReport* report) {
   const std::unique_lock lock(mutex, std::try_to_lock);  // a thread may still be computing
   if (!lock.owns_lock() || !cache_) return false;
-  *report = MakeReport(cache_, Shapes(), budget_layers_);
+  *report = Report();
   SaveFiles();
   if (report->memory.tokens > 0) Log(LogLevel::kInfo, "%s", ReportLine(*report).c_str());
   return true;

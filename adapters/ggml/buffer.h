@@ -87,6 +87,7 @@ class Buffer {
   bool SolveBudget(sparkv_config* config, std::string* reason);
   bool Calibrate(std::string* reason);
   void LoadWeights();
+  CacheReport Report() const;
   void SaveFiles();
   std::vector<sparkv_layer_shape> Shapes() const;
   bool SharesModel(const Buffer& other) const;

@@ -80,7 +80,8 @@ std::string ParseSetRows(const ggml_tensor* op, RowsArgs* args) {
   return "";
 }
 
-// The RoPE that made the queries, if it turns the first channels of each head and is of a known kind.
+// The RoPE that made the queries, if it turns the first channels of each head and is of a known
+// kind.
 void FindQueryRope(const ggml_tensor* q, sparkv_attend_args* args) {
   const Host& host = TheHost();
   constexpr int kMostSteps = 6;

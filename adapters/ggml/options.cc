@@ -20,8 +20,8 @@ constexpr const char* kParameters[] = {"RATIO",   "RECOVER", "GROUP",   "KEPT", 
                                        "SINKS",   "WINDOW",  "OBSERVE", "SEAL",   "SIMD",
                                        "THREADS", "LAYERS",  "PROTECT", "BUDGET", "SENSITIVITY",
                                        "RECENT",  "EVICT",   "BASELINE"};
-constexpr const char* kOthers[] = {"PRESET",   "LOG",         "STATS",     "WEIGHTS",
-                                   "SALIENCY", "CALIBRATION", "CALIBRATE", "ALLOW_RPC"};
+constexpr const char* kOthers[] = {"PRESET",      "LOG",       "STATS",     "WEIGHTS", "SALIENCY",
+                                   "CALIBRATION", "CALIBRATE", "ALLOW_RPC", "ERRORS"};
 constexpr const char* kLevels[] = {"off", "error", "warn", "info", "debug"};
 
 std::atomic<LogLevel> log_level{LogLevel::kInfo};
@@ -103,6 +103,10 @@ std::string ReadOptions(Options* options) {
   if (!allow_rpc.empty() && allow_rpc != "0" && allow_rpc != "1")
     return "SPARKV_ALLOW_RPC=" + allow_rpc + ": not 0 or 1";
   options->allow_rpc = allow_rpc == "1";
+  const std::string errors = Env("ERRORS");
+  if (!errors.empty() && errors != "0" && errors != "1")
+    return "SPARKV_ERRORS=" + errors + ": not 0 or 1";
+  options->errors = errors == "1";
   options->stats = Env("STATS");
   options->weights = Env("WEIGHTS");
   options->calibrate = Env("CALIBRATE");

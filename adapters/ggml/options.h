@@ -16,6 +16,7 @@ struct Options {
   std::string weights;      // SPARKV_WEIGHTS
   std::string calibration;  // what the file SPARKV_CALIBRATION holds, "" = none
   std::string calibrate;    // SPARKV_CALIBRATE, a file to write
+  bool errors = false;      // SPARKV_ERRORS
   std::string saliency;     // SPARKV_SALIENCY without its :layer:head
   int saliency_layer = 0;
   int saliency_head = 0;

@@ -74,6 +74,21 @@ std::string Kinds(const sparkv_memory& m) {
   return json;
 }
 
+std::string Errors(const CacheReport& report) {
+  std::string json;
+  const auto numbers = [](const std::vector<double>& list) {
+    std::string text;
+    for (const double x : list) text += Format("%s%.5g", text.empty() ? "" : ", ", x);
+    return text;
+  };
+  for (const LayerErrors& layer : report.errors) {
+    json += Format("%s{\"layer\": %d, \"keys\": [%s], \"values\": [%s]}",
+                   json.empty() ? ",\n   \"errors\": [" : ",\n    ", layer.layer,
+                   numbers(layer.keys).c_str(), numbers(layer.values).c_str());
+  }
+  return json.empty() ? "" : json + "]";
+}
+
 // Sums; peaks of different caches need not coincide, so the sum is an upper bound. Bits are
 // weighted by elements.
 CacheReport Total(const std::vector<CacheReport>& reports) {
@@ -136,6 +151,17 @@ CacheReport MakeReport(const sparkv_cache* cache, const std::vector<sparkv_layer
   return report;
 }
 
+LayerErrors ErrorsOf(const sparkv_cache* cache, int index, int layer, int n_kv_heads) {
+  LayerErrors errors{layer, {}, {}};
+  for (int h = 0; h < n_kv_heads; ++h) {
+    double keys = 0, values = 0;
+    if (sparkv_cache_errors(cache, index, h, &keys, &values, nullptr) != SPARKV_OK) break;
+    errors.keys.push_back(keys);
+    errors.values.push_back(values);
+  }
+  return errors;
+}
+
 std::string ReportLine(const CacheReport& report) {
   const sparkv_memory& m = report.memory;
   return Format(
@@ -159,7 +185,7 @@ std::string StatsJson(const Options& options, const std::string& isa,
             (reports[i].budget_layers.empty()
                  ? ""
                  : ",\n   \"budget_layers\": \"" + reports[i].budget_layers + "\"") +
-            ",\n   \"memory\": {" + Kinds(reports[i].memory) + "}}";
+            ",\n   \"memory\": {" + Kinds(reports[i].memory) + "}" + Errors(reports[i]) + "}";
   }
   return json + "]}\n";
 }

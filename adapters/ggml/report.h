@@ -8,17 +8,25 @@
 
 namespace sparkv {
 
+// What the heads of a layer lose (sparkv_cache_errors).
+struct LayerErrors {
+  int layer = 0;
+  std::vector<double> keys, values;
+};
+
 // One KV cache at the moment of its most live tokens.
 struct CacheReport {
   sparkv_memory memory = {};
   int n_layers = 0;
-  std::string budget_layers;   // what a budget chose
-  int64_t key_elements = 0;    // per token, all layers
-  int64_t value_elements = 0;  // per token, all layers
+  std::string budget_layers;        // what a budget chose
+  int64_t key_elements = 0;         // per token, all layers
+  int64_t value_elements = 0;       // per token, all layers
+  std::vector<LayerErrors> errors;  // SPARKV_ERRORS
 };
 
 CacheReport MakeReport(const sparkv_cache* cache, const std::vector<sparkv_layer_shape>& layers,
                        const std::string& budget_layers);
+LayerErrors ErrorsOf(const sparkv_cache* cache, int index, int layer, int n_kv_heads);
 std::string ReportLine(const CacheReport& report);
 std::string StatsJson(const Options& options, const std::string& isa,
                       const std::vector<CacheReport>& reports);

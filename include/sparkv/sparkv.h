@@ -425,6 +425,16 @@ SPARKV_API sparkv_status sparkv_calibration_model(const void* bytes, size_t size
 SPARKV_API sparkv_status sparkv_config_calibration(sparkv_config* config, const void* bytes,
                                                    size_t size, sparkv_error* error);
 
+/* What rows lose from f16 to packed, by head. start: measured from the next token on, each row
+ * being unpacked again, which costs time; not for a baseline. errors: *keys is the root of the mean
+ * square error of q . k over that of q . k, channels of queries taken to be independent, *values
+ * that of |value error| over |value|; errors of the stages a row passes add up. SPARKV_INVALID when
+ * nothing is measured. Ours. */
+SPARKV_API sparkv_status sparkv_cache_start_errors(sparkv_cache* cache, sparkv_error* error);
+SPARKV_API sparkv_status sparkv_cache_errors(const sparkv_cache* cache, int32_t layer,
+                                             int32_t kv_head, double* keys, double* values,
+                                             sparkv_error* error);
+
 /* For pictures: saliency |k| * weight of one head's live cells in cell order, [n_cells][k_dim]
  * scaled to the row's largest, and which channels are kept (all of them in a dense row). Returns
  * the number of live cells written (<= max_cells). */

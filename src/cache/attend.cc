@@ -55,6 +55,7 @@ Status KvCache::Attend(const sparkv_attend_args& args) {
   if (first) {
     if (model_ == Model::kOther) return TellModel();
     if (model_ != Model::kTold) CountEnergies(args);
+    if (!errors_.empty()) CountQueries(args);
     MakeTables(args);
     KeepQueries(args);
   }

@@ -324,26 +324,29 @@ void KvCache::ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16
              StageRows(layer, cells_.stage(cell), cells_.slot(cell), keys), out);
       break;
     case CellState::kSealed:
-    case CellState::kEvicted: {
-      const uint16_t id = cells_.table(cell);
-      const bool partly = restore_.evicted.count(cell) != 0;
-      for (int h = 0; h < layer.n_kv_heads; ++h) {
-        const int dim = keys ? layer.k_dim() : layer.v_dim();
-        uint16_t* head = out + size_t(h) * size_t(dim);
-        const uint8_t* packed = PackedRow(layer, h, cell, keys);
-        if (packed == nullptr) {
-          keys ? WriteNoRow(head, dim) : void(std::fill(head, head + dim, uint16_t{0}));
-        } else if (keys) {
-          ops_->unpack_key(layer.key, HeadTable(layer, id, h), packed, head);
-          if (partly && IsNoRow(head, dim)) WriteNoRow(head, dim);
-        } else {
-          ops_->unpack_value(layer.value, packed, head);
-        }
-      }
+    case CellState::kEvicted:
+      ReadPacked(keys, layer, cell, cells_.table(cell), out);
       break;
-    }
     default:
       std::memset(out, 0, row * 2);
+  }
+}
+
+void KvCache::ReadPacked(bool keys, const LayerLayout& layer, int64_t cell, uint16_t table_id,
+                         uint16_t* out) const {
+  const bool partly = restore_.evicted.count(cell) != 0;
+  for (int h = 0; h < layer.n_kv_heads; ++h) {
+    const int dim = keys ? layer.k_dim() : layer.v_dim();
+    uint16_t* head = out + size_t(h) * size_t(dim);
+    const uint8_t* packed = PackedRow(layer, h, cell, keys);
+    if (packed == nullptr) {
+      keys ? WriteNoRow(head, dim) : void(std::fill(head, head + dim, uint16_t{0}));
+    } else if (keys) {
+      ops_->unpack_key(layer.key, HeadTable(layer, table_id, h), packed, head);
+      if (partly && IsNoRow(head, dim)) WriteNoRow(head, dim);
+    } else {
+      ops_->unpack_value(layer.value, packed, head);
+    }
   }
 }
 

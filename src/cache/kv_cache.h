@@ -20,6 +20,7 @@
 #include "cache/dense_store.h"
 #include "cache/kept_rows.h"
 #include "cache/packed_store.h"
+#include "cache/row_errors.h"
 #include "cache/weight_tables.h"
 #include "config/baseline_name.h"
 #include "config/recent.h"
@@ -50,6 +51,11 @@ class KvCache {
   int64_t Saliency(int layer, int kv_head, int64_t max_cells, float* saliency, uint8_t* kept);
   size_t SaveWeights(void* bytes, size_t size) const;
   Status LoadWeights(const void* bytes, size_t size);
+  Status StartErrors();
+  // NULL: not measured.
+  const RowErrors* Errors(int layer) const {
+    return errors_.empty() ? nullptr : &errors_[size_t(layer)];
+  }
   void StartCalibration();
   Calibration Measured() const;
   Status LoadCalibration(const void* bytes, size_t size);
@@ -184,6 +190,7 @@ class KvCache {
   void MakeTiers(const LayerLayout& layer, const NewTable& table, const sparkv_attend_args& args,
                  float* energy);
   void SealLayer(int layer);
+  void CountQueries(const sparkv_attend_args& args);
   void KeepDense(int layer);
   const uint16_t* WindowNumbers(const LayerLayout& layer, const Column& column, bool keys) const;
   void ReadColumn(const LayerLayout& layer, const Column& column, bool keys, uint16_t* row) const;
@@ -259,6 +266,8 @@ class KvCache {
   void Decode(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
               const uint8_t* coded, uint16_t* row) const;
   void ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16_t* out) const;
+  void ReadPacked(bool keys, const LayerLayout& layer, int64_t cell, uint16_t table_id,
+                  uint16_t* out) const;
   void PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key,
                const uint16_t* value);
   void ExpandTables(int layer, bool idle_too = false);
@@ -321,6 +330,7 @@ class KvCache {
   enum class Model { kMeasured, kUntold, kTold, kOther } model_ = Model::kTold;
   std::vector<EnergySums> sums_;  // per layer
   double likeness_ = 0.0;
+  std::vector<RowErrors> errors_;  // per layer; empty: not measured
 
   std::vector<float>
       table_f32_;  // KeyWeights of one layer, [table][n_kv_heads][kWeightParts][k_dim]

@@ -151,19 +151,22 @@ void KvCache::SealLayer(int layer_index) {
   const int64_t n = int64_t(step_.aging.size());
   constexpr int64_t kChunk = 16;
   const int n_stages = layout_.n_stages();
+  RowErrors* errors = errors_.empty() ? nullptr : &errors_[size_t(layer_index)];
   const auto body = [&](int64_t chunk, int) {
     const Column* columns = step_.aging.data() + chunk * kChunk;
     const int64_t count = std::min(kChunk, n - chunk * kChunk);
-    std::vector<uint16_t> rows;
+    std::vector<uint16_t> rows, after;
     std::vector<uint8_t> passed;
     RowBatch batch;
     for (const bool keys : {true, false}) {
       const size_t row = keys ? layer.k_row() : layer.v_row();
       rows.resize(size_t(count) * row);
+      after.resize(row);
       const auto row_at = [&](int64_t i) { return rows.data() + size_t(i) * row; };
       for (int64_t i = 0; i < count; ++i) ReadColumn(layer, columns[i], keys, row_at(i));
       for (int stage = 1; stage < n_stages; ++stage) {
-        const size_t bytes = layer.stages[size_t(stage)].bytes(layer.n_kv_heads);
+        const StageLayout& coded_rows = layer.stages[size_t(stage)];
+        const size_t bytes = coded_rows.bytes(layer.n_kv_heads);
         passed.resize(size_t(count) * bytes);
         const auto enters = [&](const Column& c) {
           return stage > c.stage && (c.sealing || c.enters >> stage != 0);
@@ -176,11 +179,14 @@ void KvCache::SealLayer(int layer_index) {
           if (enters(columns[i]))
             AddCodedRow(layer, stage, columns[i].table, keys, row_at(i), coded(i), &batch);
         }
-        PackBatch(layer.stages[size_t(stage)].key, layer.stages[size_t(stage)].value, keys, &batch);
+        PackBatch(coded_rows.key, coded_rows.value, keys, &batch);
         for (int64_t i = 0; i < count; ++i) {
           const Column& c = columns[i];
-          if (enters(c) && (c.sealing || c.enters >> stage > 1))
-            Decode(layer, stage, c.table, keys, coded(i), row_at(i));
+          const bool goes_on = c.sealing || c.enters >> stage > 1;
+          if (!enters(c) || (!goes_on && errors == nullptr)) continue;
+          Decode(layer, stage, c.table, keys, coded(i), after.data());
+          if (errors != nullptr) errors->Add(keys, stage - 1, stage == 1, row_at(i), after.data());
+          std::copy(after.begin(), after.end(), row_at(i));
         }
       }
       for (int64_t i = 0; i < count; ++i) {
@@ -188,12 +194,36 @@ void KvCache::SealLayer(int layer_index) {
           AddPackedRow(layer, columns[i].cell, columns[i].table, keys, row_at(i), &batch);
       }
       PackBatch(layer.key, layer.value, keys, &batch);
+      for (int64_t i = 0; i < count && errors != nullptr; ++i) {
+        if (!columns[i].sealing) continue;
+        ReadPacked(keys, layer, columns[i].cell, columns[i].table, after.data());
+        errors->Add(keys, n_stages - 1, n_stages == 1, row_at(i), after.data());
+      }
     }
   };
-  if (n <= kChunk) {
-    body(0, 0);
+  const int64_t n_chunks = (n + kChunk - 1) / kChunk;
+  if (n_chunks <= 1 || errors != nullptr) {
+    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) body(chunk, 0);
   } else {
-    pool_.ParallelFor((n + kChunk - 1) / kChunk, body);
+    pool_.ParallelFor(n_chunks, body);
+  }
+}
+
+Status KvCache::StartErrors() {
+  if (baseline_.codec != Codec::kNone)
+    return Status::Invalid("errors: does not go with a baseline");
+  errors_.clear();
+  for (const LayerLayout& layer : layout_.layers) errors_.emplace_back(layer, layout_.n_stages());
+  return Status::Ok();
+}
+
+void KvCache::CountQueries(const sparkv_attend_args& args) {
+  std::vector<float> energies(layout_.layers[size_t(args.layer)].k_row());
+  for (int64_t i = 0; i < args.n_streams * args.n_tokens; ++i) {
+    const int64_t cell = FlightOf(args, int(i / args.n_tokens), i % args.n_tokens);
+    if (cell < 0) continue;
+    QueryEnergies(args, cell, SPARKV_GROUP_ENERGY, energies.data());
+    errors_[size_t(args.layer)].AddQueries(energies.data());
   }
 }
 

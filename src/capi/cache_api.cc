@@ -369,6 +369,30 @@ sparkv_status sparkv_cache_load_calibration(sparkv_cache* cache, const void* byt
   });
 }
 
+sparkv_status sparkv_cache_start_errors(sparkv_cache* cache, sparkv_error* error) {
+  return Guard(error, [&] {
+    if (Status s = sparkv::CheckHandle(cache); !s.ok()) return s;
+    return cache->cache->StartErrors();
+  });
+}
+
+sparkv_status sparkv_cache_errors(const sparkv_cache* cache, int32_t layer, int32_t kv_head,
+                                  double* keys, double* values, sparkv_error* error) {
+  return Guard(error, [&] {
+    if (Status s = sparkv::CheckLayer(cache, layer); !s.ok()) return s;
+    if (kv_head < 0 || kv_head >= cache->layers[size_t(layer)].n_kv_heads)
+      return Status::Invalid("kv_head: " + std::to_string(kv_head) + " is none of layer " +
+                             std::to_string(layer));
+    if (keys == nullptr || values == nullptr)
+      return Status::Invalid(keys == nullptr ? "keys: NULL" : "values: NULL");
+    const sparkv::RowErrors* errors = cache->cache->Errors(layer);
+    if (errors == nullptr) return Status::Invalid("errors: not measured");
+    *keys = errors->Keys(kv_head);
+    *values = errors->Values(kv_head);
+    return Status::Ok();
+  });
+}
+
 int64_t sparkv_cache_saliency(sparkv_cache* cache, int32_t layer, int32_t kv_head,
                               int64_t max_cells, float* saliency, uint8_t* kept) {
   int64_t n = 0;

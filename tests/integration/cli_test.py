@@ -55,10 +55,17 @@ if "SPARKV_CALIBRATE" in env:
         suffix = ".%%d" %% i if i else ""
         open(env["SPARKV_CALIBRATE"] + suffix, "wb").write(bytes.fromhex(part))
 if "SPARKV_STATS" in env:
-    json.dump({"bits_per_element": 4.5, "keys_bits_per_element": 4.6,
-               "values_bits_per_element": 4.4, "resident_bytes": 1000,
-               "peak_bytes": 1500, "config": "made up"},
-              open(env["SPARKV_STATS"], "w"))
+    stats = {"bits_per_element": 4.5, "keys_bits_per_element": 4.6,
+             "values_bits_per_element": 4.4, "resident_bytes": 1000,
+             "peak_bytes": 1500, "config": "made up"}
+    if env.get("SPARKV_ERRORS") == "1":
+        one = lambda layer: {"errors": [{"layer": layer, "keys": [.25, .5], "values": [.1, .2]}]}
+        stats["caches"] = [one(1), {}, one(0)]
+    json.dump(stats, open(env["SPARKV_STATS"], "w"))
+if "SPARKV_SALIENCY" in env:
+    picture, layer, head = env["SPARKV_SALIENCY"].rsplit(":", 2)
+    json.dump({"layer": int(layer), "head": int(head), "head_dim": 8, "tokens": 600,
+               "kept": ["ff"] * 600, "saliency": ["00" * 8] * 600}, open(picture, "w"))
 if os.environ.get("FAIL", "--fail") in args:
     sys.stderr.write("stand-in: something went wrong\n")
     sys.exit(7)
@@ -1037,6 +1044,46 @@ class Command(unittest.TestCase):
         self.assertEqual(rows[3].split(",")[:4], ["spark-0.5-i5", "sparkv", "4.57", "0.005"])
         self.assertEqual(rows[2].split(",")[1], "llama.cpp")
 
+    HEADS = {
+        "errors": [
+            {"layer": layer, "keys": [0.1 * layer, 0.25], "values": [0.05, 0.06]}
+            for layer in (0, 1, 3)
+        ],
+        "saliency": {
+            "layer": 3,
+            "head": 1,
+            "head_dim": 8,
+            "tokens": 2,
+            "kept": ["ff", "0f"],
+            "saliency": ["00" * 8, "f0" * 8],
+        },
+    }
+
+    def test_report_draws_what_heads_lose(self):
+        evaluation = json.loads(json.dumps(self.EVALUATION))
+        evaluation["results"][2] |= self.HEADS
+        evaluation["results"][1] |= {"errors": None, "saliency": None}
+        results = self.write("eval.json", json.dumps(evaluation).encode())
+        page = self.folder / "r.html"
+        self.succeeds("report", results, "-o", page)
+        html = page.read_text()
+        self.assertEqual(html.count("<svg"), 4)
+        self.assertEqual(html.count("<title>layer "), 12)
+        self.assertIn("<title>layer 3, head 0: 0.3000</title>", html)
+        self.assertIn("darkest 0.300", html)
+        self.assertIn("darkest 0.060", html)
+        self.assertIn("Keys of layer 3, KV head 1", html)
+
+    def test_eval_keeps_what_heads_lose(self):
+        report = self.eval_tasks("--baselines", "f16", "--questions", "0")
+        plain, packed = report["results"]
+        self.assertNotIn("errors", plain)
+        self.assertEqual([layer["layer"] for layer in packed["errors"]], [0, 1])
+        self.assertEqual(packed["errors"][0]["keys"], [0.25, 0.5])
+        picture = packed["saliency"]
+        self.assertEqual((picture["layer"], picture["head"], picture["tokens"]), (2, 0, 512))
+        self.assertEqual((len(picture["kept"]), len(picture["saliency"])), (512, 512))
+
     def test_report_has_its_plots_drawn_as_a_picture(self):
         results = self.write("eval.json", json.dumps(self.EVALUATION).encode())
         page, picture = self.folder / "r.html", self.folder / "r.png"
@@ -1073,6 +1120,27 @@ class Command(unittest.TestCase):
             (["/results/0/tasks/passcode"], changed(lambda e: e["results"][0].update(tasks={}))),
             (["/tasks", "names"], changed(lambda e: e.update(tasks=["a/~b"]))),
             (["bits_per_element"], changed(lambda e: e["results"][0].update(bits_per_element=0))),
+            (["/results/0/errors", "layers"], changed(lambda e: e["results"][0].update(errors=3))),
+            (
+                ["/results/1/errors/0/keys", "errors"],
+                changed(
+                    lambda e: e["results"][1].update(
+                        errors=[{"layer": 0, "keys": [-1], "values": []}]
+                    )
+                ),
+            ),
+            (
+                ["/results/1/errors/0/layer"],
+                changed(
+                    lambda e: e["results"][1].update(
+                        errors=[{"layer": -1, "keys": [], "values": []}]
+                    )
+                ),
+            ),
+            (
+                ["/results/2/saliency", "head"],
+                changed(lambda e: e["results"][2].update(saliency={"layer": 0})),
+            ),
         ):
             with self.subTest(words=words):
                 results = self.write("bad.json", text.encode())

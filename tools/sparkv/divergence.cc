@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <optional>
 
+#include "heads.h"
 #include "launch.h"
 #include "report.h"
 
@@ -58,6 +59,9 @@ std::optional<double> NumberAfter(const std::string& line, const std::string& la
   return strtod(line.c_str() + colon + 1, nullptr);
 }
 
+constexpr size_t kPictureTokens = 512;
+
+std::string PictureFile(const TemporaryFolder& folder) { return folder.File("saliency.json"); }
 std::string StatsFile(const Cache& cache, const TemporaryFolder& folder) {
   return folder.File(cache.name + ".json");
 }
@@ -75,6 +79,12 @@ Json ReadText(const Reading& reading, const Cache& cache, const std::string& lab
   args.insert(args.end(), flags.begin(), flags.end());
   Command command = MakeCommand("llama-perplexity", cache, args);
   if (cache.packed) command.environment.push_back("SPARKV_STATS=" + StatsFile(cache, folder));
+  if (cache.packed && reading.heads) {
+    const size_t layers = ReadModelShape(reading.model).layers.size();
+    command.environment.push_back("SPARKV_ERRORS=1");
+    command.environment.push_back(
+        fmt::format("SPARKV_SALIENCY={}:{}:0", PictureFile(folder), layers / 2));
+  }
 
   Json result = Json::object();
   Progress progress(label);
@@ -144,6 +154,14 @@ Json Judge(const Reading& reading, const Cache& cache, const std::string& label,
   for (const char* field : {"bits_per_element", "keys_bits_per_element", "values_bits_per_element",
                             "resident_bytes", "peak_bytes", "config"}) {
     result[field] = measured.value(field, Json());
+  }
+  if (!reading.heads) return result;
+  result["errors"] = ErrorsOfStats(measured);
+  result["saliency"] = nullptr;  // layers of another kind have none
+  if (fs::exists(PictureFile(folder))) {
+    result["saliency"] =
+        FirstTokens(Json::parse(ReadFile(PictureFile(folder)), nullptr, false), kPictureTokens);
+    fs::remove(PictureFile(folder));
   }
   return result;
 }

@@ -18,6 +18,7 @@ const char* BuiltinText();
 struct Reading {
   std::string model;
   int context = 2048, batch = 512, ubatch = 128, chunks = -1, threads = 0;
+  bool heads = false;  // what each head of a packed cache loses is measured, too
 
   std::vector<std::string> SizeFlags() const;  // for any llama.cpp program
 };

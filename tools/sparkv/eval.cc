@@ -270,6 +270,7 @@ Json ResumeSettings(const Settings& settings, const std::vector<Cache>& caches,
 }
 
 int Eval(Settings settings) {
+  settings.heads = true;
   const std::vector<Cache> caches = MakeCaches(settings.baselines, settings.kv, true);
   RequireModel(settings.model);
   const TemporaryFolder folder;

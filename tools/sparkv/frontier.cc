@@ -8,9 +8,11 @@
 #include <nlohmann/json.hpp>
 
 #include "child.h"
+#include "heads.h"
 #include "kv_options.h"
 #include "launch.h"
 #include "report.h"
+#include "saliency.h"
 #include "svg.h"
 
 namespace sparkv {
@@ -45,6 +47,8 @@ struct Row {
   bool ours = false;
   double numbers[std::size(kColumns)] = {};
   std::vector<std::pair<int, int>> tasks;  // right, asked
+  std::vector<LayerErrors> errors;         // of a packed cache
+  std::string saliency;                    // picture of one of its heads, ""
 
   double bits() const { return numbers[0]; }
   double kl() const { return std::max(numbers[1], kLeastKl); }
@@ -102,6 +106,11 @@ class Reader {
           Refuse(at + "/tasks/" + task, "is odd");
         row.tasks.emplace_back(int(right), int(asked));
       }
+      // Of a packed cache, and not of a file that is older than that.
+      if (const Json& result = rows[i]; !result.value("errors", Json()).is_null())
+        row.errors = ReadErrors(result["errors"], source_ + ": " + at + "/errors");
+      if (const Json picture = rows[i].value("saliency", Json()); !picture.is_null())
+        row.saliency = Picture(picture, at + "/saliency");
       out.rows.push_back(row);
     }
     return out;
@@ -131,6 +140,13 @@ class Reader {
     const Json& field = Field(json, pointer);
     if (!field.is_array()) Refuse(pointer, "is no list");
     return field;
+  }
+  std::string Picture(const Json& picture, const std::string& at) const {
+    try {
+      return DrawSaliency(picture.dump(), fmt::format("{}: {}", source_, at));
+    } catch (const Error& e) {
+      throw Error(kUsage, e.what());
+    }
   }
   static bool MakesPacked(const std::string& name) {
     try {
@@ -219,6 +235,24 @@ std::string TableOf(const Evaluation& e) {
   return out + "</table>\n";
 }
 
+// What each head loses, one picture per packed cache under one scale.
+std::vector<std::string> ErrorPlots(const Evaluation& e) {
+  double keys = 0, values = 0;
+  for (const Row& row : e.rows) {
+    for (const LayerErrors& layer : row.errors) {
+      for (const double x : layer.keys) keys = std::max(keys, x);
+      for (const double x : layer.values) values = std::max(values, x);
+    }
+  }
+  std::vector<std::string> plots;
+  for (const Row& row : e.rows) {
+    if (!row.errors.empty())
+      plots.push_back(
+          DrawErrors("What each head of " + row.cache + " loses", row.errors, keys, values));
+  }
+  return plots;
+}
+
 std::string Page(const Evaluation& e) {
   std::string out =
       "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>sparkv: bytes and "
@@ -236,7 +270,13 @@ std::string Page(const Evaluation& e) {
       Escape(e.model), Escape(e.weights), Escape(e.text), e.context, kBlue, kSand, e.floor);
   out += KlPlot(e);
   if (!e.tasks.empty()) out += TaskPlot(e);
-  return out + TableOf(e) + "</body></html>\n";
+  out += TableOf(e);
+  for (const std::string& plot : ErrorPlots(e)) out += plot;
+  for (const Row& row : e.rows) {
+    if (!row.saliency.empty())
+      out += fmt::format("<h2>Saliency, {}</h2>\n", Escape(row.cache)) + row.saliency;
+  }
+  return out + "</body></html>\n";
 }
 
 std::string Csv(const Evaluation& e) {

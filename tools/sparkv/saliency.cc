@@ -242,10 +242,11 @@ std::string DrawSaliency(const std::string& json, const std::string& source) {
                  "font-size=\"16\" font-weight=\"600\"");
   out += SvgText(
       kLeft, 42,
-      fmt::format(
-          "{} tokens x {} channels; {} tokens dense (sinks and window), {} packed{}", head.tokens,
-          head.head_dim, dense, packed,
-          packed ? fmt::format(" with {:.1f} channels kept each", double(kept) / packed) : ""));
+      packed == 0
+          ? fmt::format("{} tokens x {} channels, none pruned", head.tokens, head.head_dim)
+          : fmt::format("{} tokens x {} channels; {} tokens dense (sinks and window), {} packed "
+                        "with {:.1f} channels kept each",
+                        head.tokens, head.head_dim, dense, packed, double(kept) / packed));
   out += SvgText(kLeft, overview - 6, "All tokens", "font-weight=\"600\"");
   out += Legend(kLeft + kWidth - 262, overview - 6, kBlue, "share of tokens that keep it");
   out += Overview(head, overview, height) + Frame(overview, height) +

@@ -49,6 +49,23 @@ class Quality(unittest.TestCase):
         self.assertGreaterEqual(stats["tokens"], 512)
         self.assertLess(stats["bits_per_element"], 8)
 
+    def test_what_heads_lose_is_told_and_falls_with_bits(self):
+        means = []
+        for preset in ("tiers-7432", "tiers-4211"):
+            divergence, stats = self.divergence(preset, SPARKV_ERRORS="1")
+            errors = stats["caches"][0]["errors"]
+            self.assertEqual([layer["layer"] for layer in errors], list(range(30)))
+            for kind in ("keys", "values"):
+                self.assertEqual({len(layer[kind]) for layer in errors}, {3})
+                self.assertGreater(min(min(layer[kind]) for layer in errors), 1e-3)
+            means.append([sum(sum(layer[kind]) for layer in errors) / 90
+                          for kind in ("keys", "values")])
+            plain, stats = self.divergence(preset)
+            self.assertNotIn("errors", stats["caches"][0])
+            self.assertEqual(divergence, plain)
+        self.assertGreater(means[1][0], 1.5 * means[0][0])
+        self.assertGreater(means[1][1], 2 * means[0][1])
+
     def test_recent_rows_take_bits_and_loss_between_window_and_packed(self):
         packed, packed_stats = self.divergence("tiers-4211", SPARKV_WINDOW="16")
         staged, stats = self.divergence("tiers-4211", SPARKV_WINDOW="16",

@@ -112,6 +112,8 @@ void KvCache::Clear() {
   flight_cells_.clear();
   flight_at_.clear();
   arena_layer_ = -1;
+  latest_until_ = 0;
+  unranked_ = false;
   observed_.clear();
   queries_.clear();
   restore_ = {};

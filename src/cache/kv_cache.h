@@ -176,6 +176,8 @@ class KvCache {
   void MarkBits(const sparkv_attend_args& args, const Words& seen,
                 const std::vector<std::vector<TokenPlan>>& tokens);
   void ResolveRanks(const uint64_t* seen, int64_t base);
+  template <typename Sees>
+  int64_t NewestBefore(int64_t own, Sees&& sees) const;
   void ReleaseBeyond(int stream, int64_t n_kv);
   int64_t FlightOf(const sparkv_attend_args& args, int stream_index, int64_t token) const;
 
@@ -306,6 +308,12 @@ class KvCache {
   std::vector<int64_t> in_stage_;                     // their number, per stage
   std::vector<int64_t> used_end_;                     // per stream: largest used index + 1
   uint32_t next_order_ = 1;
+  // Cells of the step before, by order; they are the newest of all but those in flight while no
+  // other cell has been given an order since.
+  std::vector<int64_t> latest_cells_;
+  uint32_t latest_until_ = 0;
+  bool latest_hold_ = false;
+  bool unranked_ = false;  // some cell may have no rank
   int64_t n_sealed_ = 0, n_dense_ = 0, n_evicted_ = 0;
 
   // The micro-batch in flight. Its rows wait in one arena, which the layers use one after the

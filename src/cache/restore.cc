@@ -54,6 +54,7 @@ Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row
   end = std::max(end, layout_.index_of(cell) + 1);
   cells_.order(cell) = next_order_++;
   cells_.rank(cell) = -1;
+  unranked_ = true;
 
   if (Status s = AddDense(cell); !s.ok()) return s;
   cells_.set_state(cell, CellState::kDense);
@@ -223,6 +224,7 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
   if (copy_.from != from || copy_.to != to || !copy_.done.insert(step).second) {
     // A new copy: the target takes over what the source is; rows follow, layer by layer.
     copy_ = {from, to, {step}};
+    latest_until_ = 0;  // copies are as new as their sources
     for (int64_t i = 0; i < used_end_[size_t(to)]; ++i) ReleaseCell(target + i);
     used_end_[size_t(to)] = used_end_[size_t(from)];
     const auto mirror = [&](int64_t i) {

@@ -58,6 +58,7 @@ Status KvCache::Write(bool keys, int layer_index, const int64_t* cells, int64_t 
 }
 
 void KvCache::BeginStep(const int64_t* cells, int64_t n_rows) {
+  latest_hold_ = latest_until_ == next_order_;
   flight_cells_.assign(cells, cells + n_rows);
   flight_at_.clear();
   for (int64_t i = 0; i < n_rows; ++i) {
@@ -148,6 +149,9 @@ void KvCache::FinishStep() {
     cells_.set_state(cell, CellState::kDense);
     JoinDense(cell);
   }
+  for (const int64_t cell : flight_cells_) unranked_ |= cell >= 0 && cells_.rank(cell) < 0;
+  latest_cells_.swap(flight_cells_);
+  latest_until_ = next_order_;
   flight_cells_.clear();
   flight_at_.clear();
   arena_layer_ = -1;
@@ -259,6 +263,23 @@ uint16_t KvCache::FindOrMakeTable(const sparkv_attend_args& args, int stream_ind
   return step_.new_tables.back().id;
 }
 
+// The newest cell before `own` that is seen, if it is of this step or the one before; else -1.
+template <typename Sees>
+int64_t KvCache::NewestBefore(int64_t own, Sees&& sees) const {
+  for (int64_t i = flight_at_.at(own); i-- > 0;) {
+    const int64_t cell = flight_cells_[size_t(i)];
+    if (cell >= 0 && cell != own && sees(cell)) return cell;
+  }
+  if (!latest_hold_) return -1;
+  for (size_t i = latest_cells_.size(); i-- > 0;) {
+    const int64_t cell = latest_cells_[i];
+    if (cell < 0 || !sees(cell)) continue;
+    const CellState state = cells_.state(cell);
+    if (state != CellState::kEmpty && state != CellState::kFlight) return cell;
+  }
+  return -1;
+}
+
 // Rank and weights of each query of one stream.
 Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, const Words& seen,
                            std::vector<TokenPlan>* tokens) {
@@ -280,12 +301,15 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
       continue;
     }
     // The newest other cell it sees is the token before it; within a micro-batch that is mostly the
-    // query before it.
+    // query before it, else mostly a token of the step before.
     int64_t parent = -1;
     if (own >= 0 && previous >= 0 && sees(row, previous)) {
       parent = previous;
-    } else {
-      ResolveRanks(row, base);
+    } else if (!unranked_ && own >= 0) {
+      parent = NewestBefore(own, [&](int64_t cell) { return sees(row, cell); });
+    }
+    if (parent < 0) {
+      if (unranked_) ResolveRanks(row, base);
       uint32_t newest = 0;
       ForEachBit(row, words, [&](int64_t i) {
         const int64_t cell = base + i;
@@ -470,10 +494,15 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
       for (int64_t t = 0; t < args.n_tokens; ++t)
         any |= view_.packed_bits[size_t(s * args.n_tokens + t) * words + w];
       uint16_t& table = view_.tile_table[size_t(s) * words + w];
-      ForEachBit(&any, 1, [&](int64_t i) {
-        const uint16_t id = cells_.table(base + int64_t(w) * 64 + i);
-        table = table == 0 || table == id ? id : kMixedTables;
-      });
+      const uint16_t* ids = &cells_.table(base + int64_t(w) * 64);
+      if (any == ~uint64_t{0}) {
+        int differ = 0;
+        for (int i = 1; i < 64; ++i) differ |= ids[i] ^ ids[0];
+        table = differ == 0 ? ids[0] : kMixedTables;
+        continue;
+      }
+      ForEachBit(&any, 1,
+                 [&](int64_t i) { table = table == 0 || table == ids[i] ? ids[i] : kMixedTables; });
     }
   }
 }

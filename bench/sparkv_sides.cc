@@ -1,4 +1,6 @@
 // Our cache through its C header, and packing alone through the table of kernels.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -83,6 +85,9 @@ class AttendSide : public Side {
   }
 
   void Prepare(const Case& c) override {
+    // As in a program of llama.cpp: on the threads that ggml computes with.
+    sparkv_cache_set_team(cache_.get(),
+                          reinterpret_cast<sparkv_team>(dlsym(RTLD_DEFAULT, "GOMP_parallel")));
     sparkv_cache_set_threads(cache_.get(), c.threads);
     const int rows = c.queries * c.sequences;
     q_ = Queries(c.shape, rows);

@@ -471,6 +471,7 @@ void Buffer::Break(const std::string& reason) {
 void Buffer::SetThreads(int n_threads) {
   if (!cache_ || n_threads == n_threads_) return;
   n_threads_ = n_threads;
+  if (n_threads > 1 && !team_) sparkv_cache_set_team(cache_, team_ = HostTeam());
   sparkv_cache_set_threads(cache_, n_threads);
 }
 

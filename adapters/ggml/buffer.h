@@ -103,6 +103,7 @@ class Buffer {
   int id_ = 0;                 // of the cache, in order of creation
   int weights_slot_ = 0;
   int n_threads_ = 0;
+  sparkv_team team_ = nullptr;
   int64_t unknown_rows_ = 0;
   std::atomic<bool> refused_{false};
   bool broken_ = false;

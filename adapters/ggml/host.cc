@@ -113,6 +113,27 @@ std::string BindHost(const void* caller, Host* host) {
                      " of this program lacks an op or a type that we need";
 }
 
+sparkv_team HostTeam() {
+  std::vector<std::string> names;
+  dl_iterate_phdr(CollectName, &names);
+  for (const std::string& name : names) {  // "" is the program
+    void* handle = dlopen(name.empty() ? nullptr : name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    Dl_info info;
+    const void* cpu = handle ? dlsym(handle, "ggml_backend_cpu_init") : nullptr;
+    if (!cpu || !dladdr(cpu, &info) || !info.dli_fname) {
+      if (handle) dlclose(handle);
+      continue;
+    }
+    // Of the library that holds the backend, and of what that was linked with: not of any library
+    // that happens to be in the process.
+    void* backend = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    sparkv_team team = nullptr;
+    Bind(backend ? backend : handle, "GOMP_parallel", &team);
+    return team;
+  }
+  return nullptr;
+}
+
 bool IsRpcServer() {
   char path[4096];
   const ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 1);

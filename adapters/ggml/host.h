@@ -6,6 +6,7 @@
 #include <string>
 
 #include "ggml-backend-impl.h"
+#include "sparkv/sparkv.h"
 
 namespace sparkv {
 
@@ -28,6 +29,10 @@ struct Host {
 // us: it is asked first, because a process may hold several copies of ggml. Returns "" or why this
 // host cannot be served.
 std::string BindHost(const void* caller, Host* host);
+
+// The OpenMP runtime that ggml's CPU backend computes with; NULL: it has threads of another kind,
+// or is not there yet.
+sparkv_team HostTeam();
 
 // True in the programs that execute graphs from the network.
 bool IsRpcServer();

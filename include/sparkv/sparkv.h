@@ -267,10 +267,16 @@ SPARKV_API sparkv_status sparkv_cache_create(const sparkv_config* config, const 
 SPARKV_API void sparkv_cache_free(sparkv_cache* cache);
 /* Forgets every cell and gives all pages back. */
 SPARKV_API void sparkv_cache_clear(sparkv_cache* cache);
-/* Threads that attend may use from now on when the configuration leaves it to the host: the
-   OpenMP team of the calling thread where the process has such a runtime (ggml computes with it, so
-   give the number that it is given), else threads of the cache's own. */
+/* Threads that attend may use from now on when the configuration leaves it to the host. */
 SPARKV_API void sparkv_cache_set_threads(sparkv_cache* cache, int32_t n_threads);
+/* Threads of the host: calls body(data) on at most n_threads threads at once, the caller among
+ * them, and returns when all have; flags is 0. GOMP_parallel of an OpenMP runtime is one, but its
+ * team is made anew where n_threads changes: sparkv_cache_set_threads must then give what the host
+ * computes with. NULL: the cache has threads of its own, as it has when the configuration says how
+ * many. */
+typedef void (*sparkv_team)(void (*body)(void* data), void* data, unsigned n_threads,
+                            unsigned flags);
+SPARKV_API void sparkv_cache_set_team(sparkv_cache* cache, sparkv_team team);
 
 typedef enum sparkv_row_type { SPARKV_ROW_F32 = 0, SPARKV_ROW_F16 = 1 } sparkv_row_type;
 

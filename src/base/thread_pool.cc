@@ -1,29 +1,13 @@
 #include "base/thread_pool.h"
 
-#if __has_include(<dlfcn.h>)
-#include <dlfcn.h>
-#endif
+#include <utility>
 
 namespace sparkv {
 
-// A runtime that is not there is not loaded: without one, nobody shares its threads.
-ThreadPool::Team ThreadPool::FindTeam() {
-#if __has_include(<dlfcn.h>) && defined(RTLD_NOLOAD)
-  for (const char* name : {"libgomp.so.1", "libomp.so.5", "libomp.so"}) {
-    void* runtime = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);  // never closed: it stays as long as we
-    if (runtime == nullptr) continue;
-    if (void* entry = dlsym(runtime, "GOMP_parallel")) return reinterpret_cast<Team>(entry);
-    dlclose(runtime);
-  }
-#endif
-  return nullptr;
-}
-
-void ThreadPool::Resize(int n_threads, bool own) {
-  const Team team = own || n_threads == 1 ? nullptr : FindTeam();
-  if (team != nullptr) n_team_ = n_threads;
-  team_ = team;
-  if (team != nullptr) n_threads = 1;  // of our own
+void ThreadPool::Resize(int n_threads, Team team) {
+  team_ = n_threads > 1 ? team : nullptr;
+  n_team_ = n_threads;
+  if (team_ != nullptr) n_threads = 1;  // of our own
   if (n_threads == int(workers_.size()) + 1) return;
   {
     std::lock_guard lock(mutex_);
@@ -49,13 +33,14 @@ void ThreadPool::Run(int64_t n_tasks, Call call, void* context) {
     n_tasks_ = n_tasks;
     next_.store(0, std::memory_order_relaxed);
     arrived_.store(0, std::memory_order_relaxed);
-    // A runtime may give fewer threads than asked for, never more.
-    return team_(
+    team_(
         [](void* self) {
           auto* pool = static_cast<ThreadPool*>(self);
           pool->Drain(pool->arrived_.fetch_add(1, std::memory_order_relaxed));
         },
         this, unsigned(n_team_), 0);
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+    return;
   }
   {
     std::lock_guard lock(mutex_);
@@ -70,11 +55,19 @@ void ThreadPool::Run(int64_t n_tasks, Call call, void* context) {
   Drain(0);
   std::unique_lock lock(mutex_);
   done_.wait(lock, [this] { return busy_ == 0; });
+  if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
+// Nothing may be thrown through the frames of a host's runtime, or past a loop that others are in.
 void ThreadPool::Drain(int thread) {
-  for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks_;)
-    call_(context_, i, thread);
+  try {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks_;)
+      call_(context_, i, thread);
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    if (!failure_) failure_ = std::current_exception();
+    next_.store(n_tasks_, std::memory_order_relaxed);
+  }
 }
 
 // `seen` is the generation when the worker was made: a thread that starts late still owes its part

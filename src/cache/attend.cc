@@ -192,8 +192,10 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
                                 const uint64_t* visible, const uint16_t* const* mask,
                                 const Space& space, const AttentionState& state, PackedTile* tile) {
     tile->table = wanted.table;
-    if (*space.prepared != wanted) ops_->prepare_queries(key, wanted.table, block, space.scratch);
-    *space.prepared = wanted;
+    if (*space.prepared != wanted) {
+      ops_->prepare_queries(key, wanted.table, block, space.scratch);
+      *space.prepared = wanted;
+    }
     ops_->attend_packed(key, value, block, *tile, visible, mask, space.scratch, state);
   };
 

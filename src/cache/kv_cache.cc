@@ -101,8 +101,14 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
 }
 
 void KvCache::SetThreads(int n_threads) {
-  const bool own = config_.threads > 0;
-  pool_.Resize(std::clamp(own ? config_.threads : n_threads, 1, 256), own);
+  host_threads_ = std::clamp(n_threads, 1, 256);
+  if (config_.threads > 0) return pool_.Resize(std::min(config_.threads, 256));
+  pool_.Resize(host_threads_, team_);
+}
+
+void KvCache::SetTeam(ThreadPool::Team team) {
+  team_ = team;
+  SetThreads(host_threads_);
 }
 
 void KvCache::Clear() {
@@ -428,6 +434,10 @@ void KvCache::Memory(sparkv_memory* m) const {
                  (table_f32_.capacity() + partial_.capacity()) * 4;
   for (const auto& bits : view_.stage_bits) m->workspace += bits.capacity() * 8;
   for (const auto& space : thread_space_) m->workspace += space.capacity() * 4;
+  for (const SealSpace& space : seal_space_) {
+    m->workspace += (space.rows.capacity() + space.after.capacity()) * 2 + space.passed.capacity() +
+                    space.batch.from.capacity() * 3 * sizeof(void*);
+  }
   for (const auto& [cell, layers] : queries_) {
     for (const auto& row : layers) m->workspace += row.capacity() * 2;
   }

@@ -35,6 +35,7 @@ class KvCache {
 
   void Clear();
   void SetThreads(int n_threads);
+  void SetTeam(ThreadPool::Team team);
   Status Write(bool keys, int layer, const int64_t* cells, int64_t n_rows, const void* rows,
                sparkv_row_type type, size_t row_stride);
   Status Attend(const sparkv_attend_args& args);
@@ -93,6 +94,12 @@ class KvCache {
       to.clear();
     }
   };
+  // What sealing needs of a thread, kept so that a step does not allocate.
+  struct SealSpace {
+    std::vector<uint16_t> rows, after;
+    std::vector<uint8_t> passed;
+    RowBatch batch;
+  };
   struct NewTable {
     uint16_t id;
     std::vector<std::pair<int32_t, int64_t>>
@@ -145,7 +152,7 @@ class KvCache {
   };
   static constexpr uint16_t kMixedTables = 65535;
   // Queries that the scratch of a thread holds in the form that rows of `key` want.
-  struct Prepared {
+  struct alignas(64) Prepared {
     const KeyLayout* key = nullptr;
     const float* table = nullptr;
     int stream = 0, head = 0;
@@ -295,6 +302,8 @@ class KvCache {
   CacheLayout layout_;
   const OpTable* ops_ = nullptr;
   ThreadPool pool_;
+  ThreadPool::Team team_ = nullptr;
+  int host_threads_ = 1;
 
   CellTable cells_;
   std::deque<DenseStore> stores_;  // per stage
@@ -345,6 +354,7 @@ class KvCache {
   std::vector<const float*> table_of_;            // [id] -> row in table_f32_, or NULL
   std::vector<std::vector<float>> thread_space_;  // attention scratch per thread
   std::vector<Prepared> prepared_;                // of each thread, in one call
+  std::vector<SealSpace> seal_space_;             // per thread
   std::vector<float> partial_;                    // attention states of split tasks
   bool needs_weights_ = false;                    // some layer packs keys with weights
 

@@ -152,12 +152,11 @@ void KvCache::SealLayer(int layer_index) {
   constexpr int64_t kChunk = 16;
   const int n_stages = layout_.n_stages();
   RowErrors* errors = errors_.empty() ? nullptr : &errors_[size_t(layer_index)];
-  const auto body = [&](int64_t chunk, int) {
+  const auto body = [&](int64_t chunk, int thread) {
     const Column* columns = step_.aging.data() + chunk * kChunk;
     const int64_t count = std::min(kChunk, n - chunk * kChunk);
-    std::vector<uint16_t> rows, after;
-    std::vector<uint8_t> passed;
-    RowBatch batch;
+    auto& [rows, after, passed, batch] = seal_space_[size_t(thread)];
+    batch.Clear();  // a loop that ran out of memory may have left some
     for (const bool keys : {true, false}) {
       const size_t row = keys ? layer.k_row() : layer.v_row();
       rows.resize(size_t(count) * row);
@@ -202,6 +201,7 @@ void KvCache::SealLayer(int layer_index) {
     }
   };
   const int64_t n_chunks = (n + kChunk - 1) / kChunk;
+  if (seal_space_.size() < size_t(pool_.size())) seal_space_.resize(size_t(pool_.size()));
   if (n_chunks <= 1 || errors != nullptr) {
     for (int64_t chunk = 0; chunk < n_chunks; ++chunk) body(chunk, 0);
   } else {

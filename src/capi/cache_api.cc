@@ -209,6 +209,14 @@ void sparkv_cache_set_threads(sparkv_cache* cache, int32_t n_threads) {
     });
 }
 
+void sparkv_cache_set_team(sparkv_cache* cache, sparkv_team team) {
+  if (cache != nullptr)
+    Guard(nullptr, [&] {
+      cache->cache->SetTeam(team);
+      return Status::Ok();
+    });
+}
+
 sparkv_status sparkv_cache_write_keys(sparkv_cache* cache, int32_t layer, const int64_t* cells,
                                       int64_t n_rows, const void* rows, int32_t type,
                                       size_t row_stride, sparkv_error* error) {

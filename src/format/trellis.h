@@ -21,16 +21,12 @@ static constexpr int TrellisMagnitude(int bits, int i) {
   return int(TrellisTop(bits) * x * (0.45 + 0.55 * x) + 0.5);
 }
 
-// Levels of `bits` bits by code, and what an encoder needs.
+// Levels of `bits` bits by code.
 struct TrellisLevels {
-  static constexpr int kLowest = -1024;
   int n = 0;
   float top = 0.0f, inverse_top = 0.0f;  // level of the last code
   float best_top = 0.0f;                 // where it loses least, for numbers of deviation 1
   int16_t level[2 << kMaxTrellisBits] = {};
-  static constexpr int kBeyond = 4;  // places before the first and behind the last level
-  float near[(2 << kMaxTrellisBits) + 2 * kBeyond] = {};  // level i at kBeyond + i, else far away
-  uint16_t below[2048] = {};                              // levels that are at most m + kLowest
 
   constexpr TrellisLevels(int bits, float best)
       : n(2 << bits),
@@ -40,13 +36,6 @@ struct TrellisLevels {
     for (int i = 0; i < n / 2; ++i) {
       level[n / 2 + i] = int16_t(TrellisMagnitude(bits, i));
       level[n / 2 - 1 - i] = int16_t(-TrellisMagnitude(bits, i));
-    }
-    for (int i = 0; i < n + 2 * kBeyond; ++i) {
-      near[i] = i < kBeyond ? -1e10f : i < kBeyond + n ? float(level[i - kBeyond]) : 1e10f;
-    }
-    for (int m = 0, at = 0; m < 2048; ++m) {
-      while (at < n && level[at] <= m + kLowest) ++at;
-      below[m] = uint16_t(at);
     }
   }
 };

@@ -1129,12 +1129,22 @@ class Command(unittest.TestCase):
                     )
                 ),
             ),
+            *(
+                (
+                    ["/results/1/errors/0/layer"],
+                    changed(
+                        lambda e: e["results"][1].update(
+                            errors=[{"layer": layer, "keys": [], "values": []}]
+                        )
+                    ),
+                )
+                for layer in (-1, 1 << 16, (1 << 64) - 1, 0.5, "0")
+            ),
+            (["nested too deeply"], '{"errors": ' + "[" * 200000),
             (
-                ["/results/1/errors/0/layer"],
-                changed(
-                    lambda e: e["results"][1].update(
-                        errors=[{"layer": -1, "keys": [], "values": []}]
-                    )
+                ["nested too deeply"],
+                json.dumps(self.EVALUATION | {"results": [{"errors": 0}]}).replace(
+                    '"errors": 0', '"errors": ' + "[" * 100000 + "]" * 100000
                 ),
             ),
             (

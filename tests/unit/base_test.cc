@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <new>
 #include <set>
 
 #include "base/half.h"
@@ -91,16 +92,17 @@ TEST(ThreadPool, RunsEveryTaskOnceWhateverItsSize) {
   }
 }
 
-#if defined(__linux__) && !defined(__SANITIZE_THREAD__)  // which knows nothing of its barriers
-// The runtime that ggml uses with GCC. It is in this process from here on.
-TEST(ThreadPool, SharesTheTeamOfAnOpenMpRuntimeThatIsThere) {
+// A host that lends its threads: one call more than it was asked for would be a bug.
+int calls_of_team = 0;
+void TwoInTurn(void (*body)(void*), void* data, unsigned n_threads, unsigned) {
+  ++calls_of_team;
+  for (unsigned i = 0; i < std::min(n_threads, 2u); ++i) body(data);
+}
+
+void RunOnTeam(ThreadPool::Team team) {
   ThreadPool pool;
-  void* runtime = dlopen("libgomp.so.1", RTLD_LAZY);
-  if (runtime == nullptr) GTEST_SKIP() << "no libgomp.so.1";
-  pool.Resize(3);
-  EXPECT_TRUE(pool.own());
   for (const int threads : {2, 4, 1, 3}) {
-    pool.Resize(threads, false);
+    pool.Resize(threads, team);
     EXPECT_EQ(pool.size(), threads);
     EXPECT_EQ(pool.own(), threads == 1);
     for (const int64_t n : {0, 1, 2, 1000}) {
@@ -114,8 +116,40 @@ TEST(ThreadPool, SharesTheTeamOfAnOpenMpRuntimeThatIsThere) {
       EXPECT_TRUE(thread_in_range);
     }
   }
+  pool.Resize(3);
+  EXPECT_TRUE(pool.own());
+}
+
+TEST(ThreadPool, RunsOnTheThreadsOfAHost) {
+  calls_of_team = 0;
+  RunOnTeam(TwoInTurn);
+  EXPECT_EQ(calls_of_team, 3 * 2);  // not for one thread, nor for one task
+}
+
+#if defined(__linux__) && !defined(__SANITIZE_THREAD__)  // which knows nothing of its barriers
+TEST(ThreadPool, RunsOnTheTeamOfAnOpenMpRuntime) {
+  void* runtime = dlopen("libgomp.so.1", RTLD_LAZY);
+  if (runtime == nullptr) GTEST_SKIP() << "no libgomp.so.1";
+  RunOnTeam(reinterpret_cast<ThreadPool::Team>(dlsym(runtime, "GOMP_parallel")));
 }
 #endif
+
+TEST(ThreadPool, WhatABodyThrowsComesOutOfTheLoopAndTheNextOneRuns) {
+  for (const ThreadPool::Team team : {ThreadPool::Team{nullptr}, ThreadPool::Team{TwoInTurn}}) {
+    ThreadPool pool;
+    pool.Resize(3, team);
+    for (int round = 0; round < 20; ++round) {
+      EXPECT_THROW(pool.ParallelFor(50,
+                                    [](int64_t task, int) {
+                                      if (task % 20 == 7) throw std::bad_alloc();
+                                    }),
+                   std::bad_alloc);
+      std::atomic<int> sum{0};
+      pool.ParallelFor(8, [&](int64_t task, int) { sum += int(task); });
+      ASSERT_EQ(sum.load(), 28);
+    }
+  }
+}
 
 TEST(ThreadPool, LoopsDirectlyAfterResizeDoNotHang) {
   for (int i = 0; i < 200; ++i) {

@@ -154,6 +154,7 @@ TEST(CacheBorder, EveryBadArgumentIsNamedAndLeavesTheCacheUsable) {
   sparkv_cache_free(nullptr);
   sparkv_cache_clear(nullptr);
   sparkv_cache_set_threads(nullptr, 3);
+  sparkv_cache_set_team(nullptr, nullptr);
   sparkv_cache_release(c, -5, 10);
   sparkv_cache_release(c, 512, 10);
   sparkv_cache_release(nullptr, 0, 1);

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <deque>
+#include <thread>
 
 #include "cache_model.h"
 #include "format/row_layout.h"
@@ -229,14 +230,22 @@ TEST_P(OneAnswer, IsTheSameInStreamsOfItsOwn) {
   }
 }
 
+// A host that lends two threads, whatever it is asked for.
+void TwoThreads(void (*body)(void*), void* data, unsigned, unsigned) {
+  std::thread other(body, data);
+  body(data);
+  other.join();
+}
+
 TEST(Cache, AnswersHaveTheSameBitsForEveryNumberOfThreads) {
   for (const char* preset : {"spark-0.8", "spark-0.5-i5", "tiers-6321"}) {
-    const auto run = [&](int threads) {
+    const auto run = [&](int threads, sparkv_team team = nullptr) {
       Model model;
       model.preset = preset;
       model.layers = {{4, 64, 64, 2}, {2, 128, 96, 4}};
       model.cells = 2600;
       Host host(model);
+      sparkv_cache_set_team(host.cache, team);
       sparkv_cache_set_threads(host.cache, threads);
       std::vector<Answer> answers = host.Feed(0, 3, 0, 2300, {230});
       for (const int n : {2, 5}) {  // few queries over many tiles: tasks are parts of the cells
@@ -248,6 +257,7 @@ TEST(Cache, AnswersHaveTheSameBitsForEveryNumberOfThreads) {
     const std::vector<Answer> one = run(1);
     for (const int threads : {2, 5})
       ASSERT_EQ(run(threads), one) << preset << " " << threads << " threads";
+    ASSERT_EQ(run(3, TwoThreads), one) << preset << " on a team";
   }
 }
 

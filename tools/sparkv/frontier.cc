@@ -68,13 +68,21 @@ struct Evaluation {
 
 // The evaluation in a file that anyone may have written.
 class Reader {
+  static constexpr int kDepth = 16;
   static constexpr const char* kLetters = "abcdefghijklmnopqrstuvwxyz";
 
  public:
   explicit Reader(std::string source) : source_(std::move(source)) {}
 
   Evaluation Read() const {
-    const Json json = Json::parse(ReadFile(source_), nullptr, false);
+    // Deeper than any evaluation: copies and text of such a value would take the stack.
+    bool deep = false;
+    const auto level = [&](int depth, Json::parse_event_t, Json&) {
+      deep |= depth > kDepth;
+      return depth <= kDepth;
+    };
+    const Json json = Json::parse(ReadFile(source_), level, false);
+    if (deep) throw Error(kUsage, fmt::format("{}: nested too deeply", source_));
     if (!json.is_object()) throw Error(kUsage, fmt::format("{}: not a JSON object", source_));
     Evaluation out;
     out.model = String(json, "/model");
@@ -145,7 +153,7 @@ class Reader {
     try {
       return DrawSaliency(picture.dump(), fmt::format("{}: {}", source_, at));
     } catch (const Error& e) {
-      throw Error(kUsage, e.what());
+      throw Error(kUsage, Printable(e.what()));
     }
   }
   static bool MakesPacked(const std::string& name) {

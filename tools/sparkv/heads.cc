@@ -46,11 +46,11 @@ Json ErrorsOfStats(const Json& stats) {
 }
 
 Json FirstTokens(const Json& picture, size_t tokens) {
-  if (!picture.is_object() || !picture.contains("kept") || !picture.contains("saliency"))
-    return nullptr;
+  if (!picture.is_object()) return nullptr;
   Json first = picture;
   for (const char* field : {"kept", "saliency"}) {
     Json& rows = first[field];
+    if (!rows.is_array() || rows.empty()) return nullptr;
     if (rows.size() > tokens) rows.erase(rows.begin() + long(tokens), rows.end());
     first["tokens"] = rows.size();
   }
@@ -65,7 +65,8 @@ std::vector<LayerErrors> ReadErrors(const Json& errors, const std::string& field
     const std::string at = fmt::format("{}/{}", field, i);
     const Json& layer = errors[i];
     if (!layer.is_object() || !layer.contains("layer") || !layer["layer"].is_number_unsigned() ||
-        layer["layer"] >= 1 << 16)
+
+        layer["layer"].get<uint64_t>() >= uint64_t{1} << 16)
       throw Error(kUsage, fmt::format("{}/layer: is no layer", at));
     out.push_back({layer["layer"], Numbers(layer, "keys", at), Numbers(layer, "values", at)});
   }

@@ -433,10 +433,10 @@ void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out)
           const int begin = std::max(0, t * per_tier - 64 * p) / 4,
                     end = std::min(64, (t + 1) * per_tier - 64 * p) / 4;
           if (bits > kByteBits) {
-            uint8_t* low = out->low + 16 * (run * per_tier + 64 * p);
             for (int c = begin; c < end; ++c) {
               _mm512_store_si512(to + 64 * c, LookUp256(kCodes.high[bits - 6], codes(c)));
-              _mm512_store_si512(low + 64 * c, LookUp256(kCodes.low[bits - 6], codes(c)));
+              _mm512_store_si512(out->low + 16 * (run * per_tier + 64 * p + 4 * c),
+                                 LookUp256(kCodes.low[bits - 6], codes(c)));
             }
           } else {
             const __m512i levels = _mm512_load_si512(kCodes.centred[bits]);

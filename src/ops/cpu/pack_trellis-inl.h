@@ -195,7 +195,8 @@ template <int kBits, typename Grid>
 inline void RefitRun(int run, int begin, int end, Paths* paths) {
   constexpr const TrellisLevels& kLevels = kTrellisLevels[kBits];
   const int n = end - begin;
-  Lanes levels[kMaxHeadDim];
+  // The way back was gone: its place is free. Stacks of threads may be small.
+  Lanes* levels = reinterpret_cast<Lanes*>(paths->back + begin);
   for (int i = 0; i < n; ++i) levels[i] = LevelOf<kBits>(paths->codes[begin + i]);
   const Lanes length = SumOfSquares(paths->x + begin, n), coded = SumOfSquares(levels, n);
   IntLanes& gain = paths->gain[run];

@@ -155,7 +155,10 @@ void KvCache::SealLayer(int layer_index) {
   const auto body = [&](int64_t chunk, int thread) {
     const Column* columns = step_.aging.data() + chunk * kChunk;
     const int64_t count = std::min(kChunk, n - chunk * kChunk);
-    auto& [rows, after, passed, batch] = seal_space_[size_t(thread)];
+    SealSpace& space = seal_space_[size_t(thread)];
+    std::vector<uint16_t>&rows = space.rows, &after = space.after;
+    std::vector<uint8_t>& passed = space.passed;
+    RowBatch& batch = space.batch;
     batch.Clear();  // a loop that ran out of memory may have left some
     for (const bool keys : {true, false}) {
       const size_t row = keys ? layer.k_row() : layer.v_row();

@@ -27,34 +27,29 @@ void ThreadPool::Resize(int n_threads, Team team) {
 }
 
 void ThreadPool::Run(int64_t n_tasks, Call call, void* context) {
-  if (team_ != nullptr) {
-    call_ = call;
-    context_ = context;
-    n_tasks_ = n_tasks;
-    next_.store(0, std::memory_order_relaxed);
-    arrived_.store(0, std::memory_order_relaxed);
-    team_(
-        [](void* self) {
-          auto* pool = static_cast<ThreadPool*>(self);
-          pool->Drain(pool->arrived_.fetch_add(1, std::memory_order_relaxed));
-        },
-        this, unsigned(n_team_), 0);
-    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
-    return;
-  }
   {
     std::lock_guard lock(mutex_);
     call_ = call;
     context_ = context;
     n_tasks_ = n_tasks;
     next_.store(0, std::memory_order_relaxed);
+    arrived_.store(0, std::memory_order_relaxed);
     busy_ = int(workers_.size());
     ++generation_;
   }
-  wake_.notify_all();
-  Drain(0);
-  std::unique_lock lock(mutex_);
-  done_.wait(lock, [this] { return busy_ == 0; });
+  if (team_ != nullptr) {
+    team_(
+        [](void* self) {
+          auto* pool = static_cast<ThreadPool*>(self);
+          pool->Drain(pool->arrived_.fetch_add(1, std::memory_order_relaxed));
+        },
+        this, unsigned(n_team_), 0);
+  } else {
+    wake_.notify_all();
+    Drain(0);
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+  }
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 

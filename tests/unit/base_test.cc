@@ -74,21 +74,23 @@ TEST(Reserve, SaysWhatCouldNotBeHad) {
   EXPECT_NE(status.text.find("packed rows"), std::string::npos);
 }
 
+void EveryTaskRunsOnce(ThreadPool& pool, int threads, int64_t n) {
+  std::vector<std::atomic<int>> count(static_cast<size_t>(n));
+  std::atomic<bool> thread_in_range{true};
+  pool.ParallelFor(n, [&](int64_t task, int thread) {
+    ++count[size_t(task)];
+    if (thread < 0 || thread >= threads) thread_in_range = false;
+  });
+  for (const auto& c : count) ASSERT_EQ(c.load(), 1);
+  EXPECT_TRUE(thread_in_range);
+}
+
 TEST(ThreadPool, RunsEveryTaskOnceWhateverItsSize) {
   ThreadPool pool;
   for (const int threads : {1, 2, 5, 3, 1, 4}) {
     pool.Resize(threads);
     EXPECT_EQ(pool.size(), threads);
-    for (const int64_t n : {0, 1, 2, 7, 1000}) {
-      std::vector<std::atomic<int>> count(static_cast<size_t>(n));
-      std::atomic<bool> thread_in_range{true};
-      pool.ParallelFor(n, [&](int64_t task, int thread) {
-        ++count[size_t(task)];
-        if (thread < 0 || thread >= threads) thread_in_range = false;
-      });
-      for (const auto& c : count) ASSERT_EQ(c.load(), 1);
-      EXPECT_TRUE(thread_in_range);
-    }
+    for (const int64_t n : {0, 1, 2, 7, 1000}) EveryTaskRunsOnce(pool, threads, n);
   }
 }
 
@@ -105,16 +107,7 @@ void RunOnTeam(ThreadPool::Team team) {
     pool.Resize(threads, team);
     EXPECT_EQ(pool.size(), threads);
     EXPECT_EQ(pool.own(), threads == 1);
-    for (const int64_t n : {0, 1, 2, 1000}) {
-      std::vector<std::atomic<int>> count(static_cast<size_t>(n));
-      std::atomic<bool> thread_in_range{true};
-      pool.ParallelFor(n, [&](int64_t task, int thread) {
-        ++count[size_t(task)];
-        if (thread < 0 || thread >= threads) thread_in_range = false;
-      });
-      for (const auto& c : count) ASSERT_EQ(c.load(), 1);
-      EXPECT_TRUE(thread_in_range);
-    }
+    for (const int64_t n : {0, 1, 2, 1000}) EveryTaskRunsOnce(pool, threads, n);
   }
   pool.Resize(3);
   EXPECT_TRUE(pool.own());

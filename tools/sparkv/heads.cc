@@ -65,7 +65,6 @@ std::vector<LayerErrors> ReadErrors(const Json& errors, const std::string& field
     const std::string at = fmt::format("{}/{}", field, i);
     const Json& layer = errors[i];
     if (!layer.is_object() || !layer.contains("layer") || !layer["layer"].is_number_unsigned() ||
-
         layer["layer"].get<uint64_t>() >= uint64_t{1} << 16)
       throw Error(kUsage, fmt::format("{}/layer: is no layer", at));
     out.push_back({layer["layer"], Numbers(layer, "keys", at), Numbers(layer, "values", at)});

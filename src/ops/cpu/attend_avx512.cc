@@ -177,16 +177,23 @@ constexpr LevelTable kLevelTable;
 // Where the codes of 64 trellis-coded numbers lie in a row, numbers first .. first + 63: a plane is
 // a mask, a code the sum of the bits under it. Behind a plane's last number a bit counts for
 // nothing; behind the last number of all, codes are anything.
-struct Piece {
+struct PiecePlanes {
   int n_planes = 0;
   bool later;  // not the first: the path goes on
   uint32_t at[kMaxPlanes];
+  PiecePlanes(const PlaneLayout& planes, int first) : later(first > 0) {
+    for (; n_planes < planes.n_planes && planes.numbers[n_planes] > first; ++n_planes)
+      at[n_planes] = planes.at[n_planes] + unsigned(first) / 8;
+  }
+};
+
+// Reads them row by row.
+struct Piece : PiecePlanes {
   __m512i bit[kMaxPlanes];
-  Piece(const PlaneLayout& planes, int first) : later(first > 0) {
-    for (int p = 0; p < planes.n_planes && planes.numbers[p] > first; ++p, ++n_planes) {
+  Piece(const PlaneLayout& planes, int first) : PiecePlanes(planes, first) {
+    for (int p = 0; p < n_planes; ++p) {
       const int n = planes.numbers[p] - first;
       const __mmask64 lanes = n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
-      at[p] = planes.at[p] + unsigned(first) / 8;
       bit[p] = _mm512_maskz_set1_epi8(lanes, char(2 << p));
     }
   }

@@ -320,7 +320,7 @@ inline __m512i LookUp256(const uint8_t* table, __m512i code) {
 //   matrix byte 7 - b = bit b of eight codes;  byte i of the product with 1 << i = code i
 // Bits 0 and 1 follow from the path and are made for eight rows at once.
 struct PieceOfRows {
-  const Piece piece;
+  const PiecePlanes piece;
   bool together;  // the bytes of a row's planes are within 64: one load
   uint64_t bytes = 0, present = 0;
   __m512i from[4];  // matrix bytes of the rows 2 k and 2 k + 1 of eight: of the planes, or 64 and

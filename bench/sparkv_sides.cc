@@ -5,6 +5,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "base/half.h"
 #include "base/thread_pool.h"
 #include "bench.h"
 #include "cache/weight_tables.h"
@@ -171,7 +172,19 @@ class SealSide : public Side {
     for (float& x : u) x = std::abs(x);
     std::vector<uint16_t> restore(size_t(shape_.dim));
     table_.resize(size_t(kWeightParts * shape_.dim + 16));
-    MakeTable(key_.recover, u.data(), shape_.dim, restore.data());
+    if (key_.tiered()) {
+      // Channels as unlike as those of the rows (Rows).
+      std::vector<float> keys(u.size());
+      for (size_t i = 0; i < keys_.size(); ++i) {
+        const float k = HalfToFloat(keys_[i]);
+        keys[i % keys.size()] += k * k;
+      }
+      for (float& x : u) x *= x;
+      MakeTierTable(u.data(), keys.data(), shape_.dim, restore.data());
+      key_ = key_.Under(restore.data());
+    } else {
+      MakeTable(key_.recover, u.data(), shape_.dim, restore.data());
+    }
     ExpandTable(restore.data(), shape_.dim, table_.data());
     packed_.resize(rows() * row_bytes() + 128);
     pool_.Resize(c.threads);

@@ -57,8 +57,9 @@ typedef enum sparkv_recover {
  * (ours). */
 typedef enum sparkv_group { SPARKV_GROUP_SIGNED = 0, SPARKV_GROUP_ENERGY = 1 } sparkv_group;
 /* Number type of kept key channels and of value rows. All but f16 values are Hadamard-rotated.
- * Tiers (keys only) prune nothing: a quarter of the channels each, by falling saliency, has as many
- * bits as the name says. Trellis (values only): 4, 3 or 2 bits (docs/method.md, section 13). */
+ * Tiers (keys only) prune nothing: the channels fall into quarters by saliency, and a head shares
+ * the sum of the bits in the name among them as its energies ask for. Trellis (values only): 4, 3
+ * or 2 bits (docs/method.md, section 13). */
 typedef enum sparkv_number {
   SPARKV_F16 = 0,
   SPARKV_INT8 = 1,

@@ -187,16 +187,17 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
 
   // A tile whose rows were packed with one set of weights. The next part of the same rows' cells
   // finds its queries prepared.
-  const auto attend_under = [&](const KeyLayout& key, const ValueLayout& value,
-                                const Prepared& wanted, const QueryBlock& block,
-                                const uint64_t* visible, const uint16_t* const* mask,
-                                const Space& space, const AttentionState& state, PackedTile* tile) {
-    tile->table = wanted.table;
+  const auto attend_under = [&](const Prepared& wanted, const ValueLayout& value,
+                                const QueryBlock& block, const uint64_t* visible,
+                                const uint16_t* const* mask, const Space& space,
+                                const AttentionState& state, PackedTile* tile) {
+    const KeyForm& key = wanted.key;
+    tile->table = key.weights;
     if (*space.prepared != wanted) {
-      ops_->prepare_queries(key, wanted.table, block, space.scratch);
+      ops_->prepare_queries(*key.layout, key.weights, block, space.scratch);
       *space.prepared = wanted;
     }
-    ops_->attend_packed(key, value, block, *tile, visible, mask, space.scratch, state);
+    ops_->attend_packed(*key.layout, value, block, *tile, visible, mask, space.scratch, state);
   };
 
   const auto attend_packed = [&](int stream, int head, int64_t first, int64_t n, int64_t tile_begin,
@@ -210,9 +211,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     uint16_t padded[kBlockTokens][kTile];
     PackedTile tile;
     const auto attend_rows = [&](uint16_t id) {
-      attend_under(layer.key, layer.value,
-                   {&layer.key, HeadTable(layer, id, head), stream, head, first}, block, visible,
-                   mask, space, state, &tile);
+      attend_under({FormOf(layer, layout_.n_stages(), id, head), stream, head, first}, layer.value,
+                   block, visible, mask, space, state, &tile);
     };
     for (int64_t w = tile_begin; w < tile_end; ++w) {
       uint64_t any = 0;
@@ -302,9 +302,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
           [&](uint16_t id, uint64_t rows) {
             tile.rows = rows;
             for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-            attend_under(layer.key, layer.value,
-                         {&layer.key, HeadTable(layer, id, head), stream, head, first}, block,
-                         visible, mask, space, state, &tile);
+            attend_under({FormOf(layer, layout_.n_stages(), id, head), stream, head, first},
+                         layer.value, block, visible, mask, space, state, &tile);
           });
     };
     int64_t n_rows = 0;
@@ -400,9 +399,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
               [&](uint16_t id, uint64_t rows) {
                 packed.rows = rows;
                 for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-                attend_under(layout.key, layout.value,
-                             {&layout.key, HeadTable(layer, id, head), stream, head, first}, block,
-                             visible, mask, space, state, &packed);
+                attend_under({FormOf(layer, stage, id, head), stream, head, first}, layout.value,
+                             block, visible, mask, space, state, &packed);
               });
         });
   };

@@ -41,6 +41,10 @@ struct LayerLayout {
   KeyLayout key;
   ValueLayout value;
   std::vector<StageLayout> stages;  // 0: the window, f16
+  // Key rows of a stage; behind the last one: packed rows.
+  const KeyLayout& key_of(int stage) const {
+    return size_t(stage) < stages.size() ? stages[size_t(stage)].key : key;
+  }
   int k_dim() const { return key.head_dim; }
   int v_dim() const { return value.head_dim; }
   size_t k_row() const { return size_t(n_kv_heads) * size_t(key.head_dim); }  // numbers per token

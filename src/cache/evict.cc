@@ -134,8 +134,7 @@ std::vector<float> KvCache::EvictionScores(const sparkv_attend_args& args, const
   std::vector<float> key(dim);
   const auto each_key = [&](auto&& body) {
     for (size_t i = 0; i < n; ++i) {
-      ops_->unpack_key(layer.key, HeadTable(layer, cells_.table(cells[i]), head),
-                       PackedRow(layer, head, cells[i], true), half.data());
+      UnpackKey(layer, head, cells[i], cells_.table(cells[i]), half.data());
       for (size_t j = 0; j < dim; ++j) key[j] = HalfToFloat(half[j]);
       body(i);
     }
@@ -355,8 +354,7 @@ void KvCache::EvictRestored() {
       for (int h = 0; h < layer.n_kv_heads; ++h) {
         std::vector<int64_t> chosen;
         for (const int64_t cell : e.cells) {
-          ops_->unpack_key(layer.key, HeadTable(layer, cells_.table(cell), h),
-                           PackedRow(layer, h, cell, true), key.data());
+          UnpackKey(layer, h, cell, cells_.table(cell), key.data());
           if (!IsNoRow(key.data(), layer.k_dim())) chosen.push_back(cell);
         }
         rows.push_back(CollectRows(layer, h, e, chosen));

@@ -227,20 +227,38 @@ void KvCache::ExpandTables(int layer_index, bool idle_too) {
   const std::vector<uint16_t> known = idle_too ? tables_.Known() : tables_.Live();
   table_f32_.resize(known.size() * row + 16);  // vectors may read 16 floats past the end
   table_of_.assign(tables_.count(), nullptr);
+  const int n_kinds = layout_.n_stages() + 1;
+  table_keys_.resize(tables_.count() * size_t(layer.n_kv_heads * n_kinds));
   for (size_t i = 0; i < known.size(); ++i) {
     const uint16_t* table = tables_.at(known[i])->a.data() + layer.table_at;
     for (int h = 0; h < layer.n_kv_heads; ++h) {
-      ExpandTable(table + size_t(h * layer.k_dim()), layer.k_dim(),
-                  &table_f32_[i * row + size_t(h) * head]);
+      const uint16_t* weights = table + size_t(h * layer.k_dim());
+      ExpandTable(weights, layer.k_dim(), &table_f32_[i * row + size_t(h) * head]);
+      for (int stage = 0; stage < n_kinds; ++stage) {
+        table_keys_[size_t((known[i] * layer.n_kv_heads + h) * n_kinds + stage)] =
+            Interned(layer.key_of(stage).Under(weights));
+      }
     }
     table_of_[known[i]] = &table_f32_[i * row];
   }
 }
 
-// KeyWeights of a head, or NULL when keys need none. ExpandTables(layer) was called.
-const float* KvCache::HeadTable(const LayerLayout& layer, uint16_t id, int head) const {
-  if (id == 0 || table_of_[id] == nullptr) return nullptr;
-  return table_of_[id] + size_t(head * kWeightParts * layer.k_dim());
+// The one copy of a layout, so that heads whose rows lie alike can be told by its address.
+const KeyLayout* KvCache::Interned(const KeyLayout& layout) {
+  for (const KeyLayout& known : key_layouts_) {
+    if (known == layout) return &known;
+  }
+  return &key_layouts_.emplace_back(layout);
+}
+
+// How a head writes keys of a stage (n_stages: packed ones) under weights, 0: none. Where keys have
+// tiers or are pruned, ExpandTables(layer) was called.
+KvCache::KeyForm KvCache::FormOf(const LayerLayout& layer, int stage, uint16_t id, int head) const {
+  const KeyLayout& key = layer.key_of(stage);
+  if (!key.needs_table() || id == 0 || table_of_[id] == nullptr) return {&key, nullptr};
+  const int n_kinds = layout_.n_stages() + 1;
+  return {table_keys_[size_t((id * layer.n_kv_heads + head) * n_kinds + stage)],
+          table_of_[id] + size_t(head * kWeightParts * layer.k_dim())};
 }
 
 // key, value: f16 rows of all heads; either may be NULL. Heads that evicted the cell take nothing.
@@ -252,7 +270,7 @@ void KvCache::PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id,
     if (row == nullptr) continue;
     RowBatch batch;
     AddPackedRow(layer, cell, table_id, keys, row, &batch);
-    PackBatch(layer.key, layer.value, keys, &batch);
+    PackBatch(layer.value, keys, &batch);
   }
 }
 
@@ -263,17 +281,33 @@ void KvCache::AddPackedRow(const LayerLayout& layer, int64_t cell, uint16_t tabl
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     uint8_t* to = PackedRow(layer, h, cell, keys);
     if (to == nullptr) continue;
-    batch->Add(keys ? HeadTable(layer, table_id, h) : nullptr, row + size_t(h) * dim, to);
+    const KeyForm form = keys ? FormOf(layer, layout_.n_stages(), table_id, h) : KeyForm{};
+    batch->Add(form, row + size_t(h) * dim, to);
   }
 }
 
-void KvCache::PackBatch(const KeyLayout& key, const ValueLayout& value, bool keys,
-                        RowBatch* batch) const {
-  const int n = int(batch->from.size());
-  if (keys) {
-    ops_->pack_keys(key, n, batch->tables.data(), batch->from.data(), batch->to.data());
-  } else {
-    ops_->pack_values(value, n, batch->from.data(), batch->to.data());
+void KvCache::PackBatch(const ValueLayout& value, bool keys, RowBatch* batch) const {
+  if (!keys) {
+    ops_->pack_values(value, int(batch->from.size()), batch->from.data(), batch->to.data());
+    return batch->Clear();
+  }
+  // Rows side by side must lie alike: those of the first layout, then those of the next.
+  std::vector<KeyForm>& forms = batch->forms;
+  for (size_t first = 0; first < forms.size(); ++first) {
+    const KeyLayout* layout = forms[first].layout;
+    if (layout == nullptr) continue;  // packed already
+    batch->weights.clear();
+    batch->some_from.clear();
+    batch->some_to.clear();
+    for (size_t i = first; i < forms.size(); ++i) {
+      if (forms[i].layout != layout) continue;
+      batch->weights.push_back(forms[i].weights);
+      batch->some_from.push_back(batch->from[i]);
+      batch->some_to.push_back(batch->to[i]);
+      forms[i].layout = nullptr;
+    }
+    ops_->pack_keys(*layout, int(batch->weights.size()), batch->weights.data(),
+                    batch->some_from.data(), batch->some_to.data());
   }
   batch->Clear();
 }
@@ -285,7 +319,7 @@ void KvCache::Code(const LayerLayout& layer, int stage, uint16_t table_id, bool 
   const StageLayout& rows = layer.stages[size_t(stage)];
   RowBatch batch;
   AddCodedRow(layer, stage, table_id, keys, row, coded, &batch);
-  PackBatch(rows.key, rows.value, keys, &batch);
+  PackBatch(rows.value, keys, &batch);
 }
 
 void KvCache::AddCodedRow(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
@@ -294,7 +328,7 @@ void KvCache::AddCodedRow(const LayerLayout& layer, int stage, uint16_t table_id
   const size_t dim = size_t(keys ? layer.k_dim() : layer.v_dim());
   const size_t bytes = keys ? rows.key.bytes : rows.value.bytes;
   for (int h = 0; h < layer.n_kv_heads; ++h) {
-    batch->Add(keys && stage > 0 ? HeadTable(layer, table_id, h) : nullptr, row + size_t(h) * dim,
+    batch->Add(keys ? FormOf(layer, stage, table_id, h) : KeyForm{}, row + size_t(h) * dim,
                coded + size_t(h) * bytes);
   }
 }
@@ -304,8 +338,8 @@ void KvCache::Decode(const LayerLayout& layer, int stage, uint16_t table_id, boo
   const StageLayout& rows = layer.stages[size_t(stage)];
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     if (keys) {
-      const float* table = stage == 0 ? nullptr : HeadTable(layer, table_id, h);
-      ops_->unpack_key(rows.key, table, coded + size_t(h) * rows.key.bytes,
+      const KeyForm form = FormOf(layer, stage, table_id, h);
+      ops_->unpack_key(*form.layout, form.weights, coded + size_t(h) * rows.key.bytes,
                        row + size_t(h) * size_t(layer.k_dim()));
     } else {
       ops_->unpack_value(rows.value, coded + size_t(h) * rows.value.bytes,
@@ -321,6 +355,13 @@ Status KvCache::Read(bool keys, int layer_index, int64_t first, int64_t n, uint1
   const size_t row = keys ? layer.k_row() : layer.v_row();
   for (int64_t i = 0; i < n; ++i) ReadCell(keys, layer, first + i, rows + size_t(i) * row);
   return Status::Ok();
+}
+
+// A packed key of a head that has not evicted it. ExpandTables(layer) was called.
+void KvCache::UnpackKey(const LayerLayout& layer, int head, int64_t cell, uint16_t table_id,
+                        uint16_t* key) const {
+  const KeyForm form = FormOf(layer, layout_.n_stages(), table_id, head);
+  ops_->unpack_key(*form.layout, form.weights, PackedRow(layer, head, cell, true), key);
 }
 
 // One row of all heads as f16. ExpandTables(layer) was called.
@@ -350,7 +391,7 @@ void KvCache::ReadPacked(bool keys, const LayerLayout& layer, int64_t cell, uint
     if (packed == nullptr) {
       keys ? WriteNoRow(head, dim) : void(std::fill(head, head + dim, uint16_t{0}));
     } else if (keys) {
-      ops_->unpack_key(layer.key, HeadTable(layer, table_id, h), packed, head);
+      UnpackKey(layer, h, cell, table_id, head);
       if (partly && IsNoRow(head, dim)) WriteNoRow(head, dim);
     } else {
       ops_->unpack_value(layer.value, packed, head);
@@ -369,7 +410,7 @@ int64_t KvCache::Saliency(int layer_index, int kv_head, int64_t max_cells, float
   for (int64_t cell = 0; cell < layout_.cells() && n < max_cells; ++cell) {
     if (cells_.state(cell) == CellState::kEmpty) continue;
     ReadCell(true, layer, cell, row.data());
-    const float* table = HeadTable(layer, cells_.table(cell), kv_head);
+    const float* table = FormOf(layer, layout_.n_stages(), cells_.table(cell), kv_head).weights;
     float* out = saliency + size_t(n) * dim;
     float largest = 0.0f;
     for (size_t j = 0; j < dim; ++j) {

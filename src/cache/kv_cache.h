@@ -78,18 +78,28 @@ class KvCache {
     bool sealing = false;
     int64_t block = 0;  // with a baseline: its keys are coded with those of the same number
   };
-  // Rows of heads that are packed together.
+  // How a head's keys of one kind are written: NULL weights where they need none.
+  struct KeyForm {
+    const KeyLayout* layout = nullptr;
+    const float* weights = nullptr;  // KeyWeights
+    bool operator==(const KeyForm&) const = default;
+  };
+  // Rows of heads that are packed together. Values have no form.
   struct RowBatch {
-    std::vector<const float*> tables;
+    std::vector<KeyForm> forms;
     std::vector<const uint16_t*> from;
     std::vector<uint8_t*> to;
-    void Add(const float* table, const uint16_t* row, uint8_t* packed) {
-      tables.push_back(table);
+    // What one layout takes of it.
+    std::vector<const float*> weights;
+    std::vector<const uint16_t*> some_from;
+    std::vector<uint8_t*> some_to;
+    void Add(const KeyForm& form, const uint16_t* row, uint8_t* packed) {
+      forms.push_back(form);
       from.push_back(row);
       to.push_back(packed);
     }
     void Clear() {
-      tables.clear();
+      forms.clear();
       from.clear();
       to.clear();
     }
@@ -153,8 +163,7 @@ class KvCache {
   static constexpr uint16_t kMixedTables = 65535;
   // Queries that the scratch of a thread holds in the form that rows of `key` want.
   struct alignas(64) Prepared {
-    const KeyLayout* key = nullptr;
-    const float* table = nullptr;
+    KeyForm key;
     int stream = 0, head = 0;
     int64_t first = 0;
     bool operator==(const Prepared&) const = default;
@@ -271,23 +280,25 @@ class KvCache {
                    const uint16_t* row, uint8_t* coded, RowBatch* batch) const;
   void AddPackedRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, bool keys,
                     const uint16_t* row, RowBatch* batch) const;
-  void PackBatch(const KeyLayout& key, const ValueLayout& value, bool keys, RowBatch* batch) const;
+  void PackBatch(const ValueLayout& value, bool keys, RowBatch* batch) const;
   void Decode(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
               const uint8_t* coded, uint16_t* row) const;
+  void UnpackKey(const LayerLayout& layer, int head, int64_t cell, uint16_t table_id,
+                 uint16_t* key) const;
   void ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16_t* out) const;
   void ReadPacked(bool keys, const LayerLayout& layer, int64_t cell, uint16_t table_id,
                   uint16_t* out) const;
   void PackRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, const uint16_t* key,
                const uint16_t* value);
   void ExpandTables(int layer, bool idle_too = false);
-  const float* HeadTable(const LayerLayout& layer, uint16_t id, int head) const;
+  KeyForm FormOf(const LayerLayout& layer, int stage, uint16_t id, int head) const;
+  const KeyLayout* Interned(const KeyLayout& layout);
   void NotePeak();
   void NoteHighWater();
 
   // restore.cc
-  bool PacksToItself(const LayerLayout& layer, const KeyLayout& key, uint16_t table_id,
-                     const uint16_t* row);
-  uint16_t MatchTable(const LayerLayout& layer, const KeyLayout& key, const uint16_t* row);
+  bool PacksToItself(const LayerLayout& layer, int stage, uint16_t table_id, const uint16_t* row);
+  uint16_t MatchTable(const LayerLayout& layer, int stage, const uint16_t* row);
   Status EnterStage(const LayerLayout& layer, int64_t cell, const uint16_t* row);
   Status PlaceRestored(int layer, int64_t cell, const uint16_t* row);
   Status DecideRestored(int layer, int64_t cell, const uint16_t* row);
@@ -351,7 +362,10 @@ class KvCache {
 
   std::vector<float>
       table_f32_;  // KeyWeights of one layer, [table][n_kv_heads][kWeightParts][k_dim]
-  std::vector<const float*> table_of_;            // [id] -> row in table_f32_, or NULL
+  std::vector<const float*> table_of_;  // [id] -> row in table_f32_, or NULL
+  // Layouts of keys under each of them, [id][n_kv_heads][n_stages, packed last].
+  std::vector<const KeyLayout*> table_keys_;
+  std::deque<KeyLayout> key_layouts_;
   std::vector<std::vector<float>> thread_space_;  // attention scratch per thread
   std::vector<Prepared> prepared_;                // of each thread, in one call
   std::vector<SealSpace> seal_space_;             // per thread

@@ -13,17 +13,17 @@
 
 namespace sparkv {
 
-bool KvCache::PacksToItself(const LayerLayout& layer, const KeyLayout& key, uint16_t table_id,
+bool KvCache::PacksToItself(const LayerLayout& layer, int stage, uint16_t table_id,
                             const uint16_t* row) {
   uint8_t packed[2 * kMaxHeadDim + 128];
   uint16_t again[kMaxHeadDim];
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     const size_t at = size_t(h) * size_t(layer.k_dim());
-    const float* table = HeadTable(layer, table_id, h);
+    const KeyForm key = FormOf(layer, stage, table_id, h);
     const uint16_t* k = row + at;
     uint8_t* to = packed;
-    ops_->pack_keys(key, 1, &table, &k, &to);
-    ops_->unpack_key(key, table, packed, again);
+    ops_->pack_keys(*key.layout, 1, &key.weights, &k, &to);
+    ops_->unpack_key(*key.layout, key.weights, packed, again);
     for (int j = 0; j < layer.k_dim(); ++j) {
       if (again[j] != row[at + size_t(j)] && ((again[j] | row[at + size_t(j)]) & 0x7fffu) != 0)
         return false;
@@ -32,15 +32,15 @@ bool KvCache::PacksToItself(const LayerLayout& layer, const KeyLayout& key, uint
   return true;
 }
 
-// The known weights under which this key row is a fixed point of `key`, 0: none.
-uint16_t KvCache::MatchTable(const LayerLayout& layer, const KeyLayout& key, const uint16_t* row) {
-  if (!key.needs_table()) return 0;
+// The known weights under which this key row is a fixed point of a stage's, 0: none.
+uint16_t KvCache::MatchTable(const LayerLayout& layer, int stage, const uint16_t* row) {
+  if (!layer.key_of(stage).needs_table()) return 0;
   if (EvictedHeads(layer, row) == layer.n_kv_heads) return restore_.matched;
   // Neighbours mostly share their weights, so the last match is tried first.
-  if (restore_.matched != 0 && PacksToItself(layer, key, restore_.matched, row))
+  if (restore_.matched != 0 && PacksToItself(layer, stage, restore_.matched, row))
     return restore_.matched;
   for (const uint16_t id : tables_.Known()) {
-    if (id != restore_.matched && PacksToItself(layer, key, id, row)) return id;
+    if (id != restore_.matched && PacksToItself(layer, stage, id, row)) return id;
   }
   return 0;
 }
@@ -63,7 +63,7 @@ Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row
 
 Status KvCache::DecideRestored(int layer_index, int64_t cell, const uint16_t* row) {
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
-  const uint16_t table = MatchTable(layer, layer.key, row);
+  const uint16_t table = MatchTable(layer, layout_.n_stages(), row);
   if (table == 0) {
     // Behind rows that were recognised it is younger and of the same sequence.
     if (restore_.range_matched) SetTable(cell, restore_.matched);
@@ -88,9 +88,9 @@ Status KvCache::DecideRestored(int layer_index, int64_t cell, const uint16_t* ro
 // rows take it would be coded by the stages before as well.
 Status KvCache::EnterStage(const LayerLayout& layer, int64_t cell, const uint16_t* row) {
   for (int stage = layout_.n_stages() - 1; stage > 0; --stage) {
-    const KeyLayout& key = layer.stages[size_t(stage)].key;
-    const uint16_t table = MatchTable(layer, key, row);
-    if (key.needs_table() ? table == 0 : !PacksToItself(layer, key, 0, row)) continue;
+    const uint16_t table = MatchTable(layer, stage, row);
+    if (layer.key_of(stage).needs_table() ? table == 0 : !PacksToItself(layer, stage, 0, row))
+      continue;
     if (table != 0) {
       restore_.matched = table;
       restore_.range_matched = true;
@@ -145,7 +145,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
   // A row that all heads evicted packs to itself under any weights: another one must tell them.
   for (int64_t i = 0; i < n && placing && restore_.matched == 0; ++i) {
     const uint16_t* row = rows + size_t(i) * row_numbers;
-    restore_.matched = MatchTable(layer, layer.key, row);
+    restore_.matched = MatchTable(layer, layout_.n_stages(), row);
   }
   for (int64_t i = 0; i < n; ++i) {
     const int64_t cell = first + i;
@@ -323,7 +323,7 @@ Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cell
 
 namespace {
 
-constexpr char kMagic[8] = {'s', 'p', 'a', 'r', 'k', 'v', 'w', '1'};
+constexpr char kMagic[8] = {'s', 'p', 'a', 'r', 'k', 'v', 'w', '2'};
 
 struct WeightsHeader {
   char magic[8];
@@ -373,7 +373,7 @@ Status KvCache::LoadWeights(const void* bytes, size_t size) {
     return Status::Corrupt("weights: " + std::to_string(size) + " bytes are no header");
   std::memcpy(&header, bytes, sizeof(header));
   if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0)
-    return Status::Corrupt("weights.magic: not sparkvw1");
+    return Status::Corrupt("weights.magic: not sparkvw2");
   if (header.fingerprint != Fingerprint() || header.n_numbers != layout_.table_numbers) {
     return Status::Invalid(
         "weights.fingerprint: made for another model shape or another key configuration");

@@ -181,7 +181,7 @@ void KvCache::SealLayer(int layer_index) {
           if (enters(columns[i]))
             AddCodedRow(layer, stage, columns[i].table, keys, row_at(i), coded(i), &batch);
         }
-        PackBatch(coded_rows.key, coded_rows.value, keys, &batch);
+        PackBatch(coded_rows.value, keys, &batch);
         for (int64_t i = 0; i < count; ++i) {
           const Column& c = columns[i];
           const bool goes_on = c.sealing || c.enters >> stage > 1;
@@ -195,7 +195,7 @@ void KvCache::SealLayer(int layer_index) {
         if (columns[i].sealing)
           AddPackedRow(layer, columns[i].cell, columns[i].table, keys, row_at(i), &batch);
       }
-      PackBatch(layer.key, layer.value, keys, &batch);
+      PackBatch(layer.value, keys, &batch);
       for (int64_t i = 0; i < count && errors != nullptr; ++i) {
         if (!columns[i].sealing) continue;
         ReadPacked(keys, layer, columns[i].cell, columns[i].table, after.data());

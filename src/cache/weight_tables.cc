@@ -1,6 +1,7 @@
 #include "cache/weight_tables.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -113,13 +114,23 @@ void MakeTierTable(const float* query_energy, const float* key_energy, int head_
     sum += weight[j] * weight[j] * k;
   }
   const double rms = sum > 0.0 ? std::sqrt(sum / head_dim) : std::sqrt(mean);
+  const int per_tier = head_dim / kTiers;
   std::vector<int> order(weight.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
                    [&](int x, int y) { return energy[size_t(x)] > energy[size_t(y)]; });
+  std::array<double, kTiers> in_tier = {};
   for (int i = 0; i < head_dim; ++i) {
-    const int j = order[size_t(i)], tier = i / (head_dim / kTiers);
-    restore[j] = uint16_t((Weight(rms / weight[size_t(j)]) & ~3u) | unsigned(tier));
+    const int j = order[size_t(i)], tier = i / per_tier;
+    const double w = weight[size_t(j)], k = key_energy[j];
+    restore[j] = uint16_t((Weight(rms / w) & ~unsigned{kTierMarks}) | unsigned(tier));
+    in_tier[size_t(tier)] += std::isfinite(k) ? w * w * k : 0.0;
+  }
+  for (size_t t = 0; t + 1 < kTiers; ++t) {
+    // Nothing is known of a tier without energy: no bits are taken from it for that.
+    const bool known = in_tier[t + 1] > 0.0 && std::isfinite(in_tier[t] / in_tier[t + 1]);
+    const double fall = known ? 10.0 * std::log10(in_tier[t] / in_tier[t + 1]) : 0.0;
+    SetTierFall(int(t), std::clamp(int(std::lround(fall * kFallSteps)), 0, kMostFall), restore);
   }
 }
 

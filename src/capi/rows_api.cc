@@ -154,7 +154,10 @@ sparkv_status sparkv_pack_key(const sparkv_config* config, const uint16_t* table
       return Status::Invalid(k == nullptr ? "k: NULL" : "row: NULL");
     float weights[sparkv::kWeightParts * sparkv::kMaxHeadDim];
     if (Status s = sparkv::CheckTable(r.key, table); !s.ok()) return s;
-    if (r.key.needs_table()) sparkv::ExpandTable(table, head_dim, weights);
+    if (r.key.needs_table()) {
+      sparkv::ExpandTable(table, head_dim, weights);
+      r.key = r.key.Under(table);
+    }
     const float* all_weights = weights;
     r.ops->pack_keys(r.key, 1, &all_weights, &k, &row);
     return Status::Ok();
@@ -172,7 +175,10 @@ sparkv_status sparkv_unpack_key(const sparkv_config* config, const uint16_t* tab
       return Status::Invalid(k == nullptr ? "k: NULL" : "row: NULL");
     float weights[sparkv::kWeightParts * sparkv::kMaxHeadDim];
     if (Status s = sparkv::CheckTable(r.key, table); !s.ok()) return s;
-    if (r.key.needs_table()) sparkv::ExpandTable(table, head_dim, weights);
+    if (r.key.needs_table()) {
+      sparkv::ExpandTable(table, head_dim, weights);
+      r.key = r.key.Under(table);
+    }
     if (Status s = sparkv::CheckKeyRow(r.key, row); !s.ok()) return s;
     r.ops->unpack_key(r.key, weights, row, k);
     return Status::Ok();

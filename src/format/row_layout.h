@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "format/tier_bits.h"
 #include "sparkv/sparkv.h"
 
 namespace sparkv {
@@ -31,7 +32,8 @@ static inline int NumberBits(sparkv_number number) {
   }
 }
 
-// Bits per number of quarter `tier` of the channels, 0 where the number type has no tiers.
+// Bits per number of quarter `tier` of the channels, 0 where the number type has no tiers. Their
+// sum is fixed; how a head shares it among its tiers is in its weights (KeyLayout::Under).
 static inline int TierBits(sparkv_number number, int tier) {
   static constexpr int kBits[][4] = {
       {7, 5, 4, 3}, {7, 4, 3, 2}, {6, 3, 2, 1}, {5, 3, 2, 1}, {4, 2, 1, 1}};
@@ -45,7 +47,6 @@ static inline int TrellisBits(sparkv_number number) {
                                                                 : 0;
 }
 
-inline constexpr int kTiers = 4;
 inline constexpr int kMaxPlanes = 7;
 
 // The codes of trellis-coded numbers, as planes: bit i of plane p is bit p of number i, its path
@@ -55,6 +56,8 @@ struct PlaneLayout {
   int numbers[kMaxPlanes] = {};
   uint32_t at[kMaxPlanes] = {};  // byte offset in the row
   uint32_t end = 0;
+
+  bool operator==(const PlaneLayout&) const = default;
 
   // `n_tiers` runs of `per_tier` numbers; bits of a run, not rising.
   template <typename Bits>
@@ -92,9 +95,10 @@ struct KeyLayout {
   uint32_t scale_bytes = 0, mask_bytes = 0, sign_bytes = 0, low_bytes = 0, high_bytes = 0;
   uint32_t mask_at = 0, sign_at = 0, low_at = 0, high_at = 0;
   uint32_t bytes = 0;
-  PlaneLayout planes;  // with tiers
+  int tier_bits[kTiers] = {};  // of a number of each tier, not rising; 0 in all: no tiers
+  PlaneLayout planes;          // with tiers
 
-  bool tiered() const { return TierBits(number, 0) > 0; }
+  bool tiered() const { return tier_bits[0] > 0; }
   int per_tier() const { return head_dim / kTiers; }
   bool restores() const { return recover != SPARKV_RECOVER_ZERO && pruned > 0; }
   // Weights decide which channels are pruned and restore them, or which are in which tier.
@@ -108,10 +112,10 @@ struct KeyLayout {
     l.number = number;
     l.recover = recover;
     const uint32_t t = uint32_t(kept);
+    for (int tier = 0; tier < kTiers; ++tier) l.tier_bits[tier] = TierBits(number, tier);
     if (l.tiered()) {
       l.scale_bytes = l.mask_at = l.sign_at = l.low_at = 3;
-      l.planes = PlaneLayout::Make(l.low_at, kTiers, l.per_tier(),
-                                   [&](int tier) { return TierBits(number, tier); });
+      l.PlacePlanes();
       l.bytes = l.high_at = l.planes.end;
       l.low_bytes = l.bytes - l.low_at;
       return l;
@@ -150,6 +154,26 @@ struct KeyLayout {
     l.high_at = l.low_at + l.low_bytes;
     l.bytes = l.high_at + l.high_bytes;
     return l;
+  }
+
+  bool operator==(const KeyLayout&) const = default;
+
+  // Where the bits lie that a head with these weights (f16, as tables hold them) writes: rows of
+  // one number type take the same bytes under all weights.
+  KeyLayout Under(const uint16_t* weights) const {
+    if (!tiered()) return *this;
+    KeyLayout l = *this;
+    int fall[kTiers - 1], sum = 0;
+    for (const int bits : tier_bits) sum += bits;
+    for (int tier = 0; tier < kTiers - 1; ++tier) fall[tier] = TierFall(weights, tier);
+    ShareBits(fall, sum, l.tier_bits);
+    l.PlacePlanes();
+    return l.planes.end == bytes ? l : *this;  // planes end in whole bytes
+  }
+
+ private:
+  void PlacePlanes() {
+    planes = PlaneLayout::Make(low_at, kTiers, per_tier(), [&](int t) { return tier_bits[t]; });
   }
 };
 
@@ -193,9 +217,6 @@ struct KeyWeights {
       : restore(table), weight(table + head_dim), order(table + 2 * head_dim) {}
 };
 inline constexpr int kWeightParts = 3;
-// The two lowest bits of an f16 weight say which tier its channel is in.
-static inline int TierOf(uint16_t restore) { return restore & 3; }
-
 // Value rows are rotated in blocks of the largest power of two that divides the head size (64: one
 // block; 96: three of 32).
 static inline int RotationBlock(int head_dim) { return head_dim & -head_dim; }

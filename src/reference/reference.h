@@ -67,7 +67,8 @@ double TrellisLevel(int bits, int code);
 Row TrellisLevels(const uint8_t* planes, const std::vector<int>& bits);
 // Smallest sum of (x[i] - scale[i] * level)^2 over all paths. bits[i]: of number i.
 double TrellisLoss(const Row& x, const Row& scale, const std::vector<int>& bits);
-// A key with tiers of tier_bits[0..3] bits; table: f16 weights, their two lowest bits the tier.
+// A key with tiers of tier_bits[0..3] bits, of which the last may have none; table: f16 weights,
+// their two lowest bits the tier.
 Row UnpackTiers(const uint8_t* row, const uint16_t* table, int head_dim, const int* tier_bits);
 // A value, back from the rotated basis.
 Row UnpackTrellisValue(const uint8_t* row, int head_dim, int bits);

@@ -40,7 +40,7 @@ double TrellisLevel(int bits, int code) {
 
 Row TrellisLevels(const uint8_t* planes, const std::vector<int>& bits) {
   const size_t n = bits.size();
-  std::vector<int> path(n), upper(n, 0);
+  std::vector<int> path(n, 0), upper(n, 0);
   for (int plane = 0; plane < *std::max_element(bits.begin(), bits.end()); ++plane) {
     size_t here = 0;
     while (here < n && bits[here] > plane) ++here;  // bits do not rise
@@ -54,8 +54,8 @@ Row TrellisLevels(const uint8_t* planes, const std::vector<int>& bits) {
     }
     planes += (here + 7) / 8;
   }
-  Row levels(n);
-  for (size_t i = 0; i < n; ++i) {
+  Row levels(n, 0.0);
+  for (size_t i = 0; i < n && bits[i] > 0; ++i) {
     const int before = i > 0 ? path[i - 1] : 0, two_before = i > 1 ? path[i - 2] : 0;
     levels[i] = TrellisLevel(bits[i], upper[i] << 2 | Subset(path[i], before, two_before));
   }

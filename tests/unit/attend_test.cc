@@ -37,6 +37,13 @@ Shape MakeShape(int k_dim, int v_dim, int group, int n_tokens, double ratio = 0.
   return shape;
 }
 
+// Tiers share their bits as those of some head would.
+void ShareAtRandom(std::mt19937& rng, KeyLayout* key) {
+  std::vector<uint16_t> weights(static_cast<size_t>(key->head_dim));
+  for (int t = 0; t < kTiers - 1; ++t) SetTierFall(t, int(rng() % 32), weights.data());
+  *key = key->Under(weights.data());
+}
+
 // AVX-512 multiplies integer rows with queries and weights of 16 bits.
 double Sums(const Shape& shape, const OpTable* ops) {
   return shape.key.number == SPARKV_F16 || ops != CpuOps(SPARKV_SIMD_AVX512) ? kKernelSums
@@ -284,8 +291,9 @@ TEST_P(AttendOps, ReadsTheRowsThatUnpackGives) {
                                      : kept == SPARKV_TIERS_5321 ? SPARKV_TRELLIS2
                                      : kept == SPARKV_TIERS_6321 ? SPARKV_TRELLIS3
                                                                  : SPARKV_TRELLIS4;
-        const Shape shape =
+        Shape shape =
             MakeShape(dim, kHeadDims[rng() % std::size(kHeadDims)], 1, 1, ratio, kept, values);
+        ShareAtRandom(rng, &shape.key);
         const int t = int(rng() % 64);
         const Tile tile(shape, GetParam(), uint64_t{1} << t, false, rng);
         std::vector<float> k, v;
@@ -325,10 +333,17 @@ TEST_P(AttendOps, EqualsTheReferenceForEveryNumberType) {
                                        SPARKV_TRELLIS3, SPARKV_TRELLIS2, SPARKV_TRELLIS1}) {
       for (const double ratio : {0.0, 0.3, 0.8, 1.0}) {
         if (ratio > 0.0 && TierBits(kept, 0) > 0) continue;
-        const Shape shape = MakeShape(72, 56, 2, 4, ratio, kept, values);
-        Case c = RandomCase(shape, GetParam(), 2, 20, rng);
-        ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), Sums(shape, GetParam())))
-            << "kept " << kept << " values " << values << " ratio " << ratio;
+        for (const int dim : {72, 64, 128, 160}) {
+          Shape shape = MakeShape(dim, 56, 2, 4, ratio, kept, values);
+          if (shape.key.tiered()) ShareAtRandom(rng, &shape.key);
+          Case c = RandomCase(shape, GetParam(), 2, 20, rng);
+          ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), Sums(shape, GetParam())))
+              << "D " << dim << " kept " << kept << " values " << values << " ratio " << ratio;
+          shape.n_tokens = 1;  // kernels for a few rows
+          c = RandomCase(shape, GetParam(), 2, 20, rng);
+          ASSERT_TRUE(Near(Output(c, GetParam()), Want(c, GetParam()), Sums(shape, GetParam())))
+              << "D " << dim << " kept " << kept << " values " << values << " ratio " << ratio;
+        }
       }
     }
   }

@@ -99,7 +99,9 @@ inline void LevelBytes(const KeyLayout& layout, const uint8_t* row, uint8_t* cod
 inline void TrellisFloats(const TrellisRuns& runs, const uint8_t* row, const float* unit,
                           float* out) {
   if (runs.per_run % 16 != 0) return TrellisNumbers(runs, row, unit, out);
-  for (int first = 0; first < runs.n(); first += 64) {
+  const int n = runs.planes->numbers[0];
+  for (int i = n; i < runs.n(); ++i) out[i] = 0.0f * unit[i / runs.per_run];
+  for (int first = 0; first < n; first += 64) {
     const Piece piece(runs, first);
     __m256i codes[2];
     WithPlanes(piece.n_planes, [&](auto planes) { piece.Codes<planes()>(row, codes); });
@@ -109,7 +111,7 @@ inline void TrellisFloats(const TrellisRuns& runs, const uint8_t* row, const flo
       _mm256_store_si256(reinterpret_cast<__m256i*>(code + 32 * h), codes[h]);
       _mm256_store_si256(reinterpret_cast<__m256i*>(level + 32 * h), piece.Levels(h, codes[h]));
     }
-    for (int i = 0; i < 64 && first + i < runs.n(); i += 8) {
+    for (int i = 0; i < 64 && first + i < n; i += 8) {
       const int bits = piece.bits[i / 16];
       const __m256 x =
           bits > kByteBits

@@ -385,11 +385,12 @@ struct PieceOfRows {
   }
 };
 
-// Calls body(run, piece, constant: planes together) for pieces and runs with rows.
+// Calls body(place of the piece, run, piece, constant: planes together) for pieces with numbers and
+// runs with rows.
 template <typename Body>
-[[gnu::always_inline]] inline void EachPieceOfRuns(const PlaneLayout& planes, int n, uint64_t rows,
+[[gnu::always_inline]] inline void EachPieceOfRuns(const PlaneLayout& planes, uint64_t rows,
                                                    Body&& body) {
-  for (int first = 0; first < n; first += 64) {
+  for (int first = 0; first < planes.numbers[0]; first += 64) {
     const PieceOfRows piece(planes, first);
     for (int run = 0; run < kTile / 16; ++run) {
       if ((rows >> (16 * run) & 0xffff) == 0) continue;
@@ -412,13 +413,13 @@ struct TierBytes {
 };
 
 inline bool WideTier(const KeyLayout& layout, int tier) {
-  return TierBits(layout.number, tier) > kByteBits;
+  return layout.tier_bits[tier] > kByteBits;
 }
 
 void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out) {
-  const int n = layout.head_dim, per_tier = layout.per_tier(), n_pieces = (n + 63) / 64;
+  const int per_tier = layout.per_tier(), n_pieces = (layout.head_dim + 63) / 64;
   EachPieceOfRuns(
-      layout.planes, n, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
+      layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
         Vec block[16];
         // Rows that are not there give codes as well; without a unit they score zero.
         piece.EachRow<together()>(
@@ -428,8 +429,8 @@ void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out)
         TransposeStage<1>(block);
         const auto codes = [&](int c) { return _mm512_castps_si512(block[c]); };
         uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
-        for (int t = 0; t < kTiers; ++t) {
-          const int bits = TierBits(layout.number, t);
+        for (int t = 0; t < kTiers && layout.tier_bits[t] > 0; ++t) {
+          const int bits = layout.tier_bits[t];
           const int begin = std::max(0, t * per_tier - 64 * p) / 4,
                     end = std::min(64, (t + 1) * per_tier - 64 * p) / 4;
           if (bits > kByteBits) {
@@ -456,9 +457,8 @@ void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out)
       const __m512i e =
           _mm512_and_si512(_mm512_srli_epi32(words, unsigned(6 * t)), _mm512_set1_epi32(63));
       const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kTierGainNotFinite));
-      const __m512 unit =
-          _mm512_mul_ps(GridValues<4, 8>(e),
-                        _mm512_set1_ps(kTrellisLevels[TierBits(layout.number, t)].inverse_top));
+      const __m512 unit = _mm512_mul_ps(
+          GridValues<4, 8>(e), _mm512_set1_ps(kTrellisLevels[layout.tier_bits[t]].inverse_top));
       _mm512_store_ps(
           out->unit[t] + 16 * run,
           _mm512_mask_mov_ps(unit, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN())));
@@ -474,7 +474,7 @@ inline void ByteScores(const KeyLayout& layout, int row, const TierBytes& keys, 
   for (int run = 0; run < 4; ++run) {
     if ((any >> (16 * run) & 0xffff) == 0) continue;
     Vec score[R] = {};
-    for (int t = 0; t < kTiers; ++t) {
+    for (int t = 0; t < kTiers && layout.tier_bits[t] > 0; ++t) {
       QueryBytes q[R];
       for (int r = 0; r < R; ++r) {
         PreparedRow* prepared = PreparedAt(scratch, layout.head_dim, row + r);
@@ -511,28 +511,27 @@ struct ValueBytes {
 void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
   const int n_pieces = (layout.head_dim + 63) / 64;
   const __m512i levels = _mm512_load_si512(kCodes.level[TrellisBits(layout.number)]);
-  EachPieceOfRuns(layout.planes, layout.head_dim, tile.rows,
-                  [&](int p, int run, const PieceOfRows& piece, auto together) {
-                    __m512i x[4];
-                    piece.EachRow<together()>(
-                        tile.value[run],
-                        layout.bytes, [&](auto i, __m512i codes) __attribute__((always_inline)) {
-                          x[i % 4] = _mm512_permutexvar_epi8(codes, levels);
-                          if constexpr (i % 4 == 3) {
-                            const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]),
-                                          b = _mm512_unpackhi_epi8(x[0], x[1]),
-                                          c = _mm512_unpacklo_epi8(x[2], x[3]),
-                                          d = _mm512_unpackhi_epi8(x[2], x[3]);
-                            int8_t* to =
-                                out->level +
-                                (size_t(4 * run + i / 4) * size_t(n_pieces) + size_t(p)) * 256;
-                            _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
-                            _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(a, c));
-                            _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(b, d));
-                            _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(b, d));
-                          }
-                        });
-                  });
+  EachPieceOfRuns(
+      layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
+        __m512i x[4];
+        piece.EachRow<together()>(
+            tile.value[run],
+            layout.bytes, [&](auto i, __m512i codes) __attribute__((always_inline)) {
+              x[i % 4] = _mm512_permutexvar_epi8(codes, levels);
+              if constexpr (i % 4 == 3) {
+                const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]),
+                              b = _mm512_unpackhi_epi8(x[0], x[1]),
+                              c = _mm512_unpacklo_epi8(x[2], x[3]),
+                              d = _mm512_unpackhi_epi8(x[2], x[3]);
+                int8_t* to =
+                    out->level + (size_t(4 * run + i / 4) * size_t(n_pieces) + size_t(p)) * 256;
+                _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
+                _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(a, c));
+                _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(b, d));
+                _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(b, d));
+              }
+            });
+      });
 }
 
 // Softmax weights of a row times the scales of the value rows, as 16-bit numbers: weight = factor *

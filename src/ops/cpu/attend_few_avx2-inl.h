@@ -256,7 +256,7 @@ struct TierRun {
   float unit[16][kTiers];
 };
 
-inline bool WideTier(const KeyLayout& layout) { return TierBits(layout.number, 0) > kByteBits; }
+inline bool WideTier(const KeyLayout& layout) { return layout.tier_bits[0] > kByteBits; }
 
 struct GainTable {
   float key[kMaxTrellisBits + 1][64] = {}, value[5][256] = {};
@@ -278,13 +278,13 @@ constexpr GainTable kGains;
   // Rows that are not there score zero, whatever is at their place.
   if (rows != 0xffff) std::memset(out->unit, 0, sizeof(out->unit));
   const float* units[kTiers];
-  for (int t = 0; t < kTiers; ++t) units[t] = kGains.key[TierBits(layout.number, t)];
+  for (int t = 0; t < kTiers; ++t) units[t] = kGains.key[layout.tier_bits[t]];
   for (; rows != 0; rows &= rows - 1) {
     const int i = std::countr_zero(rows);
     const uint32_t gains = Word32(rows16 + size_t(i) * bytes);
     for (int t = 0; t < kTiers; ++t) out->unit[i][t] = units[t][gains >> (6 * t) & 63];
   }
-  for (int first = 0; first < layout.head_dim; first += 64) {
+  for (int first = 0; first < layout.planes.numbers[0]; first += 64) {
     const Piece& piece = pieces[first / 64];
     const int wide =
         int(std::count_if(piece.bits, piece.bits + 4, [](int bits) { return bits > kByteBits; }));
@@ -332,7 +332,7 @@ template <int R>
         }
       };
       const int key = t0 + i;
-      for (size_t t = 0; t < size_t(kTiers); ++t) {
+      for (size_t t = 0; t < size_t(kTiers) && layout.tier_bits[t] > 0; ++t) {
         const __m256 unit0 = _mm256_broadcast_ss(&keys.unit[key][t]),
                      unit1 = _mm256_broadcast_ss(&keys.unit[key + 1][t]);
         for (size_t j = t * per_tier; j < (t + 1) * per_tier; j += 8) {

@@ -234,8 +234,10 @@ inline void WithBits(int bits, Body&& body) {
 // [n_rows] were zero. The path that loses least under the gain that suits a normal distribution.
 template <typename Grid>
 inline void PackTrellis(const TrellisRuns& runs, int n_rows, uint8_t* const* rows, Paths* paths) {
-  const int n = runs.n();
-  for (int run = 0; run < runs.n_runs; ++run) {
+  const PlaneLayout& planes = *runs.planes;
+  const int n = planes.numbers[0], n_runs = n / runs.per_run;
+  for (int run = n_runs; run < runs.n_runs; ++run) paths->gain[run] = IntLanes{};  // without bits
+  for (int run = 0; run < n_runs; ++run) {
     WithBits(runs.bits[run], [&](auto bits) {
       WalkRun<bits(), Grid>(run, run * runs.per_run, (run + 1) * runs.per_run, paths);
     });
@@ -248,7 +250,6 @@ inline void PackTrellis(const TrellisRuns& runs, int n_rows, uint8_t* const* row
     state = less ? IntLanes{} + s : state;
     least = less ? paths->cost[s] : least;
   }
-  const PlaneLayout& planes = *runs.planes;
   IntLanes word[kMaxPlanes] = {};
   for (int i = n - 1; i >= 0; --i) {
     const IntLanes u = state & 1, v = state >> 1, w = paths->back[i] >> state & 1;
@@ -268,7 +269,7 @@ inline void PackTrellis(const TrellisRuns& runs, int n_rows, uint8_t* const* row
       word[p] = IntLanes{};
     }
   }
-  for (int run = 0; run < runs.n_runs; ++run) {
+  for (int run = 0; run < n_runs; ++run) {
     WithBits(runs.bits[run], [&](auto bits) {
       RefitRun<bits(), Grid>(run, run * runs.per_run, (run + 1) * runs.per_run, paths);
     });
@@ -357,7 +358,7 @@ inline unsigned PackTiersOnce(const KeyLayout& layout, int n_rows, const float* 
       const int gain = finite ? paths.gain[t][r] : kTierGainNotFinite;
       word |= uint32_t(gain) << (6 * t);
       // Near the ends of its range f16 rounds coarsely.
-      const float unit = TierGainGrid::Value(gain) / kTrellisLevels[TierBits(layout.number, t)].top;
+      const float unit = TierGainGrid::Value(gain) / kTrellisLevels[layout.tier_bits[t]].top;
       const bool coarse = unit > 0.0f && (limits[r][t][0] * 0x1p-25f > 0.01f * unit ||
                                           limits[r][t][1] * unit > 20.0f);
       if (finite && (coarse || paths.fragile[r] != 0)) fragile |= 1u << r;

@@ -10,7 +10,7 @@ struct TrellisRuns {
 };
 inline TrellisRuns RunsOf(const KeyLayout& layout) {
   TrellisRuns runs{&layout.planes, kTiers, layout.per_tier(), {}};
-  for (int t = 0; t < kTiers; ++t) runs.bits[t] = TierBits(layout.number, t);
+  std::copy(layout.tier_bits, layout.tier_bits + kTiers, runs.bits);
   return runs;
 }
 inline TrellisRuns RunsOf(const ValueLayout& layout) {
@@ -27,7 +27,7 @@ inline void TierUnits(const KeyLayout& layout, const uint8_t* row, float unit[kT
     const int e = TierGain(row, t);
     unit[t] = e == kTierGainNotFinite
                   ? std::numeric_limits<float>::quiet_NaN()
-                  : TierGainGrid::Value(e) * kTrellisLevels[TierBits(layout.number, t)].inverse_top;
+                  : TierGainGrid::Value(e) * kTrellisLevels[layout.tier_bits[t]].inverse_top;
   }
 }
 
@@ -70,12 +70,14 @@ inline uint64_t SpreadBits(unsigned byte) {
   return (bits + 0x7f * ones) >> 7 & ones;
 }
 
-// numbers[i] = level of code i * unit of its run.
+// numbers[i] = level of code i * unit of its run; in runs without bits, which come last, 0 * unit.
 inline void TrellisNumbers(const TrellisRuns& runs, const uint8_t* row, const float* unit,
                            float* numbers) {
   const PlaneLayout& planes = *runs.planes;
+  const int n = planes.numbers[0];
+  for (int i = n; i < runs.n(); ++i) numbers[i] = 0.0f * unit[i / runs.per_run];
   unsigned before = 0;  // path bits of the two numbers before, the newer one in bit 1
-  for (int first = 0; first < runs.n(); first += 8) {
+  for (int first = 0; first < n; first += 8) {
     const unsigned path = row[planes.at[0] + unsigned(first) / 8];
     uint64_t codes = SpreadBits((path << 1 | before >> 1) & 255) +
                      2 * SpreadBits((path ^ (path << 2 | before)) & 255);
@@ -85,7 +87,7 @@ inline void TrellisNumbers(const TrellisRuns& runs, const uint8_t* row, const fl
       const unsigned plane = row[planes.at[p] + unsigned(first) / 8];
       codes += SpreadBits(left >= 8 ? plane : plane & ((1u << left) - 1)) << (p + 1);
     }
-    for (int i = first; i < first + 8 && i < runs.n(); ++i, codes >>= 8) {
+    for (int i = first; i < first + 8 && i < n; ++i, codes >>= 8) {
       const int run = i / runs.per_run;
       numbers[i] = float(kTrellisLevels[runs.bits[run]].level[codes & 255]) * unit[run];
     }

@@ -23,6 +23,7 @@ class CellTable {
     if (Status s = stage_.Map(size_t(n_cells), "cells"); !s.ok()) return s;
     if (Status s = table_.Map(size_t(n_cells) * 2, "cells"); !s.ok()) return s;
     if (Status s = rank_.Map(size_t(n_cells) * 4, "cells"); !s.ok()) return s;
+    if (Status s = distinct_.Map(size_t(n_cells) * 4, "cells"); !s.ok()) return s;
     if (Status s = order_.Map(size_t(n_cells) * 4, "cells"); !s.ok()) return s;
     return slot_.Map(size_t(n_cells) * 4, "cells");
   }
@@ -33,16 +34,18 @@ class CellTable {
     stage_.Touch(size_t(cell), 1);
     table_.Touch(size_t(cell) * 2, 2);
     rank_.Touch(size_t(cell) * 4, 4);
+    distinct_.Touch(size_t(cell) * 4, 4);
     order_.Touch(size_t(cell) * 4, 4);
     slot_.Touch(size_t(cell) * 4, 4);
   }
   void Release() {
-    for (Reserve* r : {&state_, &pinned_, &stage_, &table_, &rank_, &order_, &slot_})
+    for (Reserve* r : {&state_, &pinned_, &stage_, &table_, &rank_, &distinct_, &order_, &slot_})
       r->Release(0, r->size() + 4096);
   }
   size_t committed() const {
     size_t sum = 0;
-    for (const Reserve* r : {&state_, &pinned_, &stage_, &table_, &rank_, &order_, &slot_})
+    for (const Reserve* r :
+         {&state_, &pinned_, &stage_, &table_, &rank_, &distinct_, &order_, &slot_})
       sum += r->committed();
     return sum;
   }
@@ -59,6 +62,9 @@ class CellTable {
   uint16_t table(int64_t c) const { return reinterpret_cast<const uint16_t*>(table_.data())[c]; }
   // Place in its sequence, 0 = first token; -1 = not known yet (restored).
   int32_t& rank(int64_t c) { return reinterpret_cast<int32_t*>(rank_.data())[c]; }
+  // How many tokens of its sequence up to this one differ from all before them; negative: this one
+  // repeats one of them; 0: not counted, because its sequence has weights or was restored.
+  int32_t& distinct(int64_t c) { return reinterpret_cast<int32_t*>(distinct_.data())[c]; }
   // When it was written; larger is newer. Unique within a stream.
   uint32_t& order(int64_t c) { return reinterpret_cast<uint32_t*>(order_.data())[c]; }
   // Slot of its stage, meaningful in state kDense.
@@ -66,7 +72,7 @@ class CellTable {
   int32_t slot(int64_t c) const { return reinterpret_cast<const int32_t*>(slot_.data())[c]; }
 
  private:
-  Reserve state_, pinned_, stage_, table_, rank_, order_, slot_;
+  Reserve state_, pinned_, stage_, table_, rank_, distinct_, order_, slot_;
 };
 
 }  // namespace sparkv

@@ -161,6 +161,8 @@ class KvCache {
     int first_stream = 0, n_streams = 0;
   };
   static constexpr uint16_t kMixedTables = 65535;
+  // Tokens that a sequence has weights after, however few of them differ.
+  static constexpr int32_t kMostWaiting = 512;
   // Queries that the scratch of a thread holds in the form that rows of `key` want.
   struct alignas(64) Prepared {
     KeyForm key;
@@ -184,6 +186,9 @@ class KvCache {
                     std::vector<TokenPlan>* tokens);
   uint16_t FindOrMakeTable(const sparkv_attend_args& args, int stream_index, const uint64_t* seen,
                            int64_t own, int32_t rank);
+  bool MakesWeights(int64_t cell, int32_t rank);
+  void CountDistinct(const sparkv_attend_args& args, const uint64_t* seen, int64_t base,
+                     int64_t own, int64_t parent);
   void PlanSeals(const sparkv_attend_args& args, int stream_index, const Words& seen,
                  const std::vector<TokenPlan>& tokens);
   void PlanObserved(const sparkv_attend_args& args, int stream_index, const Words& seen,

@@ -54,6 +54,7 @@ Status KvCache::PlaceRestored(int layer_index, int64_t cell, const uint16_t* row
   end = std::max(end, layout_.index_of(cell) + 1);
   cells_.order(cell) = next_order_++;
   cells_.rank(cell) = -1;
+  cells_.distinct(cell) = 0;
   unranked_ = true;
 
   if (Status s = AddDense(cell); !s.ok()) return s;
@@ -233,6 +234,7 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
       cells_.set_state(b, cells_.state(a));
       cells_.pinned(b) = cells_.pinned(a);
       cells_.rank(b) = cells_.rank(a);
+      cells_.distinct(b) = cells_.distinct(a);
       cells_.order(b) = cells_.order(a);
       cells_.table(b) = cells_.table(a);
       tables_.Ref(cells_.table(b));

@@ -4,6 +4,7 @@
 // announced: a query's mask row shows which cells are its past.
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 
 #include "base/half.h"
@@ -70,6 +71,7 @@ void KvCache::BeginStep(const int64_t* cells, int64_t n_rows) {
     cells_.set_state(cell, CellState::kFlight);
     cells_.order(cell) = next_order_++;
     cells_.rank(cell) = -1;
+    cells_.distinct(cell) = 0;
     cells_.slot(cell) = kNoSlot;
     int64_t& end = used_end_[size_t(layout_.stream_of(cell))];
     end = std::max(end, layout_.index_of(cell) + 1);
@@ -244,15 +246,14 @@ uint16_t KvCache::FindOrMakeTable(const sparkv_attend_args& args, int stream_ind
   NewTable made{tables_.Make(), {}};
   if (made.id == 0) return 0;
   const bool prefill_end = config_.seal == SPARKV_SEAL_PREFILL_END;
-  const int32_t from = prefill_end ? rank - config_.observe + 1 : 0;
-  const int32_t to = prefill_end ? rank + 1 : config_.observe;
   std::vector<std::pair<int32_t, int64_t>> any;
   ForEachBit(seen, view_.packed_words, [&](int64_t i) {
     const int64_t cell = base + i;
     if (flight_at_.count(cell) == 0 && observed_.count(cell) == 0) return;
     const int32_t r = cell == own ? rank : cells_.rank(cell);
     any.emplace_back(r, cell);
-    if (r >= from && r < to) made.queries.emplace_back(r, cell);
+    if (prefill_end ? r > rank - config_.observe && r <= rank : MakesWeights(cell, r))
+      made.queries.emplace_back(r, cell);
   });
   // A sequence whose first queries are gone (restored, cut) is judged by the queries at hand.
   if (made.queries.empty()) made.queries = std::move(any);
@@ -261,6 +262,47 @@ uint16_t KvCache::FindOrMakeTable(const sparkv_attend_args& args, int stream_ind
   if (made.queries.size() > size_t(config_.observe)) made.queries.resize(size_t(config_.observe));
   step_.new_tables.push_back(std::move(made));
   return step_.new_tables.back().id;
+}
+
+// Whether the queries of a token at that rank of its sequence are among those that make its weights
+// (not with seal = prefill-end).
+bool KvCache::MakesWeights(int64_t cell, int32_t rank) {
+  const int32_t distinct = cells_.distinct(cell);
+  return distinct == 0 ? rank < config_.observe : distinct > 0 && distinct <= config_.observe;
+}
+
+// Counts a token in flight whose parent, -1: none, has no weights. A text may begin with a page of
+// blank lines: weights from one token over and over would fit no other. Tokens are told by their
+// values in the layer that is attended first, where nothing of their context is in them.
+void KvCache::CountDistinct(const sparkv_attend_args& args, const uint64_t* seen, int64_t base,
+                            int64_t own, int64_t parent) {
+  const LayerLayout& layer = layout_.layers[size_t(args.layer)];
+  const auto values = [&](int64_t cell) -> const uint16_t* {
+    if (const auto flight = flight_at_.find(cell); flight != flight_at_.end())
+      return flight_values_.data() + size_t(flight->second) * layer.v_row();
+    if (cells_.state(cell) != CellState::kDense || cells_.stage(cell) > 0) return nullptr;
+    return reinterpret_cast<const uint16_t*>(StageRows(layer, 0, cells_.slot(cell), false));
+  };
+  const uint16_t* value = values(own);
+  bool repeats = false;
+  ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+    const int64_t cell = base + i;
+    if (repeats || cell == own || cells_.distinct(cell) <= 0 || cells_.table(cell) != 0) return;
+    const uint16_t* other = values(cell);
+    if (other == nullptr) return;
+    float off = 0.0f, length = 0.0f;
+    for (size_t j = 0; j < layer.v_row(); ++j) {
+      const float x = HalfToFloat(value[j]), y = HalfToFloat(other[j]);
+      off += (x - y) * (x - y);
+      length += x * x + y * y;
+    }
+    repeats = off <= length * (1.0f / 128);
+  });
+  int32_t before = 0;
+  if (parent >= 0)
+    before =
+        cells_.distinct(parent) != 0 ? std::abs(cells_.distinct(parent)) : cells_.rank(parent) + 1;
+  cells_.distinct(own) = repeats ? -before : before + 1;
 }
 
 // The newest cell before `own` that is seen, if it is of this step or the one before; else -1.
@@ -333,7 +375,15 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
       }
     }
     if (plan.table == 0 && needs_weights_) {
-      if (prefill_end ? plan.alone : calibrated_ != 0 || plan.rank >= config_.observe) {
+      bool now = prefill_end ? plan.alone : calibrated_ != 0;
+      if (!prefill_end && !now) {
+        const int32_t observed = parent < 0                     ? 0
+                                 : cells_.distinct(parent) != 0 ? std::abs(cells_.distinct(parent))
+                                                                : plan.rank;
+        now = observed >= config_.observe || plan.rank >= std::max(config_.observe, kMostWaiting);
+        if (!now) CountDistinct(args, row, base, own, parent);
+      }
+      if (now) {
         plan.table = FindOrMakeTable(args, stream_index, row, own, plan.rank);
         if (plan.table == 0) return Status::NoMemory("weights: more than 65534 sequences");
       }
@@ -398,7 +448,7 @@ void KvCache::PlanObserved(const sparkv_attend_args& args, int stream_index, con
     const int64_t own = FlightOf(args, stream_index, t);
     const TokenPlan& plan = tokens[size_t(t)];
     if (own < 0 || plan.table != 0) continue;
-    bool wanted = prefill_end || plan.rank < config_.observe;
+    bool wanted = prefill_end || MakesWeights(own, plan.rank);
     for (int64_t later = t + 1; later < args.n_tokens && wanted; ++later) {
       if (!sees(later, own)) continue;
       wanted = tokens[size_t(later)].table == 0 &&

@@ -358,6 +358,39 @@ std::vector<uint16_t> NewestTable(const Host& host) {
   return table;
 }
 
+// A page of blank lines at the beginning of a text: weights from one token over and over would fit
+// no other.
+TEST(Cache, TokensThatRepeatHaveNoSayInTheWeights) {
+  for (const char* preset : {"tiers-6321", "spark-0.5-i5"}) {
+    Model model;
+    model.preset = preset;
+    model.cells = 1024;
+    model.set = {{"window", "8"}, {"sinks", "1"}, {"observe", "4"}};
+    Host plain(model);
+    plain.Feed(0, 5, 0, 60, {60});
+    for (const int cut : {1, 7, 64}) {
+      Host repeating(model);
+      Batch batch;
+      for (int i = 0; i < 30; ++i) batch.emplace_back(0, Content(5, 0));
+      for (int i = 1; i < 60; ++i) {
+        batch.emplace_back(0, Content(5, i));
+        batch.emplace_back(0, Content(5, i / 3));  // two thirds of these repeat, too
+      }
+      for (size_t i = 0; i < batch.size(); i += size_t(cut)) {
+        repeating.Decode(Batch(batch.begin() + long(i),
+                               batch.begin() + long(std::min(batch.size(), i + size_t(cut)))));
+      }
+      EXPECT_EQ(NewestTable(repeating), NewestTable(plain)) << preset << " cut " << cut;
+    }
+    // Nothing but one token: packed by its weights after 512, for lack of better ones.
+    Host alike(model);
+    for (const auto& [n, packed] : {std::pair(512, 0), std::pair(40, 552 - 8 - 1)}) {
+      for (int i = 0; i < n; i += 8) alike.Decode(Batch(8, {0, Content(5, 0)}));
+      EXPECT_EQ(alike.Memory().sealed, packed) << preset;
+    }
+  }
+}
+
 // u of one KV head from the first queries of a text.
 std::vector<float> Observed(const Host& host, int text, int l, int head) {
   const Layer& layer = host.layer(l);

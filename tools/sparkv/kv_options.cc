@@ -25,7 +25,7 @@ constexpr Parameter kParameters[] = {
     {"values", "f16|q8|q4", "number type of value rows"},
     {"sinks", "N", "first tokens of a sequence that stay dense"},
     {"window", "N", "newest tokens of a sequence that stay dense"},
-    {"observe", "N", "queries that make the channel weights"},
+    {"observe", "N", "differing tokens whose queries make the weights"},
     {"seal", "stream|prefill-end", "when tokens are packed"},
     {"simd", "auto|plain|avx2|avx512|neon", "instruction set of the kernels"},
     {"threads", "N", "threads of the kernels, 0: as many as the host uses"},

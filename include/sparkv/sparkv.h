@@ -112,7 +112,7 @@ typedef struct sparkv_config {
   int32_t sinks;   /* first tokens of a sequence that stay dense, [0, 1024] */
   int32_t window;  /* newest tokens of a sequence that stay dense, [0, 65536] */
   int32_t observe; /* tokens, of those that differ, whose queries make the channel weights,
-                      [1, 1024]; nothing is packed before they were seen, or 512 others */
+                      [1, 1024]; nothing is packed before they were seen, or 512 tokens in all */
   int32_t threads; /* 0: as many as the host says, else [1, 256] */
   int32_t protect_first; /* the model's first and last layers that are protected: nothing pruned, */
   int32_t protect_last;  /* 8-bit numbers; [0, 9999] */

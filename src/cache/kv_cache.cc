@@ -235,8 +235,9 @@ void KvCache::ExpandTables(int layer_index, bool idle_too) {
       const uint16_t* weights = table + size_t(h * layer.k_dim());
       ExpandTable(weights, layer.k_dim(), &table_f32_[i * row + size_t(h) * head]);
       for (int stage = 0; stage < n_kinds; ++stage) {
+        const KeyLayout& key = layer.key_of(stage);
         table_keys_[size_t((known[i] * layer.n_kv_heads + h) * n_kinds + stage)] =
-            Interned(layer.key_of(stage).Under(weights));
+            key.tiered() ? Interned(key.Under(weights)) : &key;
       }
     }
     table_of_[known[i]] = &table_f32_[i * row];
@@ -470,14 +471,15 @@ void KvCache::Memory(sparkv_memory* m) const {
   const uint64_t value_rows = m->value_scales + m->value_codes;
   const uint64_t packed = packed_.committed() + kept_bytes_;
   m->slack = packed - (key_rows + value_rows) + slots - (m->dense_keys + m->dense_values);
-  m->workspace = (flight_keys_.capacity() + flight_values_.capacity()) * 2 +
-                 observed_.size() * layout_.channels * 4 + view_.packed_bits.capacity() * 8 +
-                 (table_f32_.capacity() + partial_.capacity()) * 4;
+  m->workspace = table_keys_.capacity() * sizeof(void*) + key_layouts_.size() * sizeof(KeyLayout);
+  m->workspace += (flight_keys_.capacity() + flight_values_.capacity()) * 2 +
+                  observed_.size() * layout_.channels * 4 + view_.packed_bits.capacity() * 8 +
+                  (table_f32_.capacity() + partial_.capacity()) * 4;
   for (const auto& bits : view_.stage_bits) m->workspace += bits.capacity() * 8;
   for (const auto& space : thread_space_) m->workspace += space.capacity() * 4;
   for (const SealSpace& space : seal_space_) {
     m->workspace += (space.rows.capacity() + space.after.capacity()) * 2 + space.passed.capacity() +
-                    space.batch.from.capacity() * 3 * sizeof(void*);
+                    space.batch.bytes();
   }
   for (const auto& [cell, layers] : queries_) {
     for (const auto& row : layers) m->workspace += row.capacity() * 2;

@@ -98,6 +98,12 @@ class KvCache {
       from.push_back(row);
       to.push_back(packed);
     }
+    size_t bytes() const {
+      return forms.capacity() * sizeof(KeyForm) +
+             (from.capacity() + to.capacity() + weights.capacity() + some_from.capacity() +
+              some_to.capacity()) *
+                 sizeof(void*);
+    }
     void Clear() {
       forms.clear();
       from.clear();

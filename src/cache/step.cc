@@ -255,11 +255,21 @@ uint16_t KvCache::FindOrMakeTable(const sparkv_attend_args& args, int stream_ind
     if (prefill_end ? r > rank - config_.observe && r <= rank : MakesWeights(cell, r))
       made.queries.emplace_back(r, cell);
   });
-  // A sequence whose first queries are gone (restored, cut) is judged by the queries at hand.
-  if (made.queries.empty()) made.queries = std::move(any);
+  // A sequence whose first queries are gone (restored, cut), or whose tokens are mostly alike, is
+  // judged by the queries at hand, the first ones.
+  std::sort(any.begin(), any.end());
+  for (size_t i = 0; i < any.size() && made.queries.size() < size_t(config_.observe); ++i) {
+    if (!prefill_end && !MakesWeights(any[i].second, any[i].first)) made.queries.push_back(any[i]);
+  }
+  if (made.queries.empty()) made.queries = any;
   if (made.queries.empty()) made.queries.emplace_back(rank, own);
   std::sort(made.queries.begin(), made.queries.end());
   if (made.queries.size() > size_t(config_.observe)) made.queries.resize(size_t(config_.observe));
+  for (const auto& [r, cell] : any) {
+    const bool asks = std::find(made.queries.begin(), made.queries.end(), std::pair(r, cell)) !=
+                      made.queries.end();
+    if (!asks && !prefill_end) observed_.erase(cell);
+  }
   step_.new_tables.push_back(std::move(made));
   return step_.new_tables.back().id;
 }
@@ -273,31 +283,36 @@ bool KvCache::MakesWeights(int64_t cell, int32_t rank) {
 
 // Counts a token in flight whose parent, -1: none, has no weights. A text may begin with a page of
 // blank lines: weights from one token over and over would fit no other. Tokens are told by their
-// values in the layer that is attended first, where nothing of their context is in them.
+// values in the model's first layer, where nothing of their context is in them; a cache of later
+// layers counts every token.
 void KvCache::CountDistinct(const sparkv_attend_args& args, const uint64_t* seen, int64_t base,
                             int64_t own, int64_t parent) {
   const LayerLayout& layer = layout_.layers[size_t(args.layer)];
+  const size_t dim = size_t(layer.v_dim());  // one head tells
   const auto values = [&](int64_t cell) -> const uint16_t* {
     if (const auto flight = flight_at_.find(cell); flight != flight_at_.end())
       return flight_values_.data() + size_t(flight->second) * layer.v_row();
     if (cells_.state(cell) != CellState::kDense || cells_.stage(cell) > 0) return nullptr;
     return reinterpret_cast<const uint16_t*>(StageRows(layer, 0, cells_.slot(cell), false));
   };
-  const uint16_t* value = values(own);
   bool repeats = false;
-  ForEachBit(seen, view_.packed_words, [&](int64_t i) {
-    const int64_t cell = base + i;
-    if (repeats || cell == own || cells_.distinct(cell) <= 0 || cells_.table(cell) != 0) return;
-    const uint16_t* other = values(cell);
-    if (other == nullptr) return;
-    float off = 0.0f, length = 0.0f;
-    for (size_t j = 0; j < layer.v_row(); ++j) {
-      const float x = HalfToFloat(value[j]), y = HalfToFloat(other[j]);
-      off += (x - y) * (x - y);
-      length += x * x + y * y;
-    }
-    repeats = off <= length * (1.0f / 128);
-  });
+  if (layer.number == 0 && arena_layer_ == args.layer) {
+    float value[kMaxHeadDim];
+    for (size_t j = 0; j < dim; ++j) value[j] = HalfToFloat(values(own)[j]);
+    ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+      const int64_t cell = base + i;
+      if (repeats || cell == own || cells_.distinct(cell) <= 0 || cells_.table(cell) != 0) return;
+      const uint16_t* other = values(cell);
+      if (other == nullptr) return;
+      float off = 0.0f, length = 0.0f;
+      for (size_t j = 0; j < dim; ++j) {
+        const float x = value[j], y = HalfToFloat(other[j]);
+        off += (x - y) * (x - y);
+        length += x * x + y * y;
+      }
+      repeats = length > 0.0f && off <= length * (1.0f / 128);
+    });
+  }
   int32_t before = 0;
   if (parent >= 0)
     before =
@@ -448,7 +463,7 @@ void KvCache::PlanObserved(const sparkv_attend_args& args, int stream_index, con
     const int64_t own = FlightOf(args, stream_index, t);
     const TokenPlan& plan = tokens[size_t(t)];
     if (own < 0 || plan.table != 0) continue;
-    bool wanted = prefill_end || MakesWeights(own, plan.rank);
+    bool wanted = prefill_end || plan.rank < config_.observe || MakesWeights(own, plan.rank);
     for (int64_t later = t + 1; later < args.n_tokens && wanted; ++later) {
       if (!sees(later, own)) continue;
       wanted = tokens[size_t(later)].table == 0 &&

@@ -56,7 +56,8 @@ class WeightTables {
 void MakeTable(sparkv_recover recover, const float* u, int head_dim, uint16_t* restore);
 // The same for tiers, from sums of squares over queries and over keys, [head_dim] each: weight[j] =
 // root of the query energy, scaled so that weighted keys have a mean square of 1; channels go to
-// tiers by falling q[j]^2 k[j]^2, the smaller channel first where equal.
+// tiers by falling q[j]^2 k[j]^2, the smaller channel first where equal. The weights hold how the
+// energy of weighted keys falls from tier to tier, too (format/tier_bits.h).
 void MakeTierTable(const float* query_energy, const float* key_energy, int head_dim,
                    uint16_t* restore);
 // restore of one head -> f32 KeyWeights [kWeightParts][head_dim].

@@ -65,7 +65,17 @@ Status CheckPlanes(const PlaneLayout& planes, const uint8_t* row) {
 }
 
 Status CheckKeyRow(const KeyLayout& layout, const uint8_t* row) {
-  if (layout.tiered()) return CheckPlanes(layout.planes, row);
+  if (layout.tiered()) {
+    for (uint32_t at = layout.planes.end; at < layout.bytes; ++at) {
+      if (row[at] != 0) return Status::Corrupt("planes: bytes behind the last one are not zero");
+    }
+    const uint32_t gains = uint32_t(row[0]) | uint32_t(row[1]) << 8 | uint32_t(row[2]) << 16;
+    for (int t = 0; t < kTiers; ++t) {
+      if (layout.tier_bits[t] == 0 && (gains >> (6 * t) & 63) != 0 && gains != 0xffffff)
+        return Status::Corrupt("gain " + std::to_string(t) + ": of a tier without bits, not zero");
+    }
+    return CheckPlanes(layout.planes, row);
+  }
   if (layout.number != SPARKV_F16 && !layout.restores() && layout.kept > 0 &&
       RatioOf(uint32_t(row[0] | row[1] << 8)) != 0) {
     return Status::Corrupt("scale: a pruned magnitude, but this row restores nothing");

@@ -159,7 +159,7 @@ struct KeyLayout {
   bool operator==(const KeyLayout&) const = default;
 
   // Where the bits lie that a head with these weights (f16, as tables hold them) writes: rows of
-  // one number type take the same bytes under all weights.
+  // one number type take the same bytes under all weights, the last of them zero if need be.
   KeyLayout Under(const uint16_t* weights) const {
     if (!tiered()) return *this;
     KeyLayout l = *this;
@@ -168,7 +168,7 @@ struct KeyLayout {
     for (int tier = 0; tier < kTiers - 1; ++tier) fall[tier] = TierFall(weights, tier);
     ShareBits(fall, sum, l.tier_bits);
     l.PlacePlanes();
-    return l.planes.end == bytes ? l : *this;  // planes end in whole bytes
+    return l.planes.end <= bytes ? l : *this;  // planes end in whole bytes
   }
 
  private:

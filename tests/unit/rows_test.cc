@@ -227,7 +227,10 @@ TEST(Tiers, RowsTakeTheSameBytesUnderAllWeights) {
         }
         ASSERT_EQ(sum, want);
         ASSERT_EQ(key.bytes, named.bytes);
-        ASSERT_EQ(key.planes.end, named.bytes);
+        ASSERT_LE(key.planes.end, named.bytes);
+        if (dim % 32 == 0) {
+          ASSERT_EQ(key.planes.end, named.bytes);
+        }
         seen.insert(BitsOf(key));
       }
       EXPECT_GT(seen.size(), 1u) << Name(config) << " D " << dim;
@@ -262,7 +265,7 @@ uint64_t HashOfRows(const std::vector<sparkv_config>& configs) {
 }
 TEST(Rows, BytesAreTheSameOnEveryMachine) {
   EXPECT_EQ(HashOfRows(SparkConfigs()), 15486821904406340446u);
-  EXPECT_EQ(HashOfRows(TierConfigs()), 7553731722360993613u);
+  EXPECT_EQ(HashOfRows(TierConfigs()), 9777738894473620877u);
 }
 
 // Brackets on both sides: an "improvement" is noticed too. Relative error of the weighted key, mean
@@ -425,6 +428,33 @@ TEST(Rows, UnpackRefusesHostileBytes) {
       sparkv_unpack_key(&config, table.a.data(), bad.data(), bad.size(), 80, back.data(), &error),
       SPARKV_CORRUPT);
   EXPECT_NE(std::strstr(error.text, "mask"), nullptr) << error.text;
+  // Rows with tiers: nothing behind the planes, no gain where there are no bits.
+  sparkv_config tiers = Blank();
+  ASSERT_EQ(sparkv_config_preset(&tiers, "tiers-4211", nullptr), SPARKV_OK);
+  for (const auto& [dim, fall] : {std::pair(40, std::array{8, 8, 8}), {64, {31, 31, 31}}}) {
+    const KeyLayout key = Falling(SPARKV_TIERS_4211, dim, fall);
+    std::vector<uint16_t> weights(size_t(dim), 0x3c00u), x(size_t(dim), 0x3800u);
+    for (int t = 0; t < 3; ++t) SetTierFall(t, fall[size_t(t)], weights.data());
+    for (int j = 0; j < dim; ++j) weights[size_t(j)] |= uint16_t(j / (dim / 4));
+    std::vector<uint8_t> bytes(key.bytes);
+    ASSERT_EQ(
+        sparkv_pack_key(&tiers, weights.data(), x.data(), dim, bytes.data(), bytes.size(), &error),
+        SPARKV_OK);
+    ASSERT_EQ(sparkv_unpack_key(&tiers, weights.data(), bytes.data(), bytes.size(), dim, x.data(),
+                                &error),
+              SPARKV_OK);
+    std::vector<uint8_t> wrong = bytes;
+    if (key.tier_bits[3] == 0) {
+      wrong[2] |= 0x80;
+    } else {
+      ASSERT_LT(key.planes.end, key.bytes);
+      wrong.back() = 1;
+    }
+    EXPECT_EQ(sparkv_unpack_key(&tiers, weights.data(), wrong.data(), wrong.size(), dim, x.data(),
+                                &error),
+              SPARKV_CORRUPT)
+        << dim;
+  }
   std::vector<uint16_t> poison = table.a;
   poison[4] = 0x7c00u;
   EXPECT_EQ(

@@ -193,6 +193,7 @@ class KvCache {
   uint16_t FindOrMakeTable(const sparkv_attend_args& args, int stream_index, const uint64_t* seen,
                            int64_t own, int32_t rank);
   bool MakesWeights(int64_t cell, int32_t rank);
+  int32_t DistinctUpTo(int64_t cell);
   void CountDistinct(const sparkv_attend_args& args, const uint64_t* seen, int64_t base,
                      int64_t own, int64_t parent);
   void PlanSeals(const sparkv_attend_args& args, int stream_index, const Words& seen,

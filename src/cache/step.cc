@@ -281,6 +281,13 @@ bool KvCache::MakesWeights(int64_t cell, int32_t rank) {
   return distinct == 0 ? rank < config_.observe : distinct > 0 && distinct <= config_.observe;
 }
 
+// How many tokens of a sequence up to this one, -1: none, differ; where nobody counted, all do.
+int32_t KvCache::DistinctUpTo(int64_t cell) {
+  if (cell < 0) return 0;
+  const int32_t distinct = cells_.distinct(cell);
+  return distinct != 0 ? std::abs(distinct) : cells_.rank(cell) + 1;
+}
+
 // Counts a token in flight whose parent, -1: none, has no weights. A text may begin with a page of
 // blank lines: weights from one token over and over would fit no other. Tokens are told by their
 // values in the model's first layer, where nothing of their context is in them; a cache of later
@@ -313,10 +320,7 @@ void KvCache::CountDistinct(const sparkv_attend_args& args, const uint64_t* seen
       repeats = length > 0.0f && off <= length * (1.0f / 128);
     });
   }
-  int32_t before = 0;
-  if (parent >= 0)
-    before =
-        cells_.distinct(parent) != 0 ? std::abs(cells_.distinct(parent)) : cells_.rank(parent) + 1;
+  const int32_t before = DistinctUpTo(parent);
   cells_.distinct(own) = repeats ? -before : before + 1;
 }
 
@@ -392,10 +396,8 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
     if (plan.table == 0 && needs_weights_) {
       bool now = prefill_end ? plan.alone : calibrated_ != 0;
       if (!prefill_end && !now) {
-        const int32_t observed = parent < 0                     ? 0
-                                 : cells_.distinct(parent) != 0 ? std::abs(cells_.distinct(parent))
-                                                                : plan.rank;
-        now = observed >= config_.observe || plan.rank >= std::max(config_.observe, kMostWaiting);
+        now = DistinctUpTo(parent) >= config_.observe ||
+              plan.rank >= std::max(config_.observe, kMostWaiting);
         if (!now) CountDistinct(args, row, base, own, parent);
       }
       if (now) {

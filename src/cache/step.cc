@@ -304,8 +304,9 @@ void KvCache::CountDistinct(const sparkv_attend_args& args, const uint64_t* seen
   };
   bool repeats = false;
   if (layer.number == 0 && arena_layer_ == args.layer) {
+    const uint16_t* mine = values(own);
     float value[kMaxHeadDim];
-    for (size_t j = 0; j < dim; ++j) value[j] = HalfToFloat(values(own)[j]);
+    for (size_t j = 0; j < dim; ++j) value[j] = HalfToFloat(mine[j]);
     ForEachBit(seen, view_.packed_words, [&](int64_t i) {
       const int64_t cell = base + i;
       if (repeats || cell == own || cells_.distinct(cell) <= 0 || cells_.table(cell) != 0) return;

@@ -11,7 +11,7 @@
 
 namespace sparkv {
 
-static inline float HalfToFloat(uint16_t h) {
+static constexpr float HalfToFloat(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16;
   const uint32_t magnitude = h & 0x7fffu;
   if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude << 13));

@@ -219,6 +219,6 @@ struct KeyWeights {
 inline constexpr int kWeightParts = 3;
 // Value rows are rotated in blocks of the largest power of two that divides the head size (64: one
 // block; 96: three of 32).
-static inline int RotationBlock(int head_dim) { return head_dim & -head_dim; }
+static constexpr int RotationBlock(int head_dim) { return head_dim & -head_dim; }
 
 }  // namespace sparkv

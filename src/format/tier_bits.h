@@ -17,8 +17,8 @@ inline constexpr int kFallBits = 5;
 inline constexpr int kMostFall = (1 << kFallBits) - 1;
 inline constexpr double kFallSteps = 4.0 / 3.0;  // per dB
 
-static inline int TierOf(uint16_t weight) { return weight & 3; }
-static inline int TierFall(const uint16_t* weights, int tier) {
+static constexpr int TierOf(uint16_t weight) { return weight & 3; }
+static constexpr int TierFall(const uint16_t* weights, int tier) {
   int fall = 0;
   for (int b = 0; b < kFallBits; ++b) fall |= (weights[kFallBits * tier + b] >> 2 & 1) << b;
   return fall;
@@ -32,7 +32,7 @@ static inline void SetTierFall(int tier, int fall, uint16_t* weights) {
 
 // Gives `sum` bits away one by one, each to the tier where it takes most error away; the earlier
 // one where equal. Kernels read more than five bits in the first tier only.
-static inline void ShareBits(const int (&fall)[kTiers - 1], int sum, int (&bits)[kTiers]) {
+static constexpr void ShareBits(const int (&fall)[kTiers - 1], int sum, int (&bits)[kTiers]) {
   // The n-th bit of a number takes 10^(kWorth / 1000) of its tier's energy away: what the trellis
   // reaches, 4.85, 10.4, 15.9, 21.4, 26.9, 32.5 and 38.0 dB with 1 to 7 bits. Hundredths of dB.
   constexpr int kWorth[] = {-172, -627, -1184, -1734, -2284, -2830, -3394};

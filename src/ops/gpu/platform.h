@@ -1,0 +1,83 @@
+// What kernels need of a GPU, under the names CUDA gives it. Three compilers read it: nvcc, and the
+// host's, for which one block of threads runs as fibers (tests/unit/gpu_emulator.h), so that
+// kernels are tested on machines without a GPU.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "base/status.h"
+
+namespace sparkv::gpu {
+
+extern __shared__ uint4 block_memory[];  // as much as the launch asks for
+
+// 16-byte copies to shared memory that go on behind the thread's back; a group is what was begun
+// since the last one.
+__device__ inline void CopyAsync(void* shared, const void* global) {
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ inline void EndCopyGroup() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ inline void AwaitCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// acc[16][8] += a[16][16] b[16][8], f16 in f32. Lane 4 g + t holds of a the pairs (g, 2t), (g + 8,
+// 2t), (g, 2t + 8), (g + 8, 2t + 8), of b (2t, g), (2t + 8, g), of acc (g, 2t), (g + 8, 2t).
+__device__ inline void MultiplyAdd(float (&acc)[4], const uint32_t (&a)[4],
+                                   const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Pairs of f16 in a word.
+__device__ inline uint32_t PairAdd(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+__device__ inline uint32_t PairFma(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+__device__ inline uint32_t PairOf(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ inline float LowOf(uint32_t pair) {
+  return __half2float(__ushort_as_half(pair & 0xffff));
+}
+__device__ inline float HighOf(uint32_t pair) { return __half2float(__ushort_as_half(pair >> 16)); }
+
+inline Status StatusOf(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return Status::Ok();
+  return Status::Unsupported(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <typename... Parameters, typename... Args>
+Status Launch(void (*kernel)(Parameters...), dim3 grid, int n_threads, size_t shared_bytes,
+              void* stream, const Args&... args) {
+  if (shared_bytes > 48 << 10) {  // more must be asked for
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (error != cudaSuccess) return StatusOf(error, "shared memory");
+  }
+  kernel<<<grid, n_threads, shared_bytes, cudaStream_t(stream)>>>(args...);
+  return StatusOf(cudaGetLastError(), "launch");
+}
+
+}  // namespace sparkv::gpu
+
+#endif

@@ -1,0 +1,217 @@
+// A step's kernels, from the description that the C ABI takes. Compiled by nvcc for a GPU, and by
+// the host's compiler for the emulator.
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "base/status.h"
+#include "ops/gpu/attend-inl.h"
+#include "ops/gpu/pages.h"
+#include "sparkv/gpu.h"
+
+namespace sparkv::gpu {
+
+inline constexpr int kMostStores = 4;
+
+struct Store {
+  KeyLayout key;
+  ValueLayout value;
+  int n_shares;
+};
+
+struct Plan {
+  int n_blocks, n_entries;
+  Store stores[kMostStores];
+  size_t prepared_bytes, share_bytes, bytes;
+};
+
+template <int D>
+constexpr size_t PreparedBytes() {
+  static_assert(sizeof(Prepared<D>) % 16 == 0 && sizeof(Share<D>) % 16 == 0);
+  return sizeof(Prepared<D>);
+}
+
+// multiprocessors: of the device, so that all have work and few shares are to be merged.
+inline Status MakePlan(const sparkv_gpu_step* step, int multiprocessors, Plan* plan) {
+  if (step == nullptr) return Status::Invalid("step: NULL");
+  if (step->struct_size != sizeof(*step))
+    return Status::Invalid("struct_size: " + std::to_string(step->struct_size) + " is not " +
+                           std::to_string(sizeof(*step)));
+  const auto positive = [](const char* field, int32_t value) {
+    return value > 0
+               ? Status::Ok()
+               : Status::Invalid(std::string(field) + ": " + std::to_string(value) + " is below 1");
+  };
+  if (Status s = positive("sequences", step->sequences); !s.ok()) return s;
+  if (Status s = positive("kv_heads", step->kv_heads); !s.ok()) return s;
+  if (Status s = positive("group", step->group); !s.ok()) return s;
+  if (!PagesAllowed(step->head_dim))
+    return Status::Unsupported("head_dim: " + std::to_string(step->head_dim) +
+                               " is not 64, 128 or 256");
+  if (step->sequences > 65535)  // blocks of a grid in z, then in y
+    return Status::Unsupported("sequences: " + std::to_string(step->sequences) + " is above 65535");
+  const int64_t blocks = int64_t(step->kv_heads) * ((int64_t(step->group) + 7) / 8);
+  if (blocks > 65535)
+    return Status::Unsupported("kv_heads: " + std::to_string(step->kv_heads) + " by groups of " +
+                               std::to_string(step->group) + " are above 65535 blocks");
+  if (step->n_stores < 1 || step->n_stores > kMostStores || step->stores == nullptr)
+    return Status::Invalid("n_stores: " + std::to_string(step->n_stores) +
+                           " is outside 1..4, or no stores");
+
+  plan->n_blocks = (step->group + 7) / 8;
+  const int64_t entries = blocks * step->sequences;
+  if (entries > (1 << 24)) return Status::Unsupported("sequences: too many for one step");
+  plan->n_entries = int(entries);
+  int64_t shares = 0;
+  for (int i = 0; i < step->n_stores; ++i) {
+    const sparkv_gpu_rows& rows = step->stores[i];
+    const std::string name = "stores[" + std::to_string(i) + "].";
+    Store& store = plan->stores[i];
+    if (rows.struct_size != sizeof(rows))
+      return Status::Invalid(name + "struct_size: " + std::to_string(rows.struct_size) +
+                             " is not " + std::to_string(sizeof(rows)));
+    if (rows.max_pages < 1 || rows.max_pages > (1 << 26))
+      return Status::Invalid(name + "max_pages: " + std::to_string(rows.max_pages) +
+                             " is outside 1..2^26");
+    const bool tiers = rows.keys >= SPARKV_TIERS_7543 && rows.keys <= SPARKV_TIERS_4211;
+    const bool trellis = rows.values >= SPARKV_TRELLIS4 && rows.values <= SPARKV_TRELLIS1;
+    const bool same =
+        rows.keys == rows.values && (rows.keys == SPARKV_F16 || rows.keys == SPARKV_INT8);
+    if (!(tiers && trellis) && !same)
+      return Status::Unsupported(name + "keys, values: " + std::to_string(rows.keys) + ", " +
+                                 std::to_string(rows.values) +
+                                 " are not tiers with trellis, or both int8, or both f16");
+    store.key = KeyLayout::Make(step->head_dim, step->head_dim, sparkv_number(rows.keys),
+                                SPARKV_RECOVER_ZERO);
+    store.value = ValueLayout::Make(step->head_dim, sparkv_number(rows.values));
+    // A warp has two pages or more, if there are as many; four blocks run on a multiprocessor.
+    const int most = (rows.max_pages + 2 * kWarps - 1) / (2 * kWarps);
+    store.n_shares = std::clamp(4 * multiprocessors / plan->n_entries, 1, most);
+    shares += store.n_shares;
+  }
+  const auto sizes = [&]<int D>() {
+    plan->prepared_bytes = PreparedBytes<D>();
+    plan->share_bytes = sizeof(Share<D>);
+  };
+  if (step->head_dim == 64) sizes.template operator()<64>();
+  if (step->head_dim == 128) sizes.template operator()<128>();
+  if (step->head_dim == 256) sizes.template operator()<256>();
+  plan->bytes = size_t(plan->n_entries) * (size_t(step->n_stores) * plan->prepared_bytes +
+                                           size_t(shares) * plan->share_bytes);
+  return Status::Ok();
+}
+
+inline Status CheckPointers(const sparkv_gpu_step& step, const Plan& plan) {
+  if (step.q == nullptr || step.out == nullptr)
+    return Status::Invalid(step.q == nullptr ? "q: NULL" : "out: NULL");
+  if (step.workspace == nullptr || reinterpret_cast<uintptr_t>(step.workspace) % 16 != 0)
+    return Status::Invalid("workspace: NULL or not aligned to 16 bytes");
+  if (step.workspace_size < plan.bytes)
+    return Status::Invalid("workspace_size: " + std::to_string(step.workspace_size) + " is below " +
+                           std::to_string(plan.bytes));
+  for (int i = 0; i < step.n_stores; ++i) {
+    const sparkv_gpu_rows& rows = step.stores[i];
+    const std::string name = "stores[" + std::to_string(i) + "].";
+    if (rows.pages == nullptr || rows.n_rows == nullptr)
+      return Status::Invalid(name + (rows.pages == nullptr ? "pages: NULL" : "n_rows: NULL"));
+    if (plan.stores[i].key.tiered() && rows.weights == nullptr)
+      return Status::Invalid(name + "weights: NULL, but keys with tiers need them");
+    for (const void* pages : {rows.key_pages, rows.value_pages}) {
+      if (pages == nullptr || reinterpret_cast<uintptr_t>(pages) % 16 != 0)
+        return Status::Invalid(name + "pages of keys or values: NULL or not aligned to 16 bytes");
+    }
+  }
+  return Status::Ok();
+}
+
+template <int D, int kQTiles, typename Keys, typename Values>
+Status LaunchPages(const Step& step, const Pages& pages, dim3 grid, void* stream,
+                   const Prepared<D>* prepared, Share<D>* shares) {
+  return Launch(AttendPages<D, kQTiles, Keys, Values>, grid, kWarps * kLanes,
+                SharedBytes<D>(pages.key_bytes, pages.value_bytes), stream, step, pages, prepared,
+                shares);
+}
+
+template <int D, int kQTiles>
+Status LaunchStore(const Step& step, const Pages& pages, sparkv_number values, dim3 grid,
+                   void* stream, const Prepared<D>* prepared, Share<D>* shares) {
+  const auto launch = [&]<typename Keys, typename Values>() {
+    return LaunchPages<D, kQTiles, Keys, Values>(step, pages, grid, stream, prepared, shares);
+  };
+  using Tiers = TierKeys<D, kQTiles>;
+  switch (values) {
+    case SPARKV_TRELLIS4:
+      return launch.template operator()<Tiers, TrellisValues<4, D, kQTiles>>();
+    case SPARKV_TRELLIS3:
+      return launch.template operator()<Tiers, TrellisValues<3, D, kQTiles>>();
+    case SPARKV_TRELLIS2:
+      return launch.template operator()<Tiers, TrellisValues<2, D, kQTiles>>();
+    case SPARKV_TRELLIS1:
+      return launch.template operator()<Tiers, TrellisValues<1, D, kQTiles>>();
+    case SPARKV_INT8:
+      return launch.template operator()<ByteKeys<D, kQTiles>, ByteValues<D, kQTiles>>();
+    default:
+      return launch.template operator()<DenseKeys<D, kQTiles>, DenseValues<D, kQTiles>>();
+  }
+}
+
+template <int D>
+Status AttendStep(const sparkv_gpu_step& step, const Plan& plan) {
+  auto* prepared = static_cast<Prepared<D>*>(step.workspace);
+  auto* shares =
+      reinterpret_cast<Share<D>*>(prepared + size_t(plan.n_entries) * size_t(step.n_stores));
+  Share<D>* const all_shares = shares;
+  const Step s{step.q,        step.out,   step.kv_heads, step.group,
+               plan.n_blocks, step.scale, step.softcap};
+  const auto grid = [&](int x) {
+    return dim3{unsigned(x), unsigned(step.kv_heads * plan.n_blocks), unsigned(step.sequences)};
+  };
+  ShareList list{};
+  list.n_stores = step.n_stores;
+  for (int i = 0; i < step.n_stores; ++i) {
+    const sparkv_gpu_rows& rows = step.stores[i];
+    const Store& store = plan.stores[i];
+    Pages pages{};
+    pages.keys = static_cast<const uint8_t*>(rows.key_pages);
+    pages.values = static_cast<const uint8_t*>(rows.value_pages);
+    pages.weights = rows.weights;
+    pages.table = rows.pages;
+    pages.rows = rows.rows;
+    pages.n_rows = rows.n_rows;
+    pages.key_bytes = kPageRows * store.key.bytes;
+    pages.value_bytes = kPageRows * store.value.bytes;
+    pages.max_pages = rows.max_pages;
+    for (const int bits : store.key.tier_bits) pages.key_sum += bits;
+    if (Status e = Launch(PrepareQueries<D>, grid(1), 128, 0, step.stream, s, pages, prepared);
+        !e.ok())
+      return e;
+    const auto launch = step.group > kQueriesPerTile ? LaunchStore<D, 2> : LaunchStore<D, 1>;
+    if (Status e = launch(s, pages, store.value.number, grid(store.n_shares), step.stream, prepared,
+                          shares);
+        !e.ok())
+      return e;
+    list.n_shares[i] = store.n_shares;
+    list.rotated[i] = store.value.rotated();
+    prepared += plan.n_entries;
+    shares += size_t(plan.n_entries) * size_t(store.n_shares);
+  }
+  return Launch(MergeShares<D>, grid(8), D, 0, step.stream, s, list,
+                static_cast<const Share<D>*>(all_shares));
+}
+
+inline Status Attend(const sparkv_gpu_step* step, int multiprocessors) {
+  Plan plan;
+  if (Status s = MakePlan(step, multiprocessors, &plan); !s.ok()) return s;
+  if (Status s = CheckPointers(*step, plan); !s.ok()) return s;
+  switch (step->head_dim) {
+    case 64:
+      return AttendStep<64>(*step, plan);
+    case 128:
+      return AttendStep<128>(*step, plan);
+    default:
+      return AttendStep<256>(*step, plan);
+  }
+}
+
+}  // namespace sparkv::gpu

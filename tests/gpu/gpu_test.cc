@@ -1,0 +1,120 @@
+// The GPU's kernels on a GPU, against attention in double precision over the same rows. Skipped
+// where there is none; tests/unit/gpu_test.cc runs the same kernels on the CPU.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include "gpu_case.h"
+
+namespace sparkv::test {
+namespace {
+
+class Device {
+ public:
+  ~Device() {
+    for (void* p : owned_) cudaFree(p);
+  }
+  // NULL stays NULL.
+  template <typename T>
+  T* Put(const T* host, size_t n) {
+    if (host == nullptr) return nullptr;
+    void* p = nullptr;
+    EXPECT_EQ(cudaMalloc(&p, std::max<size_t>(n * sizeof(T), 16)), cudaSuccess);
+    owned_.push_back(p);
+    EXPECT_EQ(cudaMemcpy(p, host, n * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
+    return static_cast<T*>(p);
+  }
+
+ private:
+  std::vector<void*> owned_;
+};
+
+double ErrorOf(const GpuShape& shape, unsigned seed) {
+  const GpuCase c(shape, seed);
+  std::vector<sparkv_gpu_rows> rows;
+  std::vector<float> out;
+  sparkv_gpu_step step = c.Step(&rows, &out);
+  Device device;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const GpuCase::Store& store = c.stores[i];
+    rows[i].key_pages = device.Put(store.key_pages.data(), store.key_pages.size());
+    rows[i].value_pages = device.Put(store.value_pages.data(), store.value_pages.size());
+    rows[i].weights = device.Put(rows[i].weights, store.weights.size());
+    rows[i].pages = device.Put(rows[i].pages, store.pages.size());
+    rows[i].rows = device.Put(rows[i].rows, store.rows.size());
+    rows[i].n_rows = device.Put(rows[i].n_rows, store.n_rows.size());
+  }
+  step.q = device.Put(c.q.data(), c.q.size());
+  float* device_out = device.Put(out.data(), out.size());
+  step.out = device_out;
+  step.workspace_size = sparkv_gpu_workspace_bytes(&step);
+  EXPECT_GT(step.workspace_size, 0u);
+  const std::vector<uint8_t> dirt(step.workspace_size, 0xff);
+  step.workspace = device.Put(dirt.data(), dirt.size());
+  sparkv_error error{};
+  EXPECT_EQ(sparkv_gpu_attend(&step, &error), SPARKV_OK) << error.text;
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  EXPECT_EQ(cudaMemcpy(out.data(), device_out, out.size() * sizeof(float), cudaMemcpyDeviceToHost),
+            cudaSuccess);
+  return c.Error(out);
+}
+
+constexpr double kNear = 2e-5;
+
+class GpuDevice : public testing::Test {
+ protected:
+  void SetUp() override {
+    int n = 0;
+    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) GTEST_SKIP() << "no GPU on this machine";
+  }
+};
+
+TEST_F(GpuDevice, EqualsTheReferenceForEveryRowFormat) {
+  for (const int dim : {64, 128, 256}) {
+    for (const auto& [keys, values] :
+         {std::pair(SPARKV_TIERS_7543, SPARKV_TRELLIS4),
+          std::pair(SPARKV_TIERS_7432, SPARKV_TRELLIS4),
+          std::pair(SPARKV_TIERS_6321, SPARKV_TRELLIS3),
+          std::pair(SPARKV_TIERS_5321, SPARKV_TRELLIS2),
+          std::pair(SPARKV_TIERS_4211, SPARKV_TRELLIS1), std::pair(SPARKV_INT8, SPARKV_INT8),
+          std::pair(SPARKV_F16, SPARKV_F16)}) {
+      for (const int group : {1, 3, 8}) {
+        GpuShape shape;
+        shape.head_dim = dim;
+        shape.kv_heads = 2;
+        shape.group = group;
+        shape.stores = {{keys, values, {77, 1500}}};
+        const double error = ErrorOf(shape, unsigned(group));
+        EXPECT_LT(error, kNear) << dim << " " << keys << " " << group;
+        RecordProperty("error_" + std::to_string(dim) + "_" + std::to_string(keys) + "_" +
+                           std::to_string(group),
+                       std::to_string(error));
+      }
+    }
+  }
+}
+
+TEST_F(GpuDevice, EqualsTheReferenceForGroupsSequencesAndHoles) {
+  for (const int group : {1, 4, 5, 8, 11}) {
+    GpuShape shape;
+    shape.group = group;
+    shape.kv_heads = 2;
+    shape.holes = group % 2 == 1;
+    shape.softcap = group == 4 ? 5.0f : 0.0f;
+    shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {1, 0, 32, 300, 5000}}};
+    EXPECT_LT(ErrorOf(shape, 2), kNear) << group;
+  }
+}
+
+TEST_F(GpuDevice, EqualsTheReferenceOverAllStoresTogether) {
+  GpuShape shape;
+  shape.kv_heads = 2;
+  shape.group = 3;
+  shape.stores = {{SPARKV_F16, SPARKV_F16, {32, 0, 1, 0}},
+                  {SPARKV_INT8, SPARKV_INT8, {64, 0, 0, 5}},
+                  {SPARKV_TIERS_7432, SPARKV_TRELLIS4, {1000, 0, 3, 0}},
+                  {SPARKV_TIERS_6321, SPARKV_TRELLIS3, {3000, 0, 40, 0}}};
+  EXPECT_LT(ErrorOf(shape, 3), kNear);
+}
+
+}  // namespace
+}  // namespace sparkv::test

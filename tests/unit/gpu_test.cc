@@ -1,0 +1,135 @@
+// The GPU's kernels, run by the emulator, against attention in double precision over the same rows.
+#include <gtest/gtest.h>
+
+#include "gpu_emulator.h"
+// After it: kernels find its names.
+#include "emulated_launch.h"
+#include "format/trellis.h"
+#include "gpu_case.h"
+#include "ops/gpu/step-inl.h"
+
+namespace sparkv::test {
+namespace {
+
+template <int kBits>
+void ExpectLevels() {
+  for (int code = 0; code < 2 << kBits; ++code) {
+    for (int t = 0; t < 4; ++t) {
+      for (int place = 0; place < 8; ++place) {
+        uint32_t plane[kBits + 1], out[4];
+        for (int k = 0; k <= kBits; ++k) {
+          // Other lanes' bits are the opposite.
+          const uint32_t bit = 1u << (4 * place + t);
+          plane[k] = code >> k & 1 ? bit : ~bit;
+        }
+        gpu::Levels<kBits>(plane, t, out);
+        const float level = place < 4 ? gpu::LowOf(out[place]) : gpu::HighOf(out[place - 4]);
+        ASSERT_EQ(level, float(kTrellisLevels[kBits].level[code]))
+            << kBits << " bits, code " << code;
+      }
+    }
+  }
+}
+
+TEST(Gpu, LevelsAreThoseOfTheFormat) {
+  ExpectLevels<1>();
+  ExpectLevels<2>();
+  ExpectLevels<3>();
+  ExpectLevels<4>();
+  ExpectLevels<5>();
+  ExpectLevels<6>();
+  ExpectLevels<7>();
+}
+
+TEST(Gpu, PagesHoldTheBitsOfTheirRows) {
+  std::mt19937 rng(1);
+  for (const int dim : {64, 128, 256}) {
+    for (int keys = SPARKV_F16; keys <= SPARKV_TIERS_4211; ++keys) {
+      if (keys != SPARKV_F16 && keys != SPARKV_INT8 && keys < SPARKV_TIERS_7543) continue;
+      std::vector<uint16_t> weights(static_cast<size_t>(dim));
+      for (int t = 0; t < kTiers - 1; ++t) SetTierFall(t, int(rng() % 32), weights.data());
+      const KeyLayout layout =
+          KeyLayout::Make(dim, dim, sparkv_number(keys), SPARKV_RECOVER_ZERO).Under(weights.data());
+      std::vector<uint8_t> rows(kPageRows * layout.bytes), page(rows.size()), back(rows.size());
+      for (uint8_t& byte : rows) byte = uint8_t(rng());
+      PackKeyPage(layout, rows.data(), page.data());
+      UnpackKeyPage(layout, page.data(), back.data());
+      ASSERT_EQ(rows, back) << dim << " " << keys;
+    }
+    for (int values = SPARKV_F16; values <= SPARKV_TRELLIS1; ++values) {
+      if (values != SPARKV_F16 && values != SPARKV_INT8 && values < SPARKV_TRELLIS4) continue;
+      const ValueLayout layout = ValueLayout::Make(dim, sparkv_number(values));
+      std::vector<uint8_t> rows(kPageRows * layout.bytes), page(rows.size()), back(rows.size());
+      for (uint8_t& byte : rows) byte = uint8_t(rng());
+      PackValuePage(layout, rows.data(), page.data());
+      UnpackValuePage(layout, page.data(), back.data());
+      ASSERT_EQ(rows, back) << dim << " " << values;
+    }
+  }
+}
+
+double ErrorOf(const GpuShape& shape, unsigned seed, int multiprocessors = 1) {
+  const GpuCase c(shape, seed);
+  std::vector<sparkv_gpu_rows> rows;
+  std::vector<float> out;
+  sparkv_gpu_step step = c.Step(&rows, &out);
+  gpu::Plan plan;
+  if (Status s = gpu::MakePlan(&step, multiprocessors, &plan); !s.ok()) {
+    ADD_FAILURE() << s.text;
+    return 1e30;
+  }
+  std::vector<uint4> workspace(plan.bytes / sizeof(uint4), uint4{~0u, ~0u, ~0u, ~0u});
+  step.workspace = workspace.data();
+  step.workspace_size = plan.bytes;
+  if (Status s = gpu::Attend(&step, multiprocessors); !s.ok()) {
+    ADD_FAILURE() << s.text;
+    return 1e30;
+  }
+  return c.Error(out);
+}
+
+constexpr double kNear = 1e-5;
+
+TEST(Gpu, EqualsTheReferenceForEveryRowFormat) {
+  for (const int dim : {64, 128, 256}) {
+    for (const auto& [keys, values] :
+         {std::pair(SPARKV_TIERS_7543, SPARKV_TRELLIS4),
+          std::pair(SPARKV_TIERS_7432, SPARKV_TRELLIS4),
+          std::pair(SPARKV_TIERS_6321, SPARKV_TRELLIS3),
+          std::pair(SPARKV_TIERS_5321, SPARKV_TRELLIS2),
+          std::pair(SPARKV_TIERS_4211, SPARKV_TRELLIS1), std::pair(SPARKV_INT8, SPARKV_INT8),
+          std::pair(SPARKV_F16, SPARKV_F16)}) {
+      GpuShape shape;
+      shape.head_dim = dim;
+      shape.group = 3;
+      shape.stores = {{keys, values, {77}}};
+      EXPECT_LT(ErrorOf(shape, 1), kNear) << dim << " " << keys;
+    }
+  }
+}
+
+TEST(Gpu, EqualsTheReferenceForGroupsSequencesAndHoles) {
+  for (const int group : {1, 4, 5, 8, 11}) {
+    GpuShape shape;
+    shape.group = group;
+    shape.kv_heads = 2;
+    shape.holes = group % 2 == 1;
+    shape.softcap = group == 4 ? 5.0f : 0.0f;
+    shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {1, 0, 32, 300}}};
+    EXPECT_LT(ErrorOf(shape, 2, 4), kNear) << group;
+  }
+}
+
+TEST(Gpu, EqualsTheReferenceOverAllStoresTogether) {
+  GpuShape shape;
+  shape.kv_heads = 2;
+  shape.group = 3;
+  shape.stores = {{SPARKV_F16, SPARKV_F16, {32, 0, 1, 0}},
+                  {SPARKV_INT8, SPARKV_INT8, {64, 0, 0, 5}},
+                  {SPARKV_TIERS_7432, SPARKV_TRELLIS4, {100, 0, 3, 0}},
+                  {SPARKV_TIERS_6321, SPARKV_TRELLIS3, {200, 0, 40, 0}}};
+  EXPECT_LT(ErrorOf(shape, 3), kNear);
+}
+
+}  // namespace
+}  // namespace sparkv::test

@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -138,6 +139,13 @@ inline float __shfl_sync(unsigned, float x, int from) {
 inline float __shfl_xor_sync(unsigned mask, float x, int apart) {
   return __shfl_sync(mask, x, int(threadIdx.x) % 32 ^ apart);
 }
+inline unsigned __ballot_sync(unsigned, bool yes) {
+  const uint64_t* all = Block::Exchange({yes, 0, 0, 0});
+  unsigned lanes = 0;
+  for (int i = 0; i < 32; ++i) lanes |= unsigned(all[4 * i]) << i;
+  return lanes;
+}
+inline int __popc(unsigned x) { return std::popcount(x); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int by) {
   return uint32_t((uint64_t(high) << 32 | low) << (by & 31) >> 32);
 }
@@ -168,6 +176,13 @@ inline uint32_t PairFma(uint32_t a, uint32_t b, uint32_t c) {
                 RoundToOdd(double(HighOf(a)) * HighOf(b) + HighOf(c)));
 }
 inline uint32_t PairAdd(uint32_t a, uint32_t b) { return PairFma(a, 0x3c003c00u, b); }
+
+inline uint32_t PairAbs(uint32_t a) { return a & 0x7fff7fffu; }
+template <uint32_t kMask, uint32_t kBase>
+uint32_t Pick(uint32_t bits) {
+  return (bits & kMask) | kBase;
+}
+inline float Exp2(float x) { return std::exp2(x); }
 
 inline void MultiplyAdd(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const uint64_t* all = Block::Exchange(

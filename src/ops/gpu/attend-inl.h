@@ -65,60 +65,53 @@ __device__ inline int ChannelOf(int step, int lane_in_four, int word, int half) 
   return 16 * step + 4 * lane_in_four + 2 * word + half;
 }
 
-template <int D>
-__device__ inline void RotateShared(float* x, int thread, int n_threads, int block) {
+// The rotation of format "trellis", unscaled; sync: of the n threads that do it together.
+template <int D, typename Sync>
+__device__ inline void RotateTogether(float* x, int thread, int n, int block, Sync&& sync) {
   for (int half = 1; half < block; half *= 2) {
-    for (int i = thread; i < D / 2; i += n_threads) {
+    sync();
+    for (int i = thread; i < D / 2; i += n) {
       const int a = i / half * 2 * half + i % half;
       const float s = x[a] + x[a + half], d = x[a] - x[a + half];
       x[a] = s;
       x[a + half] = d;
     }
-    __syncthreads();
   }
+  sync();
 }
 
+// 256 threads, a warp for each of eight queries.
 template <int D>
 __global__ void PrepareQueries(Step step, Pages pages, Prepared<D>* out) {
-  __shared__ float x[8][D];
+  __shared__ float rows[8][D];
   __shared__ uint16_t weights[D];
-  __shared__ int place[D];
-  const int thread = int(threadIdx.x), n_threads = int(blockDim.x);
+  __shared__ int place[D];           // where a channel lies in the order of the tiers
+  __shared__ int counts[kTiers][8];  // channels of a tier among 32
+  const int thread = int(threadIdx.x), warp = thread / kLanes, lane = thread % kLanes;
   const int head = int(blockIdx.y) / step.n_blocks, block = int(blockIdx.y) % step.n_blocks;
-  const int sequence = int(blockIdx.z);
-  const int n_queries = min(8, step.group - 8 * block);
-  const float* q = step.q + (size_t(sequence * step.kv_heads + head) * step.group + 8 * block) * D;
-  Prepared<D>& to = out[(sequence * step.kv_heads + head) * step.n_blocks + block];
-
+  const int entry = int(blockIdx.z) * step.kv_heads + head;
+  Prepared<D>& to = out[entry * step.n_blocks + block];
   const bool tiers = pages.key_sum > 0;
-  for (int j = thread; j < D; j += n_threads) {
-    weights[j] = tiers ? pages.weights[size_t(sequence * step.kv_heads + head) * D + j] : 0x3c00;
+
+  unsigned alike = 0;  // lanes of this warp whose channels are in this one's tier
+  if (thread < D) {
+    weights[thread] = tiers ? pages.weights[size_t(entry) * D + thread] : 0x3c00;
+    for (int tier = 0; tier < kTiers; ++tier) {
+      const unsigned in_tier = __ballot_sync(~0u, TierOf(weights[thread]) == tier);
+      if (TierOf(weights[thread]) == tier) alike = in_tier;
+      if (lane == 0) counts[tier][warp] = __popc(in_tier);
+    }
   }
   __syncthreads();
-  for (int j = thread; j < D; j += n_threads) {
-    int before = j;
-    if (tiers) {
-      before = 0;
-      for (int i = 0; i < D; ++i) {
-        const int mine = TierOf(weights[j]), other = TierOf(weights[i]);
-        before += other < mine || (other == mine && i < j);
+  if (thread < D) {
+    const int mine = TierOf(weights[thread]);
+    int before = __popc(alike & ((1u << lane) - 1));
+    for (int tier = 0; tier < kTiers; ++tier) {
+      for (int w = 0; w < D / kLanes; ++w) {
+        if (tier < mine || (tier == mine && w < warp)) before += counts[tier][w];
       }
     }
-    place[j] = before;
-  }
-  __syncthreads();
-  for (int r = 0; r < 8; ++r) {
-    for (int j = thread; j < D; j += n_threads)
-      x[r][place[j]] = r < n_queries ? q[r * D + j] * HalfToFloat(weights[j]) : 0.0f;
-  }
-  __syncthreads();
-  const int rotation = tiers ? RotationBlock(D / kTiers) : 1;
-  for (int r = 0; r < 8; ++r) RotateShared<D>(x[r], thread, n_threads, rotation);
-  if (thread < 8) {
-    float most = 0.0f;
-    for (int j = 0; j < D; ++j) most = fmaxf(most, fabsf(x[thread][j]));
-    // A power of two, so that scaling is exact and f16(x) never overflows.
-    to.unit[thread] = most > 0.0f ? exp2f(ceilf(log2f(most))) : 1.0f;
+    place[thread] = tiers ? before : thread;
   }
   if (thread == 0 && tiers) {
     int fall[kTiers - 1], bits[kTiers];
@@ -127,20 +120,32 @@ __global__ void PrepareQueries(Step step, Pages pages, Prepared<D>* out) {
     for (int t = 0; t < kTiers; ++t) to.bits[t] = bits[t];
   }
   __syncthreads();
-  const float orthonormal = rsqrtf(float(rotation));
-  for (int i = thread; i < D / 16 * kMostTiles * kLanes * 2; i += n_threads) {
-    const int word = i % 2, lane = i / 2 % kLanes, tile = i / 2 / kLanes % kMostTiles;
-    const int s = i / 2 / kLanes / kMostTiles;
-    const int column = lane / 4, query = tile * kQueriesPerTile + column / 2;
+
+  float* x = rows[warp];
+  const bool there = 8 * block + warp < step.group;
+  const float* q = step.q + (size_t(entry) * step.group + 8 * block + warp) * D;
+  for (int j = lane; j < D; j += kLanes)
+    x[place[j]] = there ? q[j] * HalfToFloat(weights[j]) : 0.0f;
+  const int rotation = tiers ? RotationBlock(D / kTiers) : 1;
+  RotateTogether<D>(x, lane, kLanes, rotation, [] { __syncwarp(); });
+  float most = 0.0f;
+  for (int j = lane; j < D; j += kLanes) most = fmaxf(most, fabsf(x[j]));
+  for (int apart = 1; apart < kLanes; apart *= 2)
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, apart));
+  // A power of two, so that scaling is exact and f16(x) never overflows.
+  const float unit = most > 0.0f ? exp2f(ceilf(log2f(most))) : 1.0f;
+  if (lane == 0) to.unit[warp] = unit * rsqrtf(float(rotation));
+  for (int i = lane; i < D; i += kLanes) {
+    const int word = i % 2, t = i / 2 % 4, low = i / 8 % 2, s = i / 16;  // low: x - f16(x)
     float part[2];
     for (int half = 0; half < 2; ++half) {
-      const int number =
-          tiers ? NumberOf<D>(s, lane % 4, word, half) : ChannelOf<D>(s, lane % 4, word, half);
-      const float value = x[query][number] * orthonormal / to.unit[query];
+      const float value =
+          x[tiers ? NumberOf<D>(s, t, word, half) : ChannelOf<D>(s, t, word, half)] / unit;
       const float high = LowOf(PairOf(value, 0.0f));
-      part[half] = column % 2 == 0 ? high : value - high;
+      part[half] = low == 0 ? high : value - high;
     }
-    to.pairs[s][tile][lane][word] = PairOf(part[0], part[1]);
+    const int column = warp % kQueriesPerTile * 2 + low;
+    to.pairs[s][warp / kQueriesPerTile][4 * column + t][word] = PairOf(part[0], part[1]);
   }
 }
 
@@ -168,12 +173,12 @@ constexpr uint32_t BothHalves(float x) {
 template <int kBits>
 __device__ inline void Levels(const uint32_t (&plane)[kBits + 1], int t, uint32_t (&out)[4]) {
   constexpr float kCentre = float(1 << kBits) - 0.5f;
-  // Field a of `low` is bits 4 a + 1 .. 4 a + 4: one above its place, so that 512 + code can be
-  // written down as f16 with a bit to spare for the half in y.
+  // Field a of `low` is bits 4 a + 1 .. 4 a + 4, so that 512 + code can be written down as f16 with
+  // a bit below it for the half in y; the upper bits of codes stand in `high` where they follow.
   uint32_t low = 0, high = 0;
 #pragma unroll
   for (int k = 0; k <= kBits; ++k) {
-    const uint32_t turned = __funnelshift_l(plane[k], plane[k], (k % 4 + 1 - t) & 31);
+    const uint32_t turned = __funnelshift_l(plane[k], plane[k], (k + 1 - t) & 31);
     const uint32_t field = k % 4 == 3 ? 0x11111111u : 0x22222222u << (k % 4);
     if (k < 4)
       low |= turned & field;
@@ -182,16 +187,23 @@ __device__ inline void Levels(const uint32_t (&plane)[kBits + 1], int t, uint32_
   }
 #pragma unroll
   for (int a = 0; a < 4; ++a) {
-    const uint32_t at_one = a == 0 ? low : __funnelshift_r(low, low, 4 * a);
-    uint32_t code = (at_one & 0x001e001eu) | 0x60006000u;  // 512 + code
-    if constexpr (kBits >= 4) {
+    uint32_t y;
+    if constexpr (kBits < 4) {
+      const uint32_t pair_of_fields = a < 2 ? low : __funnelshift_r(low, low, 8);
+      y = a % 2 == 0
+              ? PairAdd(Pick<0x001e001e, 0x60006000>(pair_of_fields), BothHalves(-512.0f - kCentre))
+              : PairFma(Pick<0x01e001e0, 0x60006000>(pair_of_fields),
+                        BothHalves(0.0625f),  // 512 + 16 code
+                        BothHalves(-32.0f - kCentre));
+    } else {
+      const uint32_t first = a == 0 ? low : __funnelshift_r(low, low, 4 * a);
       const uint32_t more = a == 0 ? high : __funnelshift_r(high, high, 4 * a);
-      code |= (more & 0x001e001eu) << 4;
+      y = PairAdd(Pick<0x001e001e, 0x60006000>(first) | (more & 0x01e001e0u),
+                  BothHalves(-512.0f - kCentre));
     }
-    const uint32_t y = PairAdd(code, BothHalves(-512.0f - kCentre));
     if constexpr (kBits <= 5) {
       constexpr LevelFactors f = kPairFactors[kBits];
-      const uint32_t slope = PairFma(y & 0x7fff7fffu, BothHalves(f.square), BothHalves(f.linear));
+      const uint32_t slope = PairFma(PairAbs(y), BothHalves(f.square), BothHalves(f.linear));
       // 1,536 + level has no room for a fraction.
       out[a] = PairAdd(PairFma(slope, y, BothHalves(1536.0f)), BothHalves(-1536.0f));
     } else {
@@ -266,6 +278,7 @@ __device__ inline void TierScores(const uint32_t* words,
 template <int D, int kQTiles>
 struct TierKeys {
   static constexpr bool kSwizzled = false;
+  static constexpr int kStages = 2;  // pages in shared memory per warp
   __device__ static void Scores(const uint8_t* page, const Prepared<D>& queries, const float* gains,
                                 int lane, float (&score)[4][kQTiles]) {
     constexpr int kPerTier = D / kTiers, J = kPerTier / 8;
@@ -312,10 +325,10 @@ struct TierKeys {
           break;
       }
       words += kPerTier * bits;
-      const float unit = bits >= 6 ? 1.0f / 1023.0f : 1.0f / 127.0f;
+      const float* times_of = bits >= 6 ? gains + 64 : gains;
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
-        const float times = gains[gain[a] & 63] * unit;
+        const float times = times_of[gain[a] & 63];
         gain[a] >>= 6;
 #pragma unroll
         for (int tile = 0; tile < kQTiles; ++tile) {
@@ -331,12 +344,11 @@ struct TierKeys {
 // + t + 4, 8 s + t + 20). o[i]: channels g D / 8 + 2 i and the next one.
 template <int kBits, int D, int kQTiles>
 struct TrellisValues {
-  static constexpr bool kSwizzled = false;
   // log2 of what a level of 1 stands for.
   __device__ static float LogUnit(const uint8_t* page, int row) {
     const int e = page[row];
-    if (e == 0) return -INFINITY;
-    return e == 255 ? NAN : float(e - 1) * 0.25f - 40.0f - 6.988684687f;  // log2(127)
+    const float finite = float(e) * 0.25f - (40.25f + 6.988684687f);  // log2(127)
+    return e == 0 ? -INFINITY : e == 255 ? NAN : finite;
   }
   __device__ static void Add(const uint8_t* page, const uint32_t (&weights)[2][kQTiles][2],
                              uint32_t, int lane, float (&o)[D / 16][kQTiles][4]) {
@@ -387,6 +399,7 @@ struct TrellisValues {
 template <int D, int kQTiles>
 struct ByteKeys {
   static constexpr bool kSwizzled = false;
+  static constexpr int kStages = 2;
   // Levels of two codes, in bytes 0 and 2: code - 127, less 1 below 128 (LevelOf in
   // format/levels.h).
   __device__ static uint32_t TwoLevels(uint32_t codes) {
@@ -442,11 +455,10 @@ __device__ inline uint32_t PairOfBytes(uint32_t one, uint32_t other, int i) {
 // Eight-bit values: | scales u16 [32] | codes [32][D] |.
 template <int D, int kQTiles>
 struct ByteValues {
-  static constexpr bool kSwizzled = false;
   __device__ static float LogUnit(const uint8_t* page, int row) {
     const int e = *reinterpret_cast<const uint16_t*>(page + 2 * row) & 4095;
-    if (e == 0) return -INFINITY;
-    return e == 4095 ? NAN : float(e - 1) / 64.0f - 32.0f - 7.994353437f;  // log2(255)
+    const float finite = float(e - 1) / 64.0f - (32.0f + 7.994353437f);  // log2(255)
+    return e == 0 ? -INFINITY : e == 4095 ? NAN : finite;
   }
   // Levels are 2 code - 255.
   __device__ static void Add(const uint8_t* page, const uint32_t (&weights)[2][kQTiles][2],
@@ -495,6 +507,7 @@ __device__ inline int Swizzle(int piece) {
 template <int D, int kQTiles>
 struct DenseKeys {
   static constexpr bool kSwizzled = true;
+  static constexpr int kStages = D == 256 ? 1 : 2;  // as many as fit
   __device__ static void Scores(const uint8_t* page, const Prepared<D>& queries, const float*,
                                 int lane, float (&score)[4][kQTiles]) {
     const int g = lane / 4, t = lane % 4;
@@ -531,7 +544,6 @@ struct DenseKeys {
 
 template <int D, int kQTiles>
 struct DenseValues {
-  static constexpr bool kSwizzled = true;
   __device__ static float LogUnit(const uint8_t*, int) { return 0.0f; }
   __device__ static void Add(const uint8_t* page, const uint32_t (&weights)[2][kQTiles][2],
                              uint32_t rows, int lane, float (&o)[D / 16][kQTiles][4]) {
@@ -568,27 +580,31 @@ struct DenseValues {
   }
 };
 
-// Shared memory of a block: prepared queries, gains, then for each warp kStages pages of keys and
-// values.
-inline constexpr int kStages = 2;
+// Shared memory of a block: this, then for each warp kStages pages of keys and values.
 template <int D>
 struct BlockMemory {
   Prepared<D> queries;
-  float gains[64];
+  float gains[2][64];  // of tiers of up to five bits, and of more: what a level of 1 stands for
   float m[kWarps][8], log_unit[kWarps][8], d[kWarps][8];
 };
-template <int D>
+template <int D, int kStages>
 constexpr size_t SharedBytes(size_t key_bytes, size_t value_bytes) {
   const size_t pages = kWarps * kStages * (key_bytes + value_bytes);
   const size_t merge = sizeof(float) * 8 * D;  // the outcome takes the place of the pages
   return sizeof(BlockMemory<D>) + (pages > merge ? pages : merge);
 }
 
-template <int D>
-__device__ inline void BeginCopy(const uint8_t* page, uint32_t bytes, bool swizzled, int lane,
-                                 uint8_t* to) {
-  for (int i = lane; i < int(bytes / 16); i += kLanes)
-    CopyAsync(to + 16 * (swizzled ? Swizzle<D>(i) : i), page + 16 * i);
+template <int D, bool kSwizzled>
+__device__ inline void BeginCopy(const uint8_t* page, uint32_t bytes, int lane, uint8_t* to) {
+  const int n = int(bytes / 16);
+  for (int first = lane; first < n; first += 4 * kLanes) {
+#pragma unroll
+    for (int i = 0; i < 4 * kLanes; i += kLanes) {
+      if (first + i < n)
+        CopyAsync(to + 16 * (kSwizzled ? Swizzle<D>(first + i) : first + i),
+                  page + 16 * (first + i));
+    }
+  }
 }
 
 template <int D, int kQTiles, typename Keys, typename Values>
@@ -607,27 +623,34 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     for (int i = int(threadIdx.x); i < int(sizeof(Prepared<D>) / 4); i += int(blockDim.x))
       to[i] = from[i];
     // TierGainGrid in format/log_grid.h.
-    const int e = int(threadIdx.x);
-    if (e < 64)
-      memory.gains[e] = e == 0 ? 0.0f : e == 63 ? NAN : exp2f(float(e - 1) * 0.25f - 8.0f);
+    const int e = int(threadIdx.x) % 64;
+    const float gain = e == 0 ? 0.0f : e == 63 ? NAN : exp2f(float(e - 1) * 0.25f - 8.0f);
+    memory.gains[threadIdx.x / 64][e] = gain * (threadIdx.x < 64 ? 1.0f / 127.0f : 1.0f / 1023.0f);
   }
   __syncthreads();
 
   const int n_rows = pages.n_rows[sequence];
   const int n_pages = min((n_rows + kPageRows - 1) / kPageRows, pages.max_pages);
+  const int every = int(gridDim.x) * kWarps;
+  constexpr int kStages = Keys::kStages;
   const size_t stage_bytes = pages.key_bytes + pages.value_bytes;
   uint8_t* const stages = reinterpret_cast<uint8_t*>(block_memory) + sizeof(BlockMemory<D>) +
                           warp * kStages * stage_bytes;
   const int32_t* table = pages.table + size_t(sequence) * pages.max_pages;
+  int upcoming = 0;  // the page that is copied next, known before it is needed
+  const auto look_up = [&](int i) {
+    if (i < n_pages) upcoming = table[i];
+  };
   const auto begin = [&](int i, int stage) {
     if (i < n_pages) {
-      const size_t page = size_t(table[i]) * step.kv_heads + head;
+      const size_t page = size_t(upcoming) * step.kv_heads + head;
       uint8_t* to = stages + stage * stage_bytes;
-      BeginCopy<D>(pages.keys + page * pages.key_bytes, pages.key_bytes, Keys::kSwizzled, lane, to);
-      BeginCopy<D>(pages.values + page * pages.value_bytes, pages.value_bytes, Values::kSwizzled,
-                   lane, to + pages.key_bytes);
+      BeginCopy<D, Keys::kSwizzled>(pages.keys + page * pages.key_bytes, pages.key_bytes, lane, to);
+      BeginCopy<D, Keys::kSwizzled>(pages.values + page * pages.value_bytes, pages.value_bytes,
+                                    lane, to + pages.key_bytes);
     }
     EndCopyGroup();
+    look_up(i + every);
   };
 
   float m[kQTiles], most[kQTiles], d[kQTiles];  // most: of score + log2 of the value's unit
@@ -637,8 +660,8 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     d[tile] = 0.0f;
   }
   constexpr float kLog2E = 1.44269504f;
-  const int every = int(gridDim.x) * kWarps;
   int i = int(blockIdx.x) * kWarps + warp, stage = 0;
+  look_up(i);
   for (int ahead = 0; ahead < kStages - 1; ++ahead) begin(i + ahead * every, ahead);
   for (; i < n_pages; i += every) {
     begin(i + (kStages - 1) * every, (stage + kStages - 1) % kStages);
@@ -648,7 +671,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     const uint8_t* value = key + pages.key_bytes;
 
     float score[4][kQTiles], weight[4][kQTiles];
-    Keys::Scores(key, memory.queries, memory.gains, lane, score);
+    Keys::Scores(key, memory.queries, memory.gains[0], lane, score);
     const int left = n_rows - i * kPageRows;
     uint32_t rows = left >= kPageRows ? ~0u : (1u << left) - 1;
     if (pages.rows != nullptr) rows &= pages.rows[size_t(sequence) * pages.max_pages + i];
@@ -681,12 +704,12 @@ __global__ void __launch_bounds__(kWarps* kLanes)
       float sum = 0.0f;
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
-        sum += exp2f(score[a][tile] - less);
-        weight[a][tile] = exp2f(weight[a][tile] - less_weight);
+        sum += Exp2(score[a][tile] - less);
+        weight[a][tile] = Exp2(weight[a][tile] - less_weight);
       }
-      d[tile] = d[tile] * exp2f(m[tile] - less) + sum;
+      d[tile] = d[tile] * Exp2(m[tile] - less) + sum;
       if (top_weight > most[tile]) {
-        const float fade = exp2f(most[tile] - less_weight);
+        const float fade = Exp2(most[tile] - less_weight);
 #pragma unroll
         for (int c = 0; c < D / 16; ++c) {
 #pragma unroll
@@ -747,7 +770,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
         const int query = tile * kQueriesPerTile + t;
         float all = -INFINITY;
         for (int w = 0; w < kWarps; ++w) all = fmaxf(all, memory.m[w][query]);
-        const float times = m[tile] > -INFINITY ? exp2f(most[tile] - all) : 0.0f;
+        const float times = m[tile] > -INFINITY ? Exp2(most[tile] - all) : 0.0f;
         for (int c = 0; c < D / 16; ++c) {
           float* to = sum + query * D + g * (D / 8) + 2 * c;
           to[0] += (o[c][tile][0] + o[c][tile][1]) * times;
@@ -763,7 +786,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     for (int w = 0; w < kWarps; ++w) all = fmaxf(all, memory.m[w][query]);
     for (int w = 0; w < kWarps; ++w) {
       if (memory.m[w][query] > -INFINITY)
-        total += memory.d[w][query] * exp2f(memory.m[w][query] - all);
+        total += memory.d[w][query] * Exp2(memory.m[w][query] - all);
     }
     share.m[query] = all;
     share.d[query] = total;
@@ -779,41 +802,59 @@ struct ShareList {
   int n_shares[4], rotated[4];
 };
 
+// 4 D threads: four parts of the shares, each for all channels of one query.
 template <int D>
 __global__ void MergeShares(Step step, ShareList list, const Share<D>* shares) {
-  __shared__ float x[D];
-  const int channel = int(threadIdx.x);
+  constexpr int kParts = 4;
+  __shared__ float rotated[kParts][D], plain[kParts][D], totals[kParts];
+  const int thread = int(threadIdx.x), lane = thread % kLanes;
+  const int channel = thread % D, part = thread / D;
   const int head = int(blockIdx.y) / step.n_blocks, block = int(blockIdx.y) % step.n_blocks;
-  const int query = int(blockIdx.x), sequence = int(blockIdx.z);
+  const int query = int(blockIdx.x);
   if (8 * block + query >= step.group) return;
-  const int n_entries = int(gridDim.z) * step.kv_heads * step.n_blocks;
-  const int entry = (sequence * step.kv_heads + head) * step.n_blocks + block;
+  const int entry = int(blockIdx.z) * step.kv_heads + head, slot = entry * step.n_blocks + block;
+  const int n_slots = int(gridDim.z) * step.kv_heads * step.n_blocks;
 
   float all = -INFINITY;
   const Share<D>* store = shares;
   for (int i = 0; i < list.n_stores; ++i) {
-    const Share<D>* mine = store + size_t(entry) * list.n_shares[i];
-    for (int s = 0; s < list.n_shares[i]; ++s) all = fmaxf(all, mine[s].m[query]);
-    store += size_t(n_entries) * list.n_shares[i];
+    const Share<D>* mine = store + size_t(slot) * list.n_shares[i];
+    for (int s = lane; s < list.n_shares[i]; s += kLanes) all = fmaxf(all, mine[s].m[query]);
+    store += size_t(n_slots) * list.n_shares[i];
   }
-  float total = 0.0f, rotated = 0.0f, plain = 0.0f;
+  for (int apart = 1; apart < kLanes; apart *= 2)
+    all = fmaxf(all, __shfl_xor_sync(~0u, all, apart));
+
+  float total = 0.0f, sums[2] = {0.0f, 0.0f};
   store = shares;
   for (int i = 0; i < list.n_stores; ++i) {
-    const Share<D>* mine = store + size_t(entry) * list.n_shares[i];
-    for (int s = 0; s < list.n_shares[i]; ++s) {
-      if (mine[s].m[query] == -INFINITY) continue;
-      const float times = exp2f(mine[s].m[query] - all);
+    const Share<D>* mine = store + size_t(slot) * list.n_shares[i];
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int s = part; s < list.n_shares[i]; s += kParts) {
+      const float m = mine[s].m[query];
+      const float times = m > -INFINITY ? Exp2(m - all) : 0.0f;
       total += mine[s].d[query] * times;
-      (list.rotated[i] ? rotated : plain) += mine[s].o[query][channel] * times;
+      sum += mine[s].o[query][channel] * times;
     }
-    store += size_t(n_entries) * list.n_shares[i];
+    sums[list.rotated[i]] += sum;
+    store += size_t(n_slots) * list.n_shares[i];
   }
-  x[channel] = rotated;
+  plain[part][channel] = sums[0];
+  rotated[part][channel] = sums[1];
+  if (channel == 0) totals[part] = total;
   __syncthreads();
-  RotateShared<D>(x, channel, D, D);
-  const float sum = x[channel] * rsqrtf(float(D)) + plain;
-  float* out =
-      step.out + (size_t(sequence * step.kv_heads + head) * step.group + 8 * block + query) * D;
+  if (part == 0) {
+    for (int p = 1; p < kParts; ++p) {
+      plain[0][channel] += plain[p][channel];
+      rotated[0][channel] += rotated[p][channel];
+    }
+  }
+  RotateTogether<D>(rotated[0], thread, kParts * D, D, [] { __syncthreads(); });
+  if (part != 0) return;
+  total = totals[0] + totals[1] + totals[2] + totals[3];
+  const float sum = rotated[0][channel] * rsqrtf(float(D)) + plain[0][channel];
+  float* out = step.out + (size_t(entry) * step.group + 8 * block + query) * D;
   out[channel] = total == 0.0f ? 0.0f : sum / total;
 }
 

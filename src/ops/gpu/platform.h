@@ -51,6 +51,11 @@ __device__ inline uint32_t PairFma(uint32_t a, uint32_t b, uint32_t c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
   return sum;
 }
+__device__ inline uint32_t PairAbs(uint32_t a) {  // free: instructions that read it take it along
+  uint32_t abs;
+  asm("abs.f16x2 %0, %1;" : "=r"(abs) : "r"(a));
+  return abs;
+}
 __device__ inline uint32_t PairOf(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -60,6 +65,20 @@ __device__ inline float LowOf(uint32_t pair) {
   return __half2float(__ushort_as_half(pair & 0xffff));
 }
 __device__ inline float HighOf(uint32_t pair) { return __half2float(__ushort_as_half(pair >> 16)); }
+
+// (bits & kMask) | kBase in one instruction, which nvcc does not find by itself.
+template <uint32_t kMask, uint32_t kBase>
+__device__ inline uint32_t Pick(uint32_t bits) {
+  uint32_t picked;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(picked) : "r"(bits), "n"(kMask), "n"(kBase));
+  return picked;
+}
+
+__device__ inline float Exp2(float x) {  // 2 ulp
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 inline Status StatusOf(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return Status::Ok();
@@ -72,7 +91,10 @@ Status Launch(void (*kernel)(Parameters...), dim3 grid, int n_threads, size_t sh
   if (shared_bytes > 48 << 10) {  // more must be asked for
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (error != cudaSuccess) return StatusOf(error, "shared memory");
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // reported here, not by the next launch
+      return StatusOf(error, "shared memory");
+    }
   }
   kernel<<<grid, n_threads, shared_bytes, cudaStream_t(stream)>>>(args...);
   return StatusOf(cudaGetLastError(), "launch");

@@ -129,8 +129,8 @@ template <int D, int kQTiles, typename Keys, typename Values>
 Status LaunchPages(const Step& step, const Pages& pages, dim3 grid, void* stream,
                    const Prepared<D>* prepared, Share<D>* shares) {
   return Launch(AttendPages<D, kQTiles, Keys, Values>, grid, kWarps * kLanes,
-                SharedBytes<D>(pages.key_bytes, pages.value_bytes), stream, step, pages, prepared,
-                shares);
+                SharedBytes<D, Keys::kStages>(pages.key_bytes, pages.value_bytes), stream, step,
+                pages, prepared, shares);
 }
 
 template <int D, int kQTiles>
@@ -183,7 +183,7 @@ Status AttendStep(const sparkv_gpu_step& step, const Plan& plan) {
     pages.value_bytes = kPageRows * store.value.bytes;
     pages.max_pages = rows.max_pages;
     for (const int bits : store.key.tier_bits) pages.key_sum += bits;
-    if (Status e = Launch(PrepareQueries<D>, grid(1), 128, 0, step.stream, s, pages, prepared);
+    if (Status e = Launch(PrepareQueries<D>, grid(1), 256, 0, step.stream, s, pages, prepared);
         !e.ok())
       return e;
     const auto launch = step.group > kQueriesPerTile ? LaunchStore<D, 2> : LaunchStore<D, 1>;
@@ -196,7 +196,7 @@ Status AttendStep(const sparkv_gpu_step& step, const Plan& plan) {
     prepared += plan.n_entries;
     shares += size_t(plan.n_entries) * size_t(store.n_shares);
   }
-  return Launch(MergeShares<D>, grid(8), D, 0, step.stream, s, list,
+  return Launch(MergeShares<D>, grid(std::min(8, step.group)), 4 * D, 0, step.stream, s, list,
                 static_cast<const Share<D>*>(all_shares));
 }
 

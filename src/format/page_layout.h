@@ -13,8 +13,9 @@ namespace sparkv {
 inline constexpr int kPageRows = 32;
 
 // Keys with tiers: | gains, bits 0..15: u16 [32] | gains, bits 16..23: u8 [32] | tier 0 | tier 1 |
-// .. A tier is words [row % 8][plane][j]: bit 16 (m / 4) + 4 (row / 8) + m % 4 of word j is the bit
-// of number j + J m of the tier, J = numbers of a tier / 8.
+// .. A tier is words [row / 16][row % 8][plane][j]: bit m of a half of word j is the bit of number
+// j + J m of the tier, J = numbers of a tier / 16; rows 8 .. 15 of 16 have the high half. So the
+// number before one of a word is at the same place of the word before it, but for j = 0.
 inline constexpr uint32_t kKeyPageGains = 3 * kPageRows;
 constexpr uint32_t TierWords(int per_tier, int bits) { return uint32_t(per_tier * bits); }
 
@@ -23,8 +24,8 @@ struct PageBit {
   int bit;
 };
 constexpr PageBit KeyPageBit(int per_tier, int bits, int row, int plane, int number) {
-  const int strides = per_tier / 8, j = number % strides, m = number / strides;
-  return {uint32_t((row % 8 * bits + plane) * strides + j), 16 * (m / 4) + 4 * (row / 8) + m % 4};
+  const int words = per_tier / 16, j = number % words, m = number / words;
+  return {uint32_t(((row / 16 * 8 + row % 8) * bits + plane) * words + j), 16 * (row / 8 % 2) + m};
 }
 
 // Trellis-coded values: | gains u8 [32] | words [plane][channel], bit r is that of row r |.

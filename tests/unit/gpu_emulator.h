@@ -16,7 +16,7 @@
 
 #define __device__
 #define __global__
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define __shared__ static thread_local
 
 struct dim3 {
@@ -152,6 +152,7 @@ inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int by) {
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) {
   return uint32_t((uint64_t(high) << 32 | low) >> (by & 31));
 }
+inline int __float2int_rn(float x) { return int(std::lrint(x)); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 inline void CopyAsync(void* shared, const void* global) { std::memcpy(shared, global, 16); }
@@ -202,5 +203,31 @@ inline void MultiplyAdd(float (&acc)[4], const uint32_t (&a)[4], const uint32_t 
     acc[i] = float(sum);
   }
 }
+
+inline void MultiplyAdd(int (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const uint64_t* all = Block::Exchange(
+      {a[0] | uint64_t(a[1]) << 32, a[2] | uint64_t(a[3]) << 32, b[0] | uint64_t(b[1]) << 32, 0});
+  const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int column = 2 * t + i % 2;
+    for (int k = 0; k < 32; ++k) {
+      const int from = k % 16 / 4;  // the lane of four that holds k
+      const uint64_t left = all[4 * (4 * g + from) + k / 16] >> (32 * (i / 2));
+      const uint64_t right = all[4 * (4 * column + from) + 2] >> (32 * (k / 16));
+      acc[i] += int8_t(left >> (8 * (k % 4))) * int8_t(right >> (8 * (k % 4)));
+    }
+  }
+}
+inline uint32_t PickBytes(uint32_t low, uint32_t high, uint32_t selectors) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned selector = selectors >> (4 * i) & 15;
+    const auto byte = uint8_t(bytes >> (8 * (selector & 7)));
+    picked |= uint32_t(selector < 8 ? byte : byte >> 7 ? 0xff : 0) << (8 * i);
+  }
+  return picked;
+}
+inline bool __any_sync(unsigned mask, bool yes) { return __ballot_sync(mask, yes) != 0; }
 
 }  // namespace sparkv::gpu

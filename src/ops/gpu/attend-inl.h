@@ -3,14 +3,16 @@
 //   PrepareQueries  a head's queries in the form that its keys meet, in the order that lanes read
 //   AttendPages     a share of a sequence's pages per warp -> (o, m, d) per block
 //   MergeShares     all shares of all stores -> the answer, values turned back from their rotation
-// Keys are multiplied as they lie: codes become levels in registers, levels meet the queries in the
-// matrix unit, 16 rows by 16 numbers by 4 queries at a time. A query and a softmax weight take two
-// columns there, f16(x) and f16(x - f16(x)), which costs nothing, since the unit has eight columns
-// and a group has few queries: f16 products with the accuracy of f32.
+// Rows are multiplied as they lie: codes become levels in registers, levels meet the queries in the
+// matrix unit. Its eight columns take four queries, a number as two parts, which costs nothing,
+// since a group has few queries, and gives f16 and byte products the accuracy of f32:
+//   codes of up to four bits   levels are bytes, looked up; a query is three digits, a weight two
+//   more bits                  levels are f16; queries and weights are f16(x) and f16(x - f16(x))
 #pragma once
 
 #include "base/half.h"
 #include "format/page_layout.h"
+#include "format/trellis.h"
 #include "ops/gpu/platform.h"
 
 namespace sparkv::gpu {
@@ -37,11 +39,14 @@ struct Step {
   float scale, softcap;
 };
 
+// Tiers of so many bits or fewer are multiplied as bytes.
+inline constexpr int kMostByteBits = 3;
+
 // What a head's queries became. One per sequence, KV head and block of queries.
 template <int D>
 struct Prepared {
-  uint32_t pairs[D / 16][kMostTiles][kLanes][2];
-  float unit[8];  // scale of a query's numbers
+  uint32_t b[D / 16][kMostTiles][kLanes][2];  // what lanes hold of queries, by steps of 16 numbers
+  float unit[8];                              // scale of a query's numbers
   int32_t bits[kTiers];
 };
 
@@ -52,17 +57,22 @@ struct Share {
   float o[8][D];
 };
 
-// The numbers of a key that a lane multiplies: number of pair `half` in word j of a 16-number step.
+// Of word j of a tier lane t of four multiplies numbers m = t, t + 4, t + 8 and t + 12: the i-th
+// here.
 template <int D>
-__device__ inline int NumberOf(int step, int lane_in_four, int word, int half) {
-  constexpr int kPerTier = D / kTiers, kStrides = kPerTier / 8, kSteps = kStrides / 2;
-  const int tier = step / kSteps, j = step % kSteps * 2 + word;
-  return tier * kPerTier + j + kStrides * (lane_in_four + 4 * half);
+__device__ inline int NumberOf(int tier, int j, int t, int i) {
+  constexpr int kPerTier = D / kTiers;
+  return tier * kPerTier + j + kPerTier / 16 * (t + 4 * i);
 }
-// Rows without tiers lie in the order of channels.
-template <int D>
-__device__ inline int ChannelOf(int step, int lane_in_four, int word, int half) {
-  return 16 * step + 4 * lane_in_four + 2 * word + half;
+
+// The whole number nearest to x, |x| <= 1, in units of 1 / kDigitsOne, as digits to the base 256
+// from -128 to 127: 0 the highest.
+inline constexpr float kDigitsOne = 127.0f * 65536.0f;
+__device__ inline int DigitOf(float x, int which) {
+  const int whole = __float2int_rn(x * kDigitsOne);
+  const int high = (whole + 32896) >> 16, rest = whole - high * 65536;
+  const int middle = (rest + 128) >> 8;
+  return which == 0 ? high : which == 1 ? middle : rest - middle * 256;
 }
 
 // The rotation of format "trellis", unscaled; sync: of the n threads that do it together.
@@ -113,7 +123,7 @@ __global__ void PrepareQueries(Step step, Pages pages, Prepared<D>* out) {
     }
     place[thread] = tiers ? before : thread;
   }
-  if (thread == 0 && tiers) {
+  if (thread == 0 && tiers) {  // seen by all below
     int fall[kTiers - 1], bits[kTiers];
     for (int t = 0; t < kTiers - 1; ++t) fall[t] = TierFall(weights, t);
     ShareBits(fall, pages.key_sum, bits);
@@ -136,16 +146,30 @@ __global__ void PrepareQueries(Step step, Pages pages, Prepared<D>* out) {
   const float unit = most > 0.0f ? exp2f(ceilf(log2f(most))) : 1.0f;
   if (lane == 0) to.unit[warp] = unit * rsqrtf(float(rotation));
   for (int i = lane; i < D; i += kLanes) {
-    const int word = i % 2, t = i / 2 % 4, low = i / 8 % 2, s = i / 16;  // low: x - f16(x)
-    float part[2];
-    for (int half = 0; half < 2; ++half) {
-      const float value =
-          x[tiers ? NumberOf<D>(s, t, word, half) : ChannelOf<D>(s, t, word, half)] / unit;
-      const float high = LowOf(PairOf(value, 0.0f));
-      part[half] = low == 0 ? high : value - high;
+    const int word = i % 2, t = i / 2 % 4, low = i / 8 % 2, s = i / 16;
+    uint32_t held = 0;
+    constexpr int kWords = D / 64;  // of a tier, one per step
+    const int tier = s / kWords, step_of_tier = s % kWords;
+    if (tiers && to.bits[tier] <= kMostByteBits) {
+      // Two products of two words each: digits 0 and 1, then 2. A single word: both in one entry.
+      const int second = kWords == 1 ? word : step_of_tier % 2;
+      const int j = kWords == 1 ? 0 : step_of_tier / 2 * 2 + word;
+      for (int n = 0; n < 4 && 2 * second + low < 3; ++n) {
+        const int digit = DigitOf(x[NumberOf<D>(tier, j, t, n)] / unit, 2 * second + low);
+        held |= uint32_t(digit & 255) << (8 * n);
+      }
+    } else {
+      float part[2];
+      for (int half = 0; half < 2; ++half) {
+        const int number = tiers ? NumberOf<D>(tier, step_of_tier, t, 2 * word + half)
+                                 : 16 * s + 4 * t + 2 * word + half;
+        const float value = x[number] / unit, high = LowOf(PairOf(value, 0.0f));
+        part[half] = low == 0 ? high : value - high;
+      }
+      held = PairOf(part[0], part[1]);
     }
     const int column = warp % kQueriesPerTile * 2 + low;
-    to.pairs[s][warp / kQueriesPerTile][4 * column + t][word] = PairOf(part[0], part[1]);
+    to.b[s][warp / kQueriesPerTile][4 * column + t][word] = held;
   }
 }
 
@@ -218,56 +242,146 @@ __device__ inline void Levels(const uint32_t (&plane)[kBits + 1], int t, uint32_
   }
 }
 
-// Path bits of the numbers one before those in a word whose bits are m of J m + j: m moves up by
-// one, the first m comes from the tier before.
-__device__ inline uint32_t OneNumberUp(uint32_t word, uint32_t tier_before) {
-  return ((word << 1) & 0xeeeeeeeeu) | (__funnelshift_l(tier_before, word, 13) & 0x11111111u);
+// The same for codes of up to four bits as signed bytes: out[i]: numbers 4 i .. 4 i + 3. Of four
+// bits the levels below zero come apart, as magnitudes in `below`: a byte permutation looks up
+// eight.
+template <int kBits>
+constexpr uint32_t FourLevels(int first, bool below) {
+  uint32_t four = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int code = first + i, half = 1 << kBits;
+    int level = 0;
+    if (code < half) level = TrellisMagnitude(kBits, half - 1 - code) * (below ? 1 : -1);
+    if (code >= half && code < 2 * half) level = TrellisMagnitude(kBits, code - half);
+    four |= uint32_t(level & 255) << (8 * i);
+  }
+  return four;
+}
+template <int kBits>
+__device__ inline void ByteLevels(const uint32_t (&plane)[kBits + 1], int t, uint32_t (&out)[2],
+                                  uint32_t (&below)[2]) {
+  static_assert(kBits <= kMostByteBits);
+  uint32_t code = 0;
+#pragma unroll
+  for (int k = 0; k <= kBits; ++k)
+    code |= __funnelshift_l(plane[k], plane[k], (k - t) & 31) & (0x11111111u << k);
+  constexpr bool kApart = kBits == kMostByteBits;
+  constexpr uint32_t kLow = FourLevels<kBits>(0, kApart), kNext = FourLevels<kBits>(4, kApart);
+  if constexpr (!kApart) {
+    out[0] = PickBytes(kLow, kNext, code);
+    out[1] = PickBytes(kLow, kNext, code >> 16);
+  } else {
+    // A selector with its highest bit set gives the byte's highest bit eight times: 0, as
+    // magnitudes have.
+    constexpr uint32_t kThird = FourLevels<kBits>(8, true), kLast = FourLevels<kBits>(12, true);
+    const uint32_t turned = code ^ 0x88888888u;
+    out[0] = PickBytes(kThird, kLast, turned);
+    out[1] = PickBytes(kThird, kLast, turned >> 16);
+    below[0] = PickBytes(kLow, kNext, code);
+    below[1] = PickBytes(kLow, kNext, code >> 16);
+  }
 }
 
-// acc[rows 16 i ..][tile] += levels of a tier . queries. path: the last two words of path bits of
-// the tier before, then of this one.
-template <int kBits, int J, int kQTiles>
+// Path bits of the numbers one before those of a word: m moves up by one in both halves, the first
+// m comes from the tier before.
+__device__ inline uint32_t OneNumberUp(uint32_t word, uint32_t tier_before) {
+  return ((word << 1) & 0xfffefffeu) | ((tier_before >> 15) & 0x00010001u);
+}
+
+// score[rows 16 i + g and + 8][tile] = levels of a tier . queries, up to a factor. path: of the
+// tier before, then of this one, the path bits one before and two before those of its word 0 one
+// number further on.
+template <int kBits, int kWords, int kQTiles>
 __device__ inline void TierScores(const uint32_t* words,
-                                  const uint32_t (*pairs)[kMostTiles][kLanes][2], int lane,
-                                  uint32_t (&path)[2], float (&acc)[2][kQTiles][4]) {
+                                  const uint32_t (*queries)[kMostTiles][kLanes][2], int lane,
+                                  uint32_t (&path)[2][2], float (&score)[2][kQTiles][2]) {
   const int g = lane / 4, t = lane % 4;
-  uint32_t w[kBits][J];
 #pragma unroll
-  for (int p = 0; p < kBits; ++p) {
-    const uint32_t* from = words + (g * kBits + p) * J;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t* from = words + (8 * i + g) * kBits * kWords;
+    uint32_t w[kBits][kWords];
 #pragma unroll
-    for (int j = 0; j < J; j += 2) {
-      const uint2 two = *reinterpret_cast<const uint2*>(from + j);
-      w[p][j] = two.x;
-      w[p][j + 1] = two.y;
+    for (int p = 0; p < kBits; ++p) {
+#pragma unroll
+      for (int j = 0; j < kWords; j += 2) {
+        const uint32_t* at = from + p * kWords + j;
+        if constexpr (kWords == 1) {
+          w[p][j] = *at;
+        } else {
+          const uint2 two = *reinterpret_cast<const uint2*>(at);
+          w[p][j] = two.x;
+          w[p][j + 1] = two.y;
+        }
+      }
     }
-  }
-  const uint32_t before_one = OneNumberUp(w[0][J - 1], path[1]);
-  const uint32_t before_two = OneNumberUp(w[0][J - 2], path[0]);
-  path[0] = w[0][J - 2];
-  path[1] = w[0][J - 1];
-#pragma unroll
-  for (int s = 0; s < J / 2; ++s) {
-    uint32_t level[2][4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int j = 2 * s + i;
-      uint32_t plane[kBits + 1];
-      plane[0] = j >= 1 ? w[0][j > 0 ? j - 1 : 0] : before_one;
-      plane[1] = w[0][j] ^ (j >= 2 ? w[0][j > 1 ? j - 2 : 0] : j == 1 ? before_one : before_two);
+    const uint32_t one_before = OneNumberUp(w[0][kWords - 1], path[i][1]);
+    const uint32_t before_last = kWords > 1 ? w[0][kWords > 1 ? kWords - 2 : 0] : one_before;
+    const uint32_t two_before = OneNumberUp(before_last, path[i][0]);
+    path[i][0] = before_last;
+    path[i][1] = w[0][kWords - 1];
+    const auto planes_of = [&](int j, uint32_t(&plane)[kBits + 1]) {
+      plane[0] = j >= 1 ? w[0][j > 0 ? j - 1 : 0] : one_before;
+      plane[1] = w[0][j] ^ (j >= 2 ? w[0][j > 1 ? j - 2 : 0] : j == 1 ? one_before : two_before);
 #pragma unroll
       for (int p = 1; p < kBits; ++p) plane[p + 1] = w[p][j];
-      Levels<kBits>(plane, t, level[i]);
-    }
+    };
+    if constexpr (kBits <= kMostByteBits) {
+      int sum[kQTiles][2][4] = {}, sum_below[kQTiles][2][4] = {};
 #pragma unroll
-    for (int tile = 0; tile < kQTiles; ++tile) {
-      const uint2 pair = *reinterpret_cast<const uint2*>(pairs[s][tile][lane]);
-      const uint32_t b[2] = {pair.x, pair.y};
+      for (int j = 0; j < kWords; j += 2) {
+        uint32_t a[4] = {}, below[4] = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t a[4] = {level[0][2 * i], level[0][2 * i + 1], level[1][2 * i],
-                               level[1][2 * i + 1]};
-        MultiplyAdd(acc[i][tile], a, b);
+        for (int n = 0; n < 2 && j + n < kWords; ++n) {
+          uint32_t plane[kBits + 1], level[2], level_below[2] = {};
+          planes_of(j + n, plane);
+          ByteLevels<kBits>(plane, t, level, level_below);
+          a[2 * n] = level[0];
+          a[2 * n + 1] = level[1];
+          below[2 * n] = level_below[0];
+          below[2 * n + 1] = level_below[1];
+        }
+#pragma unroll
+        for (int tile = 0; tile < kQTiles; ++tile) {
+#pragma unroll
+          for (int second = 0; second < 2; ++second) {
+            const uint32_t* held = queries[kWords == 1 ? 0 : j + second][tile][lane];
+            const uint32_t b[2] = {held[kWords == 1 ? second : 0], kWords == 1 ? 0 : held[1]};
+            MultiplyAdd(sum[tile][second], a, b);
+            if constexpr (kBits == kMostByteBits) MultiplyAdd(sum_below[tile][second], below, b);
+          }
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < kQTiles; ++tile) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          int digit[3];
+#pragma unroll
+          for (int n = 0; n < 3; ++n)
+            digit[n] = sum[tile][n / 2][2 * r + n % 2] - sum_below[tile][n / 2][2 * r + n % 2];
+          score[i][tile][r] = fmaf(float(digit[0] * 256 + digit[1]), 256.0f, float(digit[2]));
+        }
+      }
+    } else {
+      float sum[kQTiles][4] = {};
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        uint32_t plane[kBits + 1], level[4];  // of rows g (low half) and g + 8
+        planes_of(j, plane);
+        Levels<kBits>(plane, t, level);
+        const uint32_t a[4] = {
+            PickBytes(level[0], level[1], 0x5410), PickBytes(level[0], level[1], 0x7632),
+            PickBytes(level[2], level[3], 0x5410), PickBytes(level[2], level[3], 0x7632)};
+#pragma unroll
+        for (int tile = 0; tile < kQTiles; ++tile) {
+          const uint32_t b[2] = {queries[j][tile][lane][0], queries[j][tile][lane][1]};
+          MultiplyAdd(sum[tile], a, b);
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < kQTiles; ++tile) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) score[i][tile][r] = sum[tile][2 * r] + sum[tile][2 * r + 1];
       }
     }
   }
@@ -281,7 +395,7 @@ struct TierKeys {
   static constexpr int kStages = 2;  // pages in shared memory per warp
   __device__ static void Scores(const uint8_t* page, const Prepared<D>& queries, const float* gains,
                                 int lane, float (&score)[4][kQTiles]) {
-    constexpr int kPerTier = D / kTiers, J = kPerTier / 8;
+    constexpr int kPerTier = D / kTiers, kWords = kPerTier / 16;
     const int g = lane / 4;
     uint32_t gain[4];
 #pragma unroll
@@ -293,65 +407,96 @@ struct TierKeys {
       for (int tile = 0; tile < kQTiles; ++tile) score[a][tile] = 0.0f;
     }
     const uint32_t* words = reinterpret_cast<const uint32_t*>(page + kKeyPageGains);
-    uint32_t path[2] = {0, 0};
+    uint32_t path[2][2] = {};
 #pragma unroll 1
     for (int tier = 0; tier < kTiers; ++tier) {
       const int bits = queries.bits[tier];
-      float acc[2][kQTiles][4] = {};
-      const auto pairs = queries.pairs + tier * (J / 2);
+      float sum[2][kQTiles][2] = {};
+      const auto held = queries.b + tier * kWords;
       switch (bits) {
         case 1:
-          TierScores<1, J, kQTiles>(words, pairs, lane, path, acc);
+          TierScores<1, kWords, kQTiles>(words, held, lane, path, sum);
           break;
         case 2:
-          TierScores<2, J, kQTiles>(words, pairs, lane, path, acc);
+          TierScores<2, kWords, kQTiles>(words, held, lane, path, sum);
           break;
         case 3:
-          TierScores<3, J, kQTiles>(words, pairs, lane, path, acc);
+          TierScores<3, kWords, kQTiles>(words, held, lane, path, sum);
           break;
         case 4:
-          TierScores<4, J, kQTiles>(words, pairs, lane, path, acc);
+          TierScores<4, kWords, kQTiles>(words, held, lane, path, sum);
           break;
         case 5:
-          TierScores<5, J, kQTiles>(words, pairs, lane, path, acc);
+          TierScores<5, kWords, kQTiles>(words, held, lane, path, sum);
           break;
         case 6:
-          TierScores<6, J, kQTiles>(words, pairs, lane, path, acc);
+          TierScores<6, kWords, kQTiles>(words, held, lane, path, sum);
           break;
         case 7:
-          TierScores<7, J, kQTiles>(words, pairs, lane, path, acc);
+          TierScores<7, kWords, kQTiles>(words, held, lane, path, sum);
           break;
         default:
           break;
       }
       words += kPerTier * bits;
-      const float* times_of = bits >= 6 ? gains + 64 : gains;
+      const float* times_of = gains + (bits <= kMostByteBits ? 0 : bits <= 5 ? 64 : 128);
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
         const float times = times_of[gain[a] & 63];
         gain[a] >>= 6;
 #pragma unroll
-        for (int tile = 0; tile < kQTiles; ++tile) {
-          const float* c = acc[a / 2][tile] + a % 2 * 2;
-          score[a][tile] = fmaf(times, c[0] + c[1], score[a][tile]);
-        }
+        for (int tile = 0; tile < kQTiles; ++tile)
+          score[a][tile] = fmaf(times, sum[a / 2][tile][a % 2], score[a][tile]);
       }
     }
   }
 };
 
-// Values of a page: o += weights . levels. weights: pairs of rows (8 s + t, 8 s + t + 16) and (8 s
-// + t + 4, 8 s + t + 20). o[i]: channels g D / 8 + 2 i and the next one.
+// What a lane holds of the softmax weights of rows t, t + 4, .. of a page, for its column of a
+// product. Bytes: rows t .. t + 12 and t + 16 .. t + 28, of a whole number of kWeightOne digit 0 or
+// (low) 1. Else pairs: rows (t, t + 16), (t + 4, t + 20), .., f16(w) or (low) w - f16(w).
+inline constexpr float kWeightOne = 127.0f * 256.0f;
+template <bool kBytes>
+__device__ inline void HoldWeights(const float (&weights)[8], bool low, uint32_t (&held)[4]) {
+  if constexpr (kBytes) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      held[i] = 0;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int whole = __float2int_rn(weights[4 * i + n] * kWeightOne),
+                  high = (whole + 128) >> 8;
+        held[i] |= uint32_t((low ? whole - high * 256 : high) & 255) << (8 * n);
+      }
+    }
+  } else {
+    float part[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float high = LowOf(PairOf(weights[i], 0.0f));
+      part[i] = low ? weights[i] - high : high;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) held[i] = PairOf(part[i], part[i + 4]);
+  }
+}
+
+// Values of a page: sums of weights . levels. o[i]: of channels g D / 8 + 2 i and the next one,
+// kSums numbers that add up in halves. fold: what the page's weights are to those before it, bytes
+// only.
 template <int kBits, int D, int kQTiles>
 struct TrellisValues {
+  static constexpr bool kBytes = kBits <= kMostByteBits;
+  static constexpr int kSums = kBytes ? 2 : 4;
   // log2 of what a level of 1 stands for.
   __device__ static float LogUnit(const uint8_t* page, int row) {
     const int e = page[row];
     const float finite = float(e) * 0.25f - (40.25f + 6.988684687f);  // log2(127)
     return e == 0 ? -INFINITY : e == 255 ? NAN : finite;
   }
-  __device__ static void Add(const uint8_t* page, const uint32_t (&weights)[2][kQTiles][2],
-                             uint32_t, int lane, float (&o)[D / 16][kQTiles][4]) {
+  __device__ static void Add(const uint8_t* page, const uint32_t (&weights)[kQTiles][4],
+                             const float (&fold)[kQTiles], uint32_t, int lane,
+                             float (&o)[D / 16][kQTiles][kSums]) {
     constexpr int kRun = D / 8;
     const int g = lane / 4, t = lane % 4;
     const uint32_t* mine = reinterpret_cast<const uint32_t*>(page + kValuePageGains) + g * kRun;
@@ -367,28 +512,54 @@ struct TrellisValues {
         w[p][2] = four.z;
         w[p][3] = four.w;
       }
+      const auto planes_of = [&](int i, uint32_t(&plane)[kBits + 1]) {
+        plane[0] = one_before;
+        plane[1] = w[0][i] ^ two_before;
+#pragma unroll
+        for (int p = 1; p < kBits; ++p) plane[p + 1] = w[p][i];
+        two_before = one_before;
+        one_before = w[0][i];
+      };
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
-        uint32_t level[2][4];
+        uint32_t plane[kBits + 1];
+        auto& sums = o[(c + i) / 2];
+        if constexpr (kBytes) {
+          uint32_t level[2][2], below[2][2] = {};
+          planes_of(i, plane);
+          ByteLevels<kBits>(plane, t, level[0], below[0]);
+          planes_of(i + 1, plane);
+          ByteLevels<kBits>(plane, t, level[1], below[1]);
+          const uint32_t a[4] = {level[0][0], level[1][0], level[0][1], level[1][1]};
+          const uint32_t a_below[4] = {below[0][0], below[1][0], below[0][1], below[1][1]};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t path = w[0][i + half];
-          uint32_t plane[kBits + 1];
-          plane[0] = one_before;
-          plane[1] = path ^ two_before;
+          for (int tile = 0; tile < kQTiles; ++tile) {
+            const uint32_t b[2] = {weights[tile][0], weights[tile][1]};
+            int sum[4] = {}, sum_below[4] = {};
+            MultiplyAdd(sum, a, b);
+            if constexpr (kBits == kMostByteBits) MultiplyAdd(sum_below, a_below, b);
 #pragma unroll
-          for (int p = 1; p < kBits; ++p) plane[p + 1] = w[p][i + half];
-          two_before = one_before;
-          one_before = path;
-          Levels<kBits>(plane, t, level[half]);
-        }
+            for (int r = 0; r < 2; ++r) {
+              const int whole =
+                  (sum[2 * r] - sum_below[2 * r]) * 256 + sum[2 * r + 1] - sum_below[2 * r + 1];
+              sums[tile][r] = fmaf(float(whole), fold[tile], sums[tile][r]);
+            }
+          }
+        } else {
+          uint32_t level[2][4];
+          planes_of(i, plane);
+          Levels<kBits>(plane, t, level[0]);
+          planes_of(i + 1, plane);
+          Levels<kBits>(plane, t, level[1]);
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          const uint32_t a[4] = {level[0][2 * s], level[1][2 * s], level[0][2 * s + 1],
-                                 level[1][2 * s + 1]};
+          for (int s = 0; s < 4; s += 2) {
+            const uint32_t a[4] = {level[0][s], level[1][s], level[0][s + 1], level[1][s + 1]};
 #pragma unroll
-          for (int tile = 0; tile < kQTiles; ++tile)
-            MultiplyAdd(o[(c + i) / 2][tile], a, weights[s][tile]);
+            for (int tile = 0; tile < kQTiles; ++tile) {
+              const uint32_t b[2] = {weights[tile][s], weights[tile][s + 1]};
+              MultiplyAdd(sums[tile], a, b);
+            }
+          }
         }
       }
     }
@@ -424,7 +595,7 @@ struct ByteKeys {
       }
 #pragma unroll
       for (int tile = 0; tile < kQTiles; ++tile) {
-        const uint2 pair = *reinterpret_cast<const uint2*>(queries.pairs[s][tile][lane]);
+        const uint2 pair = *reinterpret_cast<const uint2*>(queries.b[s][tile][lane]);
         const uint32_t b[2] = {pair.x, pair.y};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -455,14 +626,17 @@ __device__ inline uint32_t PairOfBytes(uint32_t one, uint32_t other, int i) {
 // Eight-bit values: | scales u16 [32] | codes [32][D] |.
 template <int D, int kQTiles>
 struct ByteValues {
+  static constexpr bool kBytes = false;
+  static constexpr int kSums = 4;
   __device__ static float LogUnit(const uint8_t* page, int row) {
     const int e = *reinterpret_cast<const uint16_t*>(page + 2 * row) & 4095;
     const float finite = float(e - 1) / 64.0f - (32.0f + 7.994353437f);  // log2(255)
     return e == 0 ? -INFINITY : e == 4095 ? NAN : finite;
   }
   // Levels are 2 code - 255.
-  __device__ static void Add(const uint8_t* page, const uint32_t (&weights)[2][kQTiles][2],
-                             uint32_t, int lane, float (&o)[D / 16][kQTiles][4]) {
+  __device__ static void Add(const uint8_t* page, const uint32_t (&weights)[kQTiles][4],
+                             const float (&)[kQTiles], uint32_t, int lane,
+                             float (&o)[D / 16][kQTiles][4]) {
     constexpr int kRun = D / 8;
     const int g = lane / 4, t = lane % 4;
     const uint8_t* mine = page + 2 * kPageRows + g * kRun;
@@ -487,8 +661,10 @@ struct ByteValues {
                 PairFma(PairAdd(code, BothHalves(-1024.0f)), BothHalves(2.0f), BothHalves(-255.0f));
           }
 #pragma unroll
-          for (int tile = 0; tile < kQTiles; ++tile)
-            MultiplyAdd(o[(c + i) / 2][tile], a, weights[s][tile]);
+          for (int tile = 0; tile < kQTiles; ++tile) {
+            const uint32_t b[2] = {weights[tile][2 * s], weights[tile][2 * s + 1]};
+            MultiplyAdd(o[(c + i) / 2][tile], a, b);
+          }
         }
       }
     }
@@ -522,7 +698,7 @@ struct DenseKeys {
       }
 #pragma unroll
       for (int tile = 0; tile < kQTiles; ++tile) {
-        const uint2 pair = *reinterpret_cast<const uint2*>(queries.pairs[s][tile][lane]);
+        const uint2 pair = *reinterpret_cast<const uint2*>(queries.b[s][tile][lane]);
         const uint32_t b[2] = {pair.x, pair.y};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -544,9 +720,12 @@ struct DenseKeys {
 
 template <int D, int kQTiles>
 struct DenseValues {
+  static constexpr bool kBytes = false;
+  static constexpr int kSums = 4;
   __device__ static float LogUnit(const uint8_t*, int) { return 0.0f; }
-  __device__ static void Add(const uint8_t* page, const uint32_t (&weights)[2][kQTiles][2],
-                             uint32_t rows, int lane, float (&o)[D / 16][kQTiles][4]) {
+  __device__ static void Add(const uint8_t* page, const uint32_t (&weights)[kQTiles][4],
+                             const float (&)[kQTiles], uint32_t rows, int lane,
+                             float (&o)[D / 16][kQTiles][4]) {
     constexpr int kRun = D / 8;
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -572,8 +751,10 @@ struct DenseValues {
               (row[0][i] & 0xffff) | row[1][i] << 16, row[0][i] >> 16 | (row[1][i] & 0xffff0000u),
               (row[2][i] & 0xffff) | row[3][i] << 16, row[2][i] >> 16 | (row[3][i] & 0xffff0000u)};
 #pragma unroll
-          for (int tile = 0; tile < kQTiles; ++tile)
-            MultiplyAdd(o[(c + 2 * i) / 2][tile], a, weights[s][tile]);
+          for (int tile = 0; tile < kQTiles; ++tile) {
+            const uint32_t b[2] = {weights[tile][2 * s], weights[tile][2 * s + 1]};
+            MultiplyAdd(o[(c + 2 * i) / 2][tile], a, b);
+          }
         }
       }
     }
@@ -584,7 +765,9 @@ struct DenseValues {
 template <int D>
 struct BlockMemory {
   Prepared<D> queries;
-  float gains[2][64];  // of tiers of up to five bits, and of more: what a level of 1 stands for
+  // What a sum of a tier's products stands for: of bytes and digits, of f16 up to five bits, of
+  // more.
+  float gains[3][64];
   float m[kWarps][8], log_unit[kWarps][8], d[kWarps][8];
 };
 template <int D, int kStages>
@@ -607,8 +790,14 @@ __device__ inline void BeginCopy(const uint8_t* page, uint32_t bytes, int lane, 
   }
 }
 
+// Blocks that a multiprocessor shall hold: what registers allow.
+template <int D, int kQTiles>
+constexpr int BlocksAtOnce() {
+  return D * kQTiles <= 128 ? 5 : D * kQTiles <= 256 ? 3 : 2;
+}
+
 template <int D, int kQTiles, typename Keys, typename Values>
-__global__ void __launch_bounds__(kWarps* kLanes)
+__global__ void __launch_bounds__(kWarps* kLanes, BlocksAtOnce<D, kQTiles>())
     AttendPages(Step step, Pages pages, const Prepared<D>* prepared, Share<D>* shares) {
   auto& memory = *reinterpret_cast<BlockMemory<D>*>(block_memory);
   const int warp = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
@@ -625,7 +814,12 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     // TierGainGrid in format/log_grid.h.
     const int e = int(threadIdx.x) % 64;
     const float gain = e == 0 ? 0.0f : e == 63 ? NAN : exp2f(float(e - 1) * 0.25f - 8.0f);
-    memory.gains[threadIdx.x / 64][e] = gain * (threadIdx.x < 64 ? 1.0f / 127.0f : 1.0f / 1023.0f);
+    if (threadIdx.x < 64) {
+      memory.gains[0][e] = gain / (127.0f * kDigitsOne);
+      memory.gains[1][e] = gain / 127.0f;
+    } else {
+      memory.gains[2][e] = gain / 1023.0f;
+    }
   }
   __syncthreads();
 
@@ -654,7 +848,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
   };
 
   float m[kQTiles], most[kQTiles], d[kQTiles];  // most: of score + log2 of the value's unit
-  float o[D / 16][kQTiles][4] = {};
+  float o[D / 16][kQTiles][Values::kSums] = {};
   for (int tile = 0; tile < kQTiles; ++tile) {
     m[tile] = most[tile] = -INFINITY;
     d[tile] = 0.0f;
@@ -670,7 +864,7 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     const uint8_t* key = stages + stage * stage_bytes;
     const uint8_t* value = key + pages.key_bytes;
 
-    float score[4][kQTiles], weight[4][kQTiles];
+    float score[4][kQTiles], weight[4][kQTiles], fold[kQTiles];
     Keys::Scores(key, memory.queries, memory.gains[0], lane, score);
     const int left = n_rows - i * kPageRows;
     uint32_t rows = left >= kPageRows ? ~0u : (1u << left) - 1;
@@ -678,10 +872,11 @@ __global__ void __launch_bounds__(kWarps* kLanes)
     float log_unit[4];
 #pragma unroll
     for (int a = 0; a < 4; ++a) log_unit[a] = Values::LogUnit(value, g + 8 * a);
+    bool lost = false;  // a weight that is no number
 #pragma unroll
     for (int tile = 0; tile < kQTiles; ++tile) {
       const float unit = memory.queries.unit[tile * kQueriesPerTile + t] * step.scale;
-      float top = m[tile], top_weight = most[tile];
+      float top = m[tile], page_top = -INFINITY;
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
         float s = score[a][tile] * unit;
@@ -690,17 +885,19 @@ __global__ void __launch_bounds__(kWarps* kLanes)
         s = there ? s * kLog2E : -INFINITY;
         score[a][tile] = s;
         weight[a][tile] = there ? s + log_unit[a] : -INFINITY;
+        lost |= weight[a][tile] != weight[a][tile];
         top = fmaxf(top, s == s ? s : INFINITY);  // NaN shall not get lost
-        top_weight = fmaxf(top_weight, weight[a][tile]);
+        page_top = fmaxf(page_top, weight[a][tile]);
       }
 #pragma unroll
       for (int apart = 4; apart < kLanes; apart *= 2) {
         top = fmaxf(top, __shfl_xor_sync(~0u, top, apart));
-        top_weight = fmaxf(top_weight, __shfl_xor_sync(~0u, top_weight, apart));
+        page_top = fmaxf(page_top, __shfl_xor_sync(~0u, page_top, apart));
       }
+      const float all_top = fmaxf(most[tile], page_top);
       // Nothing seen yet: any finite maximum will do.
-      const float less = top > -INFINITY ? top : 0.0f;
-      const float less_weight = top_weight > -INFINITY ? top_weight : 0.0f;
+      const auto finite = [](float x) { return x > -INFINITY ? x : 0.0f; };
+      const float less = finite(top), less_weight = finite(Values::kBytes ? page_top : all_top);
       float sum = 0.0f;
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
@@ -708,39 +905,32 @@ __global__ void __launch_bounds__(kWarps* kLanes)
         weight[a][tile] = Exp2(weight[a][tile] - less_weight);
       }
       d[tile] = d[tile] * Exp2(m[tile] - less) + sum;
-      if (top_weight > most[tile]) {
-        const float fade = Exp2(most[tile] - less_weight);
+      fold[tile] = Exp2(page_top - finite(all_top)) * (1.0f / kWeightOne);
+      if (page_top > most[tile]) {
+        const float fade = Exp2(most[tile] - all_top);
 #pragma unroll
         for (int c = 0; c < D / 16; ++c) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) o[c][tile][k] *= fade;
+          for (int k = 0; k < Values::kSums; ++k) o[c][tile][k] *= fade;
         }
       }
       m[tile] = top;
-      most[tile] = top_weight;
+      most[tile] = all_top;
+    }
+    if (Values::kBytes && __any_sync(~0u, lost)) {
+      for (int tile = 0; tile < kQTiles; ++tile) fold[tile] = NAN;
     }
     // From lanes of rows to lanes of columns.
-    uint32_t pairs[2][kQTiles][2];
+    uint32_t held[kQTiles][4];
 #pragma unroll
     for (int tile = 0; tile < kQTiles; ++tile) {
       float of_row[8];  // t, t + 4, ..
 #pragma unroll
-      for (int a = 0; a < 4; ++a) {
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          const float w = __shfl_sync(~0u, weight[a][tile], (t + 4 * u) * 4 + g / 2);
-          const float high = LowOf(PairOf(w, 0.0f));
-          of_row[2 * a + u] = g % 2 == 0 ? high : w - high;
-        }
-      }
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-#pragma unroll
-        for (int u = 0; u < 2; ++u)
-          pairs[s][tile][u] = PairOf(of_row[2 * s + u], of_row[2 * s + u + 4]);
-      }
+      for (int n = 0; n < 8; ++n)
+        of_row[n] = __shfl_sync(~0u, weight[n / 2][tile], (t + 4 * (n % 2)) * 4 + g / 2);
+      HoldWeights<Values::kBytes>(of_row, g % 2 != 0, held[tile]);
     }
-    Values::Add(value, pairs, rows, lane, o);
+    Values::Add(value, held, fold, rows, lane, o);
     __syncwarp();
     stage = (stage + 1) % kStages;
   }
@@ -773,8 +963,10 @@ __global__ void __launch_bounds__(kWarps* kLanes)
         const float times = m[tile] > -INFINITY ? Exp2(most[tile] - all) : 0.0f;
         for (int c = 0; c < D / 16; ++c) {
           float* to = sum + query * D + g * (D / 8) + 2 * c;
-          to[0] += (o[c][tile][0] + o[c][tile][1]) * times;
-          to[1] += (o[c][tile][2] + o[c][tile][3]) * times;
+          for (int r = 0; r < 2; ++r) {
+            const float* part = o[c][tile] + r * (Values::kSums / 2);
+            to[r] += (Values::kSums == 4 ? part[0] + part[1] : part[0]) * times;
+          }
         }
       }
     }

@@ -40,6 +40,16 @@ __device__ inline void MultiplyAdd(float (&acc)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same in whole numbers: acc[16][8] += a[16][32] b[32][8], signed bytes. Of a a lane holds (g,
+// 4t .. 4t + 3), (g + 8, likewise), (g, 4t + 16 ..), (g + 8, likewise), of b (4t .., g), (4t + 16
+// .., g).
+__device__ inline void MultiplyAdd(int (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Pairs of f16 in a word.
 __device__ inline uint32_t PairAdd(uint32_t a, uint32_t b) {
   uint32_t sum;
@@ -71,6 +81,14 @@ template <uint32_t kMask, uint32_t kBase>
 __device__ inline uint32_t Pick(uint32_t bits) {
   uint32_t picked;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(picked) : "r"(bits), "n"(kMask), "n"(kBase));
+  return picked;
+}
+
+// Byte i: of low and high the one that nibble i of the selectors names; from 8 on its highest bit
+// eight times.
+__device__ inline uint32_t PickBytes(uint32_t low, uint32_t high, uint32_t selectors) {
+  uint32_t picked;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(low), "r"(high), "r"(selectors));
   return picked;
 }
 

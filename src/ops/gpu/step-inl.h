@@ -85,9 +85,9 @@ inline Status MakePlan(const sparkv_gpu_step* step, int multiprocessors, Plan* p
     store.key = KeyLayout::Make(step->head_dim, step->head_dim, sparkv_number(rows.keys),
                                 SPARKV_RECOVER_ZERO);
     store.value = ValueLayout::Make(step->head_dim, sparkv_number(rows.values));
-    // A warp has two pages or more, if there are as many; four blocks run on a multiprocessor.
+    // A warp has two pages or more, if there are as many; five blocks run on a multiprocessor.
     const int most = (rows.max_pages + 2 * kWarps - 1) / (2 * kWarps);
-    store.n_shares = std::clamp(4 * multiprocessors / plan->n_entries, 1, most);
+    store.n_shares = std::clamp(5 * multiprocessors / plan->n_entries, 1, most);
     shares += store.n_shares;
   }
   const auto sizes = [&]<int D>() {

@@ -393,6 +393,8 @@ template <int D, int kQTiles>
 struct TierKeys {
   static constexpr bool kSwizzled = false;
   static constexpr int kStages = 2;  // pages in shared memory per warp
+  // Blocks on a multiprocessor: what registers allow.
+  static constexpr int kBlocks = D * kQTiles <= 128 ? 5 : D * kQTiles <= 256 ? 3 : 2;
   __device__ static void Scores(const uint8_t* page, const Prepared<D>& queries, const float* gains,
                                 int lane, float (&score)[4][kQTiles]) {
     constexpr int kPerTier = D / kTiers, kWords = kPerTier / 16;
@@ -570,7 +572,7 @@ struct TrellisValues {
 template <int D, int kQTiles>
 struct ByteKeys {
   static constexpr bool kSwizzled = false;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = 2, kBlocks = TierKeys<D, kQTiles>::kBlocks;
   // Levels of two codes, in bytes 0 and 2: code - 127, less 1 below 128 (LevelOf in
   // format/levels.h).
   __device__ static uint32_t TwoLevels(uint32_t codes) {
@@ -683,7 +685,7 @@ __device__ inline int Swizzle(int piece) {
 template <int D, int kQTiles>
 struct DenseKeys {
   static constexpr bool kSwizzled = true;
-  static constexpr int kStages = D == 256 ? 1 : 2;  // as many as fit
+  static constexpr int kStages = D == 256 ? 1 : 2, kBlocks = 1;  // as many as fit
   __device__ static void Scores(const uint8_t* page, const Prepared<D>& queries, const float*,
                                 int lane, float (&score)[4][kQTiles]) {
     const int g = lane / 4, t = lane % 4;
@@ -790,14 +792,8 @@ __device__ inline void BeginCopy(const uint8_t* page, uint32_t bytes, int lane, 
   }
 }
 
-// Blocks that a multiprocessor shall hold: what registers allow.
-template <int D, int kQTiles>
-constexpr int BlocksAtOnce() {
-  return D * kQTiles <= 128 ? 5 : D * kQTiles <= 256 ? 3 : 2;
-}
-
 template <int D, int kQTiles, typename Keys, typename Values>
-__global__ void __launch_bounds__(kWarps* kLanes, BlocksAtOnce<D, kQTiles>())
+__global__ void __launch_bounds__(kWarps* kLanes, Keys::kBlocks)
     AttendPages(Step step, Pages pages, const Prepared<D>* prepared, Share<D>* shares) {
   auto& memory = *reinterpret_cast<BlockMemory<D>*>(block_memory);
   const int warp = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;

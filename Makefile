@@ -1,6 +1,6 @@
 # Everything the project does, by name. The work is in scripts/ and CMake; `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: help build demo test golden bench bench-attend model-gemma clean
+.PHONY: help build demo test cuda golden bench bench-attend model-gemma clean
 
 # Evaluated when a recipe runs, so that a set-up step may install it first.
 PYTHON = $(shell for p in python3 /usr/bin/python3; do \
@@ -18,6 +18,10 @@ demo: build ## a question over a long document: plain f16 cache, then sparkv, as
 
 test: ## set up, build and run all tests, then the unit tests under ASan and UBSan
 	@scripts/test.sh
+
+cuda: ## build/lib/libsparkv-cuda.so (needs nvcc 12 or newer); where there is a GPU, test it
+	@scripts/build.sh sparkv-cuda gpu_tests
+	@build/cmake/tests/bin/gpu_tests
 
 golden: ## compare the library with reference vectors: make golden DIR=folder
 	@scripts/build.sh sparkv_reference_shared

@@ -70,6 +70,13 @@ if [[ " ${targets[*]} " == *" attend_bench "* ]]; then
   needed+=(libbenchmark-dev:/usr/include/benchmark/benchmark.h)
 fi
 
+# libsparkv-cuda.so is built when asked for, and with the tests where there is a compiler for it.
+cuda=OFF
+nvcc_release=$(nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\).*/\1/p')
+if [[ " ${targets[*]} " == *" sparkv-cuda "* ]] || { $tests && [ "${nvcc_release:-0}" -ge 12 ]; }; then
+  cuda=ON
+fi
+
 present() {
   if [[ $1 == /* ]]; then compgen -G "$1"; else command -v "$1"; fi >/dev/null
 }
@@ -203,7 +210,7 @@ build_sparkv() {
   must configure cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$PWD/build/bin" \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/build/lib" \
-    -DSPARKV_WERROR="$werror" -DSPARKV_BENCH=$bench -DSPARKV_GGML_SOURCE_DIR="${llama_source:+$llama_source/ggml}" \
+    -DSPARKV_WERROR="$werror" -DSPARKV_BENCH=$bench -DSPARKV_CUDA=$cuda -DSPARKV_GGML_SOURCE_DIR="${llama_source:+$llama_source/ggml}" \
     -DPython3_EXECUTABLE="$(command -v "$python")"
   if $tests; then
     targets+=(all)

@@ -1,4 +1,5 @@
 /* The public header compiled as C99, and the library used from C: what an embedder does first. */
+#include <sparkv/gpu.h>
 #include <sparkv/sparkv.h>
 #include <stdio.h>
 #include <string.h>

@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 #define SPARKV_VERSION "0.1.0"
-#define SPARKV_FORMAT_VERSION 1
+#define SPARKV_FORMAT_VERSION 2
 
 typedef enum sparkv_status {
   SPARKV_OK = 0,

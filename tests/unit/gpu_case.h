@@ -17,7 +17,8 @@ namespace sparkv::test {
 struct GpuShape {
   int head_dim = 64, kv_heads = 1, group = 1;
   float softcap = 0.0f;
-  bool holes = false;  // rows missing from pages
+  bool holes = false;     // rows missing from pages
+  bool infinite = false;  // the last row of each sequence is not finite
   struct Rows {
     sparkv_number keys, values;
     std::vector<int> n_rows;  // of each sequence
@@ -198,7 +199,8 @@ class GpuCase {
           for (int r = 0; r < kPageRows; ++r) {
             // Rows that are not there must not matter, whatever they hold.
             const bool counts = first + r < rows.n_rows[s] && (there >> r & 1) != 0;
-            const int kind = counts ? int(rng_() % 3) * 2 % 6 : 8;
+            const bool broken = !counts || (shape.infinite && first + r == rows.n_rows[s] - 1);
+            const int kind = broken ? 8 : int(rng_() % 3) * 2 % 6;
             std::vector<uint16_t> k = HardRow(shape.head_dim,
                                               kind == 8   ? 8
                                               : kind == 4 ? 5

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/half.h"
+#include "base/status.h"
 
 #define __device__
 #define __global__
@@ -229,5 +230,13 @@ inline uint32_t PickBytes(uint32_t low, uint32_t high, uint32_t selectors) {
   return picked;
 }
 inline bool __any_sync(unsigned mask, bool yes) { return __ballot_sync(mask, yes) != 0; }
+
+// What step-inl.h starts kernels with.
+template <typename Kernel, typename... Args>
+Status Launch(Kernel* kernel, dim3 grid, int n_threads, size_t shared_bytes, void*,
+              const Args&... args) {
+  Block::Launch(grid, unsigned(n_threads), shared_bytes, [&] { kernel(args...); });
+  return Status::Ok();
+}
 
 }  // namespace sparkv::gpu

@@ -3,7 +3,6 @@
 
 #include "gpu_emulator.h"
 // After it: kernels find its names.
-#include "emulated_launch.h"
 #include "format/trellis.h"
 #include "gpu_case.h"
 #include "ops/gpu/step-inl.h"
@@ -151,6 +150,59 @@ TEST(Gpu, EqualsTheReferenceOverAllStoresTogether) {
                   {SPARKV_TIERS_7432, SPARKV_TRELLIS4, {100, 0, 3, 0}},
                   {SPARKV_TIERS_6321, SPARKV_TRELLIS3, {200, 0, 40, 0}}};
   EXPECT_LT(ErrorOf(shape, 3), kNear);
+}
+
+TEST(Gpu, RowsThatAreNotFiniteSpoilTheirSequenceAlone) {
+  for (const auto& [keys, values] :
+       {std::pair(SPARKV_TIERS_7543, SPARKV_TRELLIS4),
+        std::pair(SPARKV_TIERS_5321, SPARKV_TRELLIS2), std::pair(SPARKV_INT8, SPARKV_INT8)}) {
+    GpuShape shape;
+    shape.group = 2;
+    shape.infinite = true;
+    shape.stores = {{keys, values, {40, 0, 1}}};
+    EXPECT_LT(ErrorOf(shape, 4), kNear) << keys;
+  }
+}
+
+TEST(Gpu, RefusesWhatItCannotCompute) {
+  GpuShape shape;
+  shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {5}}};
+  const GpuCase c(shape, 1);
+  const auto refusal = [&](auto&& change) {
+    std::vector<sparkv_gpu_rows> rows;
+    std::vector<float> out;
+    sparkv_gpu_step step = c.Step(&rows, &out);
+    alignas(16) static uint8_t workspace[1 << 16];
+    step.workspace = workspace;
+    step.workspace_size = sizeof(workspace);
+    change(step, rows[0]);
+    return gpu::Attend(&step, 1).text;
+  };
+  using Rows = sparkv_gpu_rows;
+  using Step = sparkv_gpu_step;
+  EXPECT_EQ(refusal([](Step&, Rows&) {}), "");
+  EXPECT_EQ(gpu::Attend(nullptr, 1).text, "step: NULL");
+  const auto has = [&](const char* text, auto&& change) {
+    EXPECT_NE(refusal(change).find(text), std::string::npos) << text << " | " << refusal(change);
+  };
+  has("struct_size: 1", [](Step& s, Rows&) { s.struct_size = 1; });
+  has("stores[0].struct_size: 7", [](Step&, Rows& r) { r.struct_size = 7; });
+  has("sequences: 0", [](Step& s, Rows&) { s.sequences = 0; });
+  has("sequences: 70000", [](Step& s, Rows&) { s.sequences = 70000; });
+  has("kv_heads: -1", [](Step& s, Rows&) { s.kv_heads = -1; });
+  has("kv_heads: 2147483647", [](Step& s, Rows&) { s.kv_heads = s.group = INT32_MAX; });
+  has("head_dim: 96", [](Step& s, Rows&) { s.head_dim = 96; });
+  has("n_stores: 5", [](Step& s, Rows&) { s.n_stores = 5; });
+  has("stores[0].max_pages: 0", [](Step&, Rows& r) { r.max_pages = 0; });
+  has("stores[0].keys, values: 7, 0", [](Step&, Rows& r) { r.values = SPARKV_F16; });
+  has("stores[0].keys, values: 4, 4", [](Step&, Rows& r) { r.keys = r.values = SPARKV_INT4; });
+  has("stores[0].weights: NULL", [](Step&, Rows& r) { r.weights = nullptr; });
+  has("stores[0].n_rows: NULL", [](Step&, Rows& r) { r.n_rows = nullptr; });
+  has("stores[0].pages of keys or values", [](Step&, Rows& r) { r.value_pages = nullptr; });
+  has("q: NULL", [](Step& s, Rows&) { s.q = nullptr; });
+  has("out: NULL", [](Step& s, Rows&) { s.out = nullptr; });
+  has("workspace: NULL", [](Step& s, Rows&) { s.workspace = nullptr; });
+  has("workspace_size: 100 is below", [](Step& s, Rows&) { s.workspace_size = 100; });
 }
 
 }  // namespace

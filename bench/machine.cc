@@ -53,7 +53,7 @@ using Floats16 = float __attribute__((vector_size(64)));
 #endif
 double MultiplyAdds128() { return MultiplyAdds<Floats4>(); }
 
-// In f32; 16-bit products of AVX-512 may come below this bound.
+// In f32; products of bytes (AVX-512) may come below this bound.
 double MultiplyAddsOfThisCpu() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f")) return MultiplyAdds512();

@@ -58,10 +58,10 @@ struct Scratch {
 };
 inline constexpr int kScoreRows = 8;
 static inline size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }
-// Floats of prepared queries: two vectors of 16-bit numbers, in 64-channel pieces, and eight
+// Floats of prepared queries: two vectors of 24-bit numbers, in 64-channel pieces, and sixteen
 // numbers per row.
 static inline size_t QueryFloats(int k_dim, size_t n_rows) {
-  return n_rows * (size_t((k_dim + 63) / 64) * 64 + 16);
+  return n_rows * (size_t((k_dim + 63) / 64) * 96 + 16);
 }
 // Rows are padded to 16 floats; the padding must start as zeros. `floats` is aligned to 64 bytes.
 static inline size_t ScratchFloats(int k_dim, int v_dim, size_t n_rows) {

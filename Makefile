@@ -19,9 +19,10 @@ demo: build ## a question over a long document: plain f16 cache, then sparkv, as
 test: ## set up, build and run all tests, then the unit tests under ASan and UBSan
 	@scripts/test.sh
 
-cuda: ## build/lib/libsparkv-cuda.so (needs nvcc 12 or newer); where there is a GPU, test it
-	@scripts/build.sh sparkv-cuda gpu_tests
-	@build/cmake/tests/bin/gpu_tests
+cuda: ## build/cuda/lib/libsparkv-cuda.so (needs nvcc 12 or newer); where there is a GPU, test it
+	@cmake --preset cuda
+	@cmake --build --preset cuda --target sparkv-cuda gpu_tests
+	@build/cuda/tests/bin/gpu_tests
 
 golden: ## compare the library with reference vectors: make golden DIR=folder
 	@scripts/build.sh sparkv_reference_shared
@@ -39,4 +40,4 @@ model-gemma: build ## fetch Gemma-3-270m (its terms are shown) into build/models
 	@ls build/models/gemma-*.gguf
 
 clean: ## remove what was built of ours; llama.cpp, downloads and models stay
-	rm -rf build/cmake build/release build/asan build/tsan build/fuzz build/bin build/lib build/logs
+	rm -rf build/cmake build/release build/asan build/tsan build/fuzz build/cuda build/bin build/lib build/logs

@@ -10,7 +10,8 @@ install(TARGETS sparkv EXPORT sparkvTargets
         LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 if(SPARKV_CUDA)
   target_link_options(sparkv-cuda PRIVATE LINKER:--version-script=${PROJECT_SOURCE_DIR}/cmake/sparkv.map)
-  install(TARGETS sparkv-cuda LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+  set_property(TARGET sparkv-cuda APPEND PROPERTY LINK_DEPENDS ${PROJECT_SOURCE_DIR}/cmake/sparkv.map)
+  install(TARGETS sparkv-cuda EXPORT sparkvTargets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 endif()
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/sparkv DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
         FILES_MATCHING PATTERN "*.h")

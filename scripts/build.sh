@@ -70,12 +70,10 @@ if [[ " ${targets[*]} " == *" attend_bench "* ]]; then
   needed+=(libbenchmark-dev:/usr/include/benchmark/benchmark.h)
 fi
 
-# libsparkv-cuda.so is built when asked for, and with the tests where there is a compiler for it.
+# The tests compile libsparkv-cuda.so where there is a compiler for it.
 cuda=OFF
 nvcc_release=$(nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\).*/\1/p')
-if [[ " ${targets[*]} " == *" sparkv-cuda "* ]] || { $tests && [ "${nvcc_release:-0}" -ge 12 ]; }; then
-  cuda=ON
-fi
+$tests && [ "${nvcc_release:-0}" -ge 12 ] && cuda=ON
 
 present() {
   if [[ $1 == /* ]]; then compgen -G "$1"; else command -v "$1"; fi >/dev/null

@@ -8,10 +8,16 @@
 namespace sparkv {
 namespace {
 
-Status CountMultiprocessors(int* count) {
-  int device = 0;
-  if (Status s = gpu::StatusOf(cudaGetDevice(&device), "device"); !s.ok()) return s;
-  return gpu::StatusOf(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device),
+Status FindDevice(gpu::Device* device) {
+  int number = 0;
+  if (Status s = gpu::StatusOf(cudaGetDevice(&number), "device"); !s.ok()) return s;
+  if (Status s = gpu::StatusOf(
+          cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, number),
+          "device");
+      !s.ok())
+    return s;
+  return gpu::StatusOf(cudaDeviceGetAttribute(&device->shared_bytes,
+                                              cudaDevAttrMaxSharedMemoryPerBlockOptin, number),
                        "device");
 }
 
@@ -44,10 +50,10 @@ extern "C" {
 size_t sparkv_gpu_workspace_bytes(const sparkv_gpu_step* step) {
   size_t bytes = 0;
   const sparkv_status status = Guard(nullptr, [&] {
-    int multiprocessors = 0;
-    if (Status s = sparkv::CountMultiprocessors(&multiprocessors); !s.ok()) return s;
+    sparkv::gpu::Device device;
+    if (Status s = sparkv::FindDevice(&device); !s.ok()) return s;
     sparkv::gpu::Plan plan;
-    if (Status s = sparkv::gpu::MakePlan(step, multiprocessors, &plan); !s.ok()) return s;
+    if (Status s = sparkv::gpu::MakePlan(step, device, &plan); !s.ok()) return s;
     bytes = plan.bytes;
     return Status::Ok();
   });
@@ -56,9 +62,9 @@ size_t sparkv_gpu_workspace_bytes(const sparkv_gpu_step* step) {
 
 sparkv_status sparkv_gpu_attend(const sparkv_gpu_step* step, sparkv_error* error) {
   return Guard(error, [&] {
-    int multiprocessors = 0;
-    if (Status s = sparkv::CountMultiprocessors(&multiprocessors); !s.ok()) return s;
-    return sparkv::gpu::Attend(step, multiprocessors);
+    sparkv::gpu::Device device;
+    if (Status s = sparkv::FindDevice(&device); !s.ok()) return s;
+    return sparkv::gpu::Attend(step, device);
   });
 }
 

@@ -64,7 +64,10 @@ class GpuDevice : public testing::Test {
  protected:
   void SetUp() override {
     int n = 0;
-    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) GTEST_SKIP() << "no GPU on this machine";
+    const cudaError_t error = cudaGetDeviceCount(&n);
+    if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver || n == 0)
+      GTEST_SKIP() << "no GPU on this machine";
+    ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
   }
 };
 
@@ -114,6 +117,41 @@ TEST_F(GpuDevice, EqualsTheReferenceOverAllStoresTogether) {
                   {SPARKV_TIERS_7432, SPARKV_TRELLIS4, {500, 0, 3, 0}},
                   {SPARKV_TIERS_6321, SPARKV_TRELLIS3, {900, 0, 40, 0}}};
   EXPECT_LT(ErrorOf(shape, 3), kNear);
+}
+
+// More entries than shares: a warp has several pages, and its stages are used again.
+TEST_F(GpuDevice, EqualsTheReferenceForManyLongRows) {
+  for (const int dim : {64, 128, 256}) {
+    for (const auto& [keys, values] :
+         {std::pair(SPARKV_TIERS_6321, SPARKV_TRELLIS3), std::pair(SPARKV_INT8, SPARKV_INT8),
+          std::pair(SPARKV_F16, SPARKV_F16)}) {
+      GpuShape shape;
+      shape.head_dim = dim;
+      shape.kv_heads = 350;
+      shape.stores = {{keys, values, {500, 700}}};
+      EXPECT_LT(ErrorOf(shape, 7), kNear) << dim << " " << keys;
+    }
+  }
+}
+
+TEST_F(GpuDevice, RowsThatAreNotFiniteSpoilTheirSequenceAlone) {
+  for (const auto& [keys, values] :
+       {std::pair(SPARKV_TIERS_7543, SPARKV_TRELLIS4),
+        std::pair(SPARKV_TIERS_5321, SPARKV_TRELLIS2), std::pair(SPARKV_INT8, SPARKV_INT8)}) {
+    GpuShape shape;
+    shape.group = 2;
+    shape.infinite = true;
+    shape.stores = {{keys, values, {400, 0, 1}}};
+    EXPECT_LT(ErrorOf(shape, 4), kNear) << keys;
+  }
+}
+
+TEST_F(GpuDevice, PagesWithoutRowsAreNotRead) {
+  GpuShape shape;
+  shape.holes = true;
+  shape.empty_page = 4;
+  shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {300}}};
+  EXPECT_LT(ErrorOf(shape, 6), kNear);
 }
 
 }  // namespace

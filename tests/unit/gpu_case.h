@@ -19,6 +19,7 @@ struct GpuShape {
   float softcap = 0.0f;
   bool holes = false;     // rows missing from pages
   bool infinite = false;  // the last row of each sequence is not finite
+  int empty_page = -1;    // the page of that number of each sequence is gone
   struct Rows {
     sparkv_number keys, values;
     std::vector<int> n_rows;  // of each sequence
@@ -111,8 +112,6 @@ class GpuCase {
     MakeTierTable(queries.data(), energies.data(), dim, weights);
   }
 
-  static double PowerOfTwo(double x) { return std::exp2(x); }
-
   std::vector<double> KeyOf(const KeyLayout& layout, const uint16_t* weights,
                             const uint8_t* row) const {
     const size_t dim = size_t(shape.head_dim);
@@ -124,7 +123,7 @@ class GpuCase {
         k[j] = HalfToFloat(uint16_t(row[2 * j] | row[2 * j + 1] << 8));
       } else {
         const int e = (row[0] | row[1] << 8) & 1023;
-        const double largest = e == 0 ? 0.0 : e == 1023 ? NAN : PowerOfTwo((e - 1) / 32.0 - 16.0);
+        const double largest = e == 0 ? 0.0 : e == 1023 ? NAN : std::exp2((e - 1) / 32.0 - 16.0);
         k[j] = largest * LevelOf(SPARKV_INT8, row[2 + j]) / 127.0;
       }
     }
@@ -140,7 +139,7 @@ class GpuCase {
         v[j] = HalfToFloat(uint16_t(row[2 * j] | row[2 * j + 1] << 8));
       } else {
         const int e = row[0] | row[1] << 8;
-        const double largest = e == 0 ? 0.0 : e == 4095 ? NAN : PowerOfTwo((e - 1) / 64.0 - 32.0);
+        const double largest = e == 0 ? 0.0 : e == 4095 ? NAN : std::exp2((e - 1) / 64.0 - 32.0);
         v[j] = largest * (row[2 + j] - 127.5) / 127.5;
       }
     }
@@ -187,9 +186,10 @@ class GpuCase {
     for (size_t s = 0, next = 0; s < sequences; ++s) {
       for (int first = 0; first < rows.n_rows[s]; first += kPageRows, ++next) {
         const size_t slot = s * size_t(store.max_pages) + size_t(first / kPageRows);
-        store.pages[slot] = order[next];
-        const uint32_t there = shape.holes ? uint32_t(rng_()) : ~0u;
+        const bool gone = first / kPageRows == shape.empty_page;
+        const uint32_t there = gone ? 0 : shape.holes ? uint32_t(rng_()) : ~0u;
         if (shape.holes) store.rows[slot] = there;
+        store.pages[slot] = gone ? -1 : order[next];
         for (size_t h = 0; h < heads; ++h) {
           const uint16_t* weights = &weights_[(s * heads + h) * dim];
           const KeyLayout layout = key_layout.Under(weights);
@@ -200,12 +200,8 @@ class GpuCase {
             // Rows that are not there must not matter, whatever they hold.
             const bool counts = first + r < rows.n_rows[s] && (there >> r & 1) != 0;
             const bool broken = !counts || (shape.infinite && first + r == rows.n_rows[s] - 1);
-            const int kind = broken ? 8 : int(rng_() % 3) * 2 % 6;
-            std::vector<uint16_t> k = HardRow(shape.head_dim,
-                                              kind == 8   ? 8
-                                              : kind == 4 ? 5
-                                                          : kind,
-                                              rng_);
+            const int kind = broken ? 8 : int(rng_() % 3) * 2;  // outliers, zeros, the ends of f16
+            std::vector<uint16_t> k = HardRow(shape.head_dim, kind == 4 ? 5 : kind, rng_);
             std::vector<uint16_t> v = HardRow(shape.head_dim, kind, rng_);
             uint8_t* key_row = &key_rows[size_t(r) * key_layout.bytes];
             uint8_t* value_row = &value_rows[size_t(r) * value_layout.bytes];

@@ -62,6 +62,34 @@ TEST(Gpu, LevelsAreThoseOfTheFormat) {
   ExpectLevels<7>();
 }
 
+uint64_t HashOf(const std::vector<uint8_t>& bytes) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const uint8_t byte : bytes) hash = (hash ^ byte) * 0x100000001b3u;
+  return hash;
+}
+
+// Part of the format: must never change.
+TEST(Gpu, PagesLieAsTheyAlwaysDid) {
+  uint64_t hash = 0;
+  for (const int dim : {64, 128, 256}) {
+    std::vector<uint16_t> weights(static_cast<size_t>(dim));
+    for (int t = 0; t < kTiers - 1; ++t) SetTierFall(t, 8, weights.data());
+    for (const auto& [keys, values] :
+         {std::pair(SPARKV_TIERS_6321, SPARKV_TRELLIS3), std::pair(SPARKV_INT8, SPARKV_INT8)}) {
+      const KeyLayout key =
+          KeyLayout::Make(dim, dim, keys, SPARKV_RECOVER_ZERO).Under(weights.data());
+      const ValueLayout value = ValueLayout::Make(dim, values);
+      std::vector<uint8_t> rows(kPageRows * std::max(key.bytes, value.bytes)), page(rows.size());
+      for (size_t i = 0; i < rows.size(); ++i) rows[i] = uint8_t(i * i % 251);
+      PackKeyPage(key, rows.data(), page.data());
+      hash = hash * 31 + HashOf(page);
+      PackValuePage(value, rows.data(), page.data());
+      hash = hash * 31 + HashOf(page);
+    }
+  }
+  EXPECT_EQ(hash, 0xf26b70bd904c3f1fu);
+}
+
 TEST(Gpu, PagesHoldTheBitsOfTheirRows) {
   std::mt19937 rng(1);
   for (const int dim : {64, 128, 256}) {
@@ -89,24 +117,30 @@ TEST(Gpu, PagesHoldTheBitsOfTheirRows) {
   }
 }
 
-double ErrorOf(const GpuShape& shape, unsigned seed, int multiprocessors = 1) {
-  const GpuCase c(shape, seed);
+constexpr int kSharedBytes = 227 << 10;
+
+double ErrorOf(const GpuCase& c, int multiprocessors = 1) {
+  const gpu::Device device{multiprocessors, kSharedBytes};
   std::vector<sparkv_gpu_rows> rows;
   std::vector<float> out;
   sparkv_gpu_step step = c.Step(&rows, &out);
   gpu::Plan plan;
-  if (Status s = gpu::MakePlan(&step, multiprocessors, &plan); !s.ok()) {
+  if (Status s = gpu::MakePlan(&step, device, &plan); !s.ok()) {
     ADD_FAILURE() << s.text;
     return 1e30;
   }
   std::vector<uint4> workspace(plan.bytes / sizeof(uint4), uint4{~0u, ~0u, ~0u, ~0u});
   step.workspace = workspace.data();
   step.workspace_size = plan.bytes;
-  if (Status s = gpu::Attend(&step, multiprocessors); !s.ok()) {
+  if (Status s = gpu::Attend(&step, device); !s.ok()) {
     ADD_FAILURE() << s.text;
     return 1e30;
   }
   return c.Error(out);
+}
+
+double ErrorOf(const GpuShape& shape, unsigned seed, int multiprocessors = 1) {
+  return ErrorOf(GpuCase(shape, seed), multiprocessors);
 }
 
 constexpr double kNear = 3e-5;
@@ -123,7 +157,7 @@ TEST(Gpu, EqualsTheReferenceForEveryRowFormat) {
       GpuShape shape;
       shape.head_dim = dim;
       shape.group = 3;
-      shape.stores = {{keys, values, {77}}};
+      shape.stores = {{keys, values, {dim == 64 ? 300 : 77}}};
       EXPECT_LT(ErrorOf(shape, 1), kNear) << dim << " " << keys;
     }
   }
@@ -164,10 +198,29 @@ TEST(Gpu, RowsThatAreNotFiniteSpoilTheirSequenceAlone) {
   }
 }
 
+TEST(Gpu, QueriesThatAreNotFiniteHaveNoAnswer) {
+  GpuShape shape;
+  shape.kv_heads = 2;
+  shape.stores = {{SPARKV_TIERS_4211, SPARKV_TRELLIS1, {40}}};
+  GpuCase c(shape, 5);
+  c.q[3] = NAN;
+  for (int j = 0; j < shape.head_dim; ++j) c.want[size_t(j)] = NAN;
+  EXPECT_LT(ErrorOf(c), kNear);
+}
+
+TEST(Gpu, PagesWithoutRowsAreNotRead) {
+  GpuShape shape;
+  shape.holes = true;
+  shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {300}}};
+  shape.empty_page = 4;
+  EXPECT_LT(ErrorOf(shape, 6), kNear);
+}
+
 TEST(Gpu, RefusesWhatItCannotCompute) {
   GpuShape shape;
   shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {5}}};
   const GpuCase c(shape, 1);
+  gpu::Device device{1, kSharedBytes};
   const auto refusal = [&](auto&& change) {
     std::vector<sparkv_gpu_rows> rows;
     std::vector<float> out;
@@ -176,12 +229,12 @@ TEST(Gpu, RefusesWhatItCannotCompute) {
     step.workspace = workspace;
     step.workspace_size = sizeof(workspace);
     change(step, rows[0]);
-    return gpu::Attend(&step, 1).text;
+    return gpu::Attend(&step, device).text;
   };
   using Rows = sparkv_gpu_rows;
   using Step = sparkv_gpu_step;
   EXPECT_EQ(refusal([](Step&, Rows&) {}), "");
-  EXPECT_EQ(gpu::Attend(nullptr, 1).text, "step: NULL");
+  EXPECT_EQ(gpu::Attend(nullptr, device).text, "step: NULL");
   const auto has = [&](const char* text, auto&& change) {
     EXPECT_NE(refusal(change).find(text), std::string::npos) << text << " | " << refusal(change);
   };
@@ -202,7 +255,10 @@ TEST(Gpu, RefusesWhatItCannotCompute) {
   has("q: NULL", [](Step& s, Rows&) { s.q = nullptr; });
   has("out: NULL", [](Step& s, Rows&) { s.out = nullptr; });
   has("workspace: NULL", [](Step& s, Rows&) { s.workspace = nullptr; });
+  has("stores[0].keys, values: 99, 99", [](Step&, Rows& r) { r.keys = r.values = 99; });
   has("workspace_size: 100 is below", [](Step& s, Rows&) { s.workspace_size = 100; });
+  device.shared_bytes = 16 << 10;
+  has("stores[0]: pages do not fit the device's shared memory of 16384", [](Step&, Rows&) {});
 }
 
 }  // namespace

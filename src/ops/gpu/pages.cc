@@ -111,11 +111,10 @@ void UnpackValuePage(const ValueLayout& l, const uint8_t* page, uint8_t* rows) {
 }
 
 bool PagesAllowed(const KeyLayout& key, const ValueLayout& value) {
-  const bool dense_key = key.pruned == 0 && (key.number == SPARKV_F16 || key.number == SPARKV_INT8);
-  const bool key_fits = key.tiered() || dense_key;
-  const bool value_fits =
-      value.trellis() || value.number == SPARKV_F16 || value.number == SPARKV_INT8;
-  return PagesAllowed(key.head_dim) && PagesAllowed(value.head_dim) && key_fits && value_fits;
+  const bool same = key.number == value.number && key.pruned == 0 &&
+                    (key.number == SPARKV_F16 || key.number == SPARKV_INT8);
+  return PagesAllowed(key.head_dim) && key.head_dim == value.head_dim &&
+         ((key.tiered() && value.trellis()) || same);
 }
 
 }  // namespace sparkv

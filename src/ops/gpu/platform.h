@@ -1,6 +1,5 @@
-// What kernels need of a GPU, under the names CUDA gives it. Three compilers read it: nvcc, and the
-// host's, for which one block of threads runs as fibers (tests/unit/gpu_emulator.h), so that
-// kernels are tested on machines without a GPU.
+// What kernels need of a GPU beyond the names that CUDA gives it. For other compilers the emulator
+// of the tests (tests/unit/gpu_emulator.h) brings all of them.
 #pragma once
 
 #include <cstdint>

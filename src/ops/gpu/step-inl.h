@@ -12,8 +12,6 @@
 
 namespace sparkv::gpu {
 
-inline constexpr int kMostStores = 4;
-
 struct Store {
   KeyLayout key;
   ValueLayout value;
@@ -32,8 +30,11 @@ constexpr size_t PreparedBytes() {
   return sizeof(Prepared<D>);
 }
 
-// multiprocessors: of the device, so that all have work and few shares are to be merged.
-inline Status MakePlan(const sparkv_gpu_step* step, int multiprocessors, Plan* plan) {
+struct Device {
+  int multiprocessors, shared_bytes;  // shared memory that a block may ask for
+};
+
+inline Status MakePlan(const sparkv_gpu_step* step, const Device& device, Plan* plan) {
   if (step == nullptr) return Status::Invalid("step: NULL");
   if (step->struct_size != sizeof(*step))
     return Status::Invalid("struct_size: " + std::to_string(step->struct_size) + " is not " +
@@ -56,8 +57,8 @@ inline Status MakePlan(const sparkv_gpu_step* step, int multiprocessors, Plan* p
     return Status::Unsupported("kv_heads: " + std::to_string(step->kv_heads) + " by groups of " +
                                std::to_string(step->group) + " are above 65535 blocks");
   if (step->n_stores < 1 || step->n_stores > kMostStores || step->stores == nullptr)
-    return Status::Invalid("n_stores: " + std::to_string(step->n_stores) +
-                           " is outside 1..4, or no stores");
+    return Status::Invalid("n_stores: " + std::to_string(step->n_stores) + " is outside 1.." +
+                           std::to_string(kMostStores) + ", or no stores");
 
   plan->n_blocks = (step->group + 7) / 8;
   const int64_t entries = blocks * step->sequences;
@@ -74,29 +75,40 @@ inline Status MakePlan(const sparkv_gpu_step* step, int multiprocessors, Plan* p
     if (rows.max_pages < 1 || rows.max_pages > (1 << 26))
       return Status::Invalid(name + "max_pages: " + std::to_string(rows.max_pages) +
                              " is outside 1..2^26");
-    const bool tiers = rows.keys >= SPARKV_TIERS_7543 && rows.keys <= SPARKV_TIERS_4211;
-    const bool trellis = rows.values >= SPARKV_TRELLIS4 && rows.values <= SPARKV_TRELLIS1;
-    const bool same =
-        rows.keys == rows.values && (rows.keys == SPARKV_F16 || rows.keys == SPARKV_INT8);
-    if (!(tiers && trellis) && !same)
-      return Status::Unsupported(name + "keys, values: " + std::to_string(rows.keys) + ", " +
-                                 std::to_string(rows.values) +
-                                 " are not tiers with trellis, or both int8, or both f16");
     store.key = KeyLayout::Make(step->head_dim, step->head_dim, sparkv_number(rows.keys),
                                 SPARKV_RECOVER_ZERO);
     store.value = ValueLayout::Make(step->head_dim, sparkv_number(rows.values));
-    // A warp has two pages or more, if there are as many; five blocks run on a multiprocessor.
+    if (!PagesAllowed(store.key, store.value))
+      return Status::Unsupported(name + "keys, values: " + std::to_string(rows.keys) + ", " +
+                                 std::to_string(rows.values) +
+                                 " are not tiers with trellis, or both int8, or both f16");
+    // A warp has two pages or more, if there are as many, and a multiprocessor five blocks: as many
+    // of the leanest kernels run at once.
     const int most = (rows.max_pages + 2 * kWarps - 1) / (2 * kWarps);
-    store.n_shares = std::clamp(5 * multiprocessors / plan->n_entries, 1, most);
+    store.n_shares = std::clamp(5 * device.multiprocessors / plan->n_entries, 1, most);
     shares += store.n_shares;
   }
+  int large = -1;  // a store whose pages do not fit
   const auto sizes = [&]<int D>() {
     plan->prepared_bytes = PreparedBytes<D>();
     plan->share_bytes = sizeof(Share<D>);
+    for (int i = 0; i < step->n_stores; ++i) {
+      const Store& store = plan->stores[i];
+      const int stages = store.key.tiered()                ? TierKeys<D, 1>::kStages
+                         : store.key.number == SPARKV_INT8 ? ByteKeys<D, 1>::kStages
+                                                           : DenseKeys<D, 1>::kStages;
+      const size_t bytes =
+          SharedBytes<D>(stages, kPageRows * store.key.bytes, kPageRows * store.value.bytes);
+      if (bytes > size_t(device.shared_bytes)) large = i;
+    }
   };
   if (step->head_dim == 64) sizes.template operator()<64>();
   if (step->head_dim == 128) sizes.template operator()<128>();
   if (step->head_dim == 256) sizes.template operator()<256>();
+  if (large >= 0)
+    return Status::Unsupported("stores[" + std::to_string(large) +
+                               "]: pages do not fit the device's shared memory of " +
+                               std::to_string(device.shared_bytes) + " bytes per block");
   plan->bytes = size_t(plan->n_entries) * (size_t(step->n_stores) * plan->prepared_bytes +
                                            size_t(shares) * plan->share_bytes);
   return Status::Ok();
@@ -129,7 +141,7 @@ template <int D, int kQTiles, typename Keys, typename Values>
 Status LaunchPages(const Step& step, const Pages& pages, dim3 grid, void* stream,
                    const Prepared<D>* prepared, Share<D>* shares) {
   return Launch(AttendPages<D, kQTiles, Keys, Values>, grid, kWarps * kLanes,
-                SharedBytes<D, Keys::kStages>(pages.key_bytes, pages.value_bytes), stream, step,
+                SharedBytes<D>(Keys::kStages, pages.key_bytes, pages.value_bytes), stream, step,
                 pages, prepared, shares);
 }
 
@@ -200,9 +212,9 @@ Status AttendStep(const sparkv_gpu_step& step, const Plan& plan) {
                 static_cast<const Share<D>*>(all_shares));
 }
 
-inline Status Attend(const sparkv_gpu_step* step, int multiprocessors) {
+inline Status Attend(const sparkv_gpu_step* step, const Device& device) {
   Plan plan;
-  if (Status s = MakePlan(step, multiprocessors, &plan); !s.ok()) return s;
+  if (Status s = MakePlan(step, device, &plan); !s.ok()) return s;
   if (Status s = CheckPointers(*step, plan); !s.ok()) return s;
   switch (step->head_dim) {
     case 64:

@@ -16,15 +16,24 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 F16, INT8, TIERS, TRELLIS = 0, 1, 5, 10
-# name -> (keys, values, steps of 3/4 dB by which the energies of tiers fall)
+# Steps of 3/4 dB by which the energies of tiers fall.
+STEEP, FLAT = (12, 8, 8), (4, 2, 2)
+T7543, T7432, T6321, T5321, T4211 = range(TIERS, TIERS + 5)
+T4, T3, T2, T1 = range(TRELLIS, TRELLIS + 4)
+REST = 0
+# name -> stores of (keys, values, falls, rows)
 SIDES = {
-    "exact": (F16, F16, None),
-    "int8": (INT8, INT8, None),
-    "tiers-7543": (TIERS, TRELLIS, (12, 8, 8)),
-    "tiers-6321": (TIERS + 2, TRELLIS + 1, (12, 8, 8)),
-    "tiers-6321 flat": (TIERS + 2, TRELLIS + 1, (4, 2, 2)),
-    "tiers-5321": (TIERS + 3, TRELLIS + 2, (12, 8, 8)),
-    "tiers-4211": (TIERS + 4, TRELLIS + 3, (12, 8, 8)),
+    "exact": [(F16, F16, STEEP, REST)],
+    "int8": [(INT8, INT8, STEEP, REST)],
+    "tiers-7543": [(T7543, T4, STEEP, REST)],
+    "tiers-6321": [(T6321, T3, STEEP, REST)],
+    "tiers-6321 flat": [(T6321, T3, FLAT, REST)],
+    "tiers-5321": [(T5321, T2, STEEP, REST)],
+    "tiers-4211": [(T4211, T1, STEEP, REST)],
+    # Presets with their windows and stages.
+    "safe": [(T7543, T4, STEEP, REST), (INT8, INT8, STEEP, 320), (F16, F16, STEEP, 64)],
+    "balanced": [(T6321, T3, STEEP, REST), (T7432, T4, STEEP, 896), (INT8, INT8, STEEP, 96), (F16, F16, STEEP, 32)],
+    "small": [(T5321, T2, STEEP, REST), (T7432, T4, STEEP, 448), (INT8, INT8, STEEP, 32), (F16, F16, STEEP, 32)],
 }
 SUMS = {TIERS: 19, TIERS + 1: 16, TIERS + 2: 12, TIERS + 3: 11, TIERS + 4: 8}
 BITS = {TRELLIS: 4, TRELLIS + 1: 3, TRELLIS + 2: 2, TRELLIS + 3: 1}
@@ -55,9 +64,8 @@ def row_bytes(kind, dim, values):
     return 1 + BITS[kind] * dim // 8 if values else 3 + SUMS[kind] * dim // 32
 
 
-def packed(lib, name, sequences, heads, group, dim, tokens, q):
-    """A function that queues one decode step, and the bytes that it reads."""
-    keys, values, falls = SIDES[name]
+def store_of(sequences, heads, dim, keys, values, falls, tokens):
+    """A store of random rows, what must outlive it, and the bytes of its pages."""
     n_pages = tokens // 32
     buffers = []
     for kind, is_value in ((keys, False), (values, True)):
@@ -76,20 +84,29 @@ def packed(lib, name, sequences, heads, group, dim, tokens, q):
         buffers.append(pages)
     weights = torch.full((sequences * heads, dim), 0x3C00, dtype=torch.int32)
     weights += torch.arange(dim) * 4 // dim
-    for tier, fall in enumerate(falls or ()):
+    for tier, fall in enumerate(falls):
         for bit in range(5):
             weights[:, 5 * tier + bit] |= (fall >> bit & 1) << 2
     weights = weights.to(torch.int16).cuda()
     table = torch.randperm(sequences * n_pages, device="cuda").to(torch.int32).reshape(sequences, n_pages)
     n_rows = torch.full((sequences,), tokens, dtype=torch.int32, device="cuda")
-    out = torch.empty_like(q)
     rows = Rows(c.sizeof(Rows), keys, values, buffers[0].data_ptr(), buffers[1].data_ptr(), weights.data_ptr(),
                 table.data_ptr(), None, n_rows.data_ptr(), n_pages)
+    return rows, (buffers, weights, table, n_rows), sum(b.numel() * b.element_size() for b in buffers)
+
+
+def packed(lib, name, sequences, heads, group, dim, tokens, q):
+    """A function that queues one decode step, and the bytes that it reads."""
+    others = sum(rows for _, _, _, rows in SIDES[name])
+    made = [store_of(sequences, heads, dim, keys, values, falls, rows or tokens - others)
+            for keys, values, falls, rows in SIDES[name]]
+    stores = (Rows * len(made))(*(rows for rows, _, _ in made))
+    out = torch.empty_like(q)
     step = Step(c.sizeof(Step), sequences, heads, group, dim, dim**-0.5, 0.0, q.data_ptr(), out.data_ptr(),
-                c.addressof(rows), 1, None, 0, None)
+                c.addressof(stores), len(made), None, 0, None)
     workspace = torch.empty(lib.sparkv_gpu_workspace_bytes(c.byref(step)), dtype=torch.uint8, device="cuda")
     step.workspace, step.workspace_size = workspace.data_ptr(), workspace.numel()
-    kept = (buffers, weights, table, n_rows, out, rows, workspace)
+    kept = (made, stores, out, workspace)
 
     def run(_=kept):
         step.stream = torch.cuda.current_stream().cuda_stream
@@ -97,7 +114,7 @@ def packed(lib, name, sequences, heads, group, dim, tokens, q):
         if lib.sparkv_gpu_attend(c.byref(step), c.byref(error)):
             raise RuntimeError(error.text.decode())
 
-    return run, sum(b.numel() * b.element_size() for b in buffers)
+    return run, sum(size for _, _, size in made)
 
 
 def torch_sides(sequences, heads, group, dim, tokens, q):

@@ -19,6 +19,7 @@ constexpr int64_t kBlockTokens = 64;  // queries of a micro-batch that share unp
 constexpr int64_t kSplitTiles = 32;   // tiles per task when there are few queries
 constexpr int64_t kFewTokens = 8;
 constexpr int64_t kFewRecentTiles = 4;  // of recent rows, which need no task of their own
+constexpr int64_t kManyHeads = 64;      // of all streams: tasks for any number of threads
 // Below this many multiply-adds a loop ends before a sleeping thread, or one of the host's team
 // that waits for its next loop, has begun.
 constexpr double kWorthWaking = 3e6, kWorthSharing = 2e5;
@@ -200,6 +201,40 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     ops_->attend_packed(*key.layout, value, block, *tile, visible, mask, space.scratch, state);
   };
 
+  // A share of the recent rows of a head comes from memory with each of its packed tiles: rows of a
+  // layer lie in runs too short for hardware that looks ahead. Not into the first cache, where
+  // lines on their way would keep a tile from its own.
+  const auto prefetch_recent = [&](int stream, int head, int64_t w) __attribute__((always_inline)) {
+    const std::vector<Column>& columns = view_.columns[size_t(stream)];
+    const size_t share = (columns.size() + size_t(n_tiles) - 1) / size_t(n_tiles);
+    const size_t end = std::min(columns.size(), size_t(w + 1) * share);
+    for (size_t i = size_t(w) * share; i < end; ++i) {
+      const Column& column = columns[i];
+      if (column.slot < 0) continue;
+      const StageLayout& rows = layer.stages[size_t(column.stage)];
+      for (const bool keys : {true, false}) {
+        const size_t bytes = keys ? rows.key.bytes : rows.value.bytes;
+        const uint8_t* row =
+            StageRows(layer, column.stage, column.slot, keys) + size_t(head) * bytes;
+        for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+      }
+    }
+  };
+  // The tile that is computed next, of this head, the next one or the next stream: kernels prefetch
+  // it.
+  const auto name_next = [&](int stream, int head, int64_t w, PackedTile* tile) {
+    if (++w == n_tiles) w = 0, ++head;
+    if (head == layer.n_kv_heads) head = 0, ++stream;
+    tile->next_bytes = stream < args.n_streams ? layer.head_group_bytes() : 0;
+    if (tile->next_bytes == 0) return;
+    const int64_t cell = (args.first_stream + stream) * layout_.cells_per_stream + w * kTile;
+    const uint8_t* rows = packed_.data() + layout_.key_at(layer, head, cell);
+    for (int64_t g = 0; g < kTile / kGroupCells; ++g) {
+      const bool there = w * kTile + g * kGroupCells < layout_.cells_per_stream;
+      tile->next[g] = there ? rows + size_t(g) * layout_.group_bytes : rows;
+    }
+  };
+
   const auto attend_packed = [&](int stream, int head, int64_t first, int64_t n, int64_t tile_begin,
                                  int64_t tile_end, const Space& space,
                                  const AttentionState& state) {
@@ -224,20 +259,16 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       }
       if (any == 0) continue;
       const int64_t tile_cell = stream_cell + w * kTile;
-      // Groups of one layer lie far apart: no hardware looks ahead over the gap.
-      if (few && w + 1 < tile_end) {
-        for (int64_t i = kTile; i < 2 * kTile && w * kTile + i < layout_.cells_per_stream;
-             i += kGroupCells) {
-          const uint8_t* next = base + layout_.key_at(layer, head, tile_cell + i);
-          for (size_t line = 0; line < layer.head_group_bytes(); line += 64)
-            __builtin_prefetch(next + line);
-        }
+      if (few) {
+        prefetch_recent(stream, head, w);
+        name_next(stream, head, w, &tile);
       }
       static_assert(kGroupCells == 16);
-      for (int64_t i = 0; i < kTile; i += kGroupCells) {
-        if ((any >> i & 0xffff) == 0) continue;
-        tile.key[i / kGroupCells] = base + layout_.key_at(layer, head, tile_cell + i);
-        tile.value[i / kGroupCells] = base + layout_.value_at(layer, head, tile_cell + i);
+      const uint8_t* rows = base + layout_.key_at(layer, head, tile_cell);
+      for (int64_t g = 0; g < kTile / kGroupCells; ++g, rows += layout_.group_bytes) {
+        if ((any >> (g * kGroupCells) & 0xffff) == 0) continue;
+        tile.key[g] = rows;
+        tile.value[g] = rows + size_t(kGroupCells) * layer.key.bytes;
       }
       if (block.slope != nullptr) {
         for (int64_t t = 0; t < n; ++t) {
@@ -355,13 +386,6 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
           ForEachBit(&rows, 1, [&](int64_t i) {
             dense.key[i] = WindowNumbers(layer, tile[i], true) + size_t(head) * size_t(k_dim);
             dense.value[i] = WindowNumbers(layer, tile[i], false) + size_t(head) * size_t(v_dim);
-            if (few) {
-              // Rows of a layer lie in runs too short for hardware that looks ahead.
-              for (size_t line = 0; line < size_t(k_dim); line += 32)
-                __builtin_prefetch(dense.key[i] + line);
-              for (size_t line = 0; line < size_t(v_dim); line += 32)
-                __builtin_prefetch(dense.value[i] + line);
-            }
           });
           ops_->attend_dense(block, dense, visible, mask, space.scratch, state);
         });
@@ -477,10 +501,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     return state_at(partial_.data() +
                     size_t((stream * n_heads + head) * n_splits + split) * state_floats);
   };
-  run(args.n_streams * n_heads * n_splits, [&](int64_t task, int thread) {
-    const int64_t split = task % n_splits;
-    const int head = int(task / n_splits % n_heads), stream = int(task / n_splits / n_heads);
-    const Space space = space_of(thread);
+  const auto attend_split = [&](int stream, int head, int64_t split, const Space& space) {
     const AttentionState state = partial_at(stream, head, split);
     reset(state);
     gather_queries(stream, head, 0, args.n_tokens, space.q);
@@ -490,28 +511,42 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     }
     if (split == 0) attend_kept(stream, head, 0, args.n_tokens, space, state);
     if (split == n_splits - 1) attend_stages(stream, head, 0, args.n_tokens, space, state);
+  };
+  const auto join = [&](int stream, int head, const Space& space) {
+    const AttentionState sum = partial_at(stream, head, 0);
+    for (int64_t split = 1; split < n_splits; ++split) {
+      const AttentionState part = partial_at(stream, head, split);
+      for (size_t r = 0; r < block_rows; ++r) {
+        if (part.d[r] == 0.0f) continue;
+        const float m = std::max(sum.m[r], part.m[r]);
+        const float a = sum.d[r] == 0.0f ? 0.0f : std::exp(sum.m[r] - m),
+                    b = std::exp(part.m[r] - m);
+        for (size_t j = 0; j < o_stride; ++j) {
+          sum.o[r * o_stride + j] = sum.o[r * o_stride + j] * a + part.o[r * o_stride + j] * b;
+        }
+        sum.d[r] = sum.d[r] * a + part.d[r] * b;
+        sum.m[r] = m;
+      }
+    }
+    gather_queries(stream, head, 0, args.n_tokens, space.q);
+    finish(stream, head, 0, args.n_tokens, space, sum);
+  };
+  // Where heads are enough for all threads, one task does all of a head while its rows are near.
+  if (n_threads == 1 || args.n_streams * n_heads >= kManyHeads) {
+    run(args.n_streams * n_heads, [&](int64_t task, int thread) {
+      const int stream = int(task / n_heads), head = int(task % n_heads);
+      for (int64_t split = 0; split < n_splits; ++split)
+        attend_split(stream, head, split, space_of(thread));
+      join(stream, head, space_of(thread));
+    });
+    return;
+  }
+  run(args.n_streams * n_heads * n_splits, [&](int64_t task, int thread) {
+    const int head = int(task / n_splits % n_heads), stream = int(task / n_splits / n_heads);
+    attend_split(stream, head, task % n_splits, space_of(thread));
   });
   for (int stream = 0; stream < args.n_streams; ++stream) {
-    for (int head = 0; head < n_heads; ++head) {
-      const AttentionState sum = partial_at(stream, head, 0);
-      for (int64_t split = 1; split < n_splits; ++split) {
-        const AttentionState part = partial_at(stream, head, split);
-        for (size_t r = 0; r < block_rows; ++r) {
-          if (part.d[r] == 0.0f) continue;
-          const float m = std::max(sum.m[r], part.m[r]);
-          const float a = sum.d[r] == 0.0f ? 0.0f : std::exp(sum.m[r] - m),
-                      b = std::exp(part.m[r] - m);
-          for (size_t j = 0; j < o_stride; ++j) {
-            sum.o[r * o_stride + j] = sum.o[r * o_stride + j] * a + part.o[r * o_stride + j] * b;
-          }
-          sum.d[r] = sum.d[r] * a + part.d[r] * b;
-          sum.m[r] = m;
-        }
-      }
-      const Space space = space_of(0);
-      gather_queries(stream, head, 0, args.n_tokens, space.q);
-      finish(stream, head, 0, args.n_tokens, space, sum);
-    }
+    for (int head = 0; head < n_heads; ++head) join(stream, head, space_of(0));
   }
 }
 

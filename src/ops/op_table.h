@@ -21,6 +21,10 @@ struct PackedTile {
   const uint8_t* key[kTile / 16];
   const uint8_t* value[kTile / 16];
   const float* table;  // KeyWeights the keys were packed with; not read when the layout needs none
+  // Runs of `next_bytes` that are read next, if any. A kernel prefetches them a few at a time: all
+  // at once they would keep it from its own rows.
+  const uint8_t* next[kTile / 16];
+  size_t next_bytes = 0;
 };
 
 struct DenseTile {

@@ -288,8 +288,9 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
                           [&](KeyBytes* keys) {
                             for (int run = 0; run < kTile / 16; ++run) {
                               const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
-                              if (rows != 0)
-                                UnpackRun<number()>(key, tile.key[run], rows, run, keys);
+                              if (rows == 0) continue;
+                              PrefetchNext(tile, run, 0);
+                              UnpackRun<number()>(key, tile.key[run], rows, run, keys);
                             }
                           });
   });

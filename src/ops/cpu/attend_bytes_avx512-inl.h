@@ -426,6 +426,7 @@ void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out)
   const int per_tier = layout.per_tier(), n_pieces = (layout.head_dim + 63) / 64;
   EachPieceOfRuns(
       layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
+        if (p == 0) PrefetchNext(tile, run, 0);
         Vec block[16];
         // Rows that are not there give codes as well; without a unit they score zero.
         piece.EachRow<together()>(
@@ -515,6 +516,7 @@ void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes*
   const __m512i levels = _mm512_load_si512(kCodes.level[TrellisBits(layout.number)]);
   EachPieceOfRuns(
       layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
+        if (p == 0) PrefetchNext(tile, run, 1);
         __m512i x[4];
         piece.EachRow<together()>(
             tile.value[run],
@@ -801,6 +803,7 @@ inline void AttendBytes(const KeyLayout& key, const ValueLayout& value, const Qu
   for (int run = 0; run < 4; ++run) {
     const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
     if (rows == 0) continue;
+    if (!value.trellis()) PrefetchNext(tile, run, 1);
     // A value that is not finite gives no number: its key does, to those who see it.
     unsigned nan = 0;
     if (value.rotated()) {

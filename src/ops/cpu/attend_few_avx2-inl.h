@@ -419,6 +419,7 @@ template <int R>
 void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
                const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                const Scratch& scratch, const AttentionState& state) {
+  PrefetchNext(tile);
   // What the weights of a value row are multiplied with.
   alignas(32) float unit[kTile] = {};
   uint64_t not_finite = 0;

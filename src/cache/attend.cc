@@ -15,8 +15,7 @@
 namespace sparkv {
 namespace {
 
-constexpr int64_t kBlockTokens = 64;  // queries of a micro-batch that share unpacked tiles
-constexpr int64_t kSplitTiles = 32;   // tiles per task when there are few queries
+constexpr int64_t kSplitTiles = 32;  // tiles per task when there are few queries
 constexpr int64_t kFewTokens = 8;
 constexpr int64_t kFewRecentTiles = 4;  // of recent rows, which need no task of their own
 constexpr int64_t kManyHeads = 64;      // of all streams: tasks for any number of threads
@@ -238,31 +237,37 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
   const auto attend_packed = [&](int stream, int head, int64_t first, int64_t n, int64_t tile_begin,
                                  int64_t tile_end, const Space& space,
                                  const AttentionState& state) {
-    const QueryBlock block = query_block(head, n * group, space.q);
     const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
     const uint8_t* base = packed_.data();
     uint64_t visible[kBlockTokens];
     const uint16_t* mask[kBlockTokens];
     uint16_t padded[kBlockTokens][kTile];
     PackedTile tile;
-    const auto attend_rows = [&](uint16_t id) {
-      attend_under({FormOf(layer, layout_.n_stages(), id, head), stream, head, first}, layer.value,
-                   block, visible, mask, space, state, &tile);
-    };
     for (int64_t w = tile_begin; w < tile_end; ++w) {
+      const View::Seers seers =
+          view_.seers[size_t((stream * n_blocks + first / kBlockTokens) * n_tiles + w)];
+      if (seers.end == 0) continue;
+      // Of many sequences in one stream, most see nothing of this tile.
+      const bool some = 2 * (seers.end - seers.begin) <= n;
+      const int64_t begin = some ? seers.begin : 0, count = some ? seers.end - begin : n;
+      const size_t row = size_t(begin * group);
+      const QueryBlock block = query_block(head, count * group, space.q + row * size_t(k_dim));
+      const AttentionState part{state.o + row * o_stride, state.m + row, state.d + row};
+      const auto attend_rows = [&](uint16_t id) {
+        attend_under(
+            {FormOf(layer, layout_.n_stages(), id, head), stream, head, first + begin, count},
+            layer.value, block, visible, mask, space, part, &tile);
+      };
       uint64_t any = 0;
-      for (int64_t t = 0; t < n; ++t) {
-        visible[t] =
-            view_.packed_bits[size_t(stream * args.n_tokens + first + t) * view_.packed_words +
-                              size_t(w)];
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t query = stream * args.n_tokens + first + begin + t;
+        visible[t] = view_.packed_bits[size_t(query * n_tiles + w)];
         any |= visible[t];
       }
-      if (any == 0) continue;
       const int64_t tile_cell = stream_cell + w * kTile;
-      if (few) {
-        prefetch_recent(stream, head, w);
-        name_next(stream, head, w, &tile);
-      }
+      if (few) prefetch_recent(stream, head, w);
+      tile.next_bytes = 0;
+      if (few || some) name_next(stream, head, w, &tile);
       static_assert(kGroupCells == 16);
       const uint8_t* rows = base + layout_.key_at(layer, head, tile_cell);
       for (int64_t g = 0; g < kTile / kGroupCells; ++g, rows += layout_.group_bytes) {
@@ -271,10 +276,10 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         tile.value[g] = rows + size_t(kGroupCells) * layer.key.bytes;
       }
       if (block.slope != nullptr) {
-        for (int64_t t = 0; t < n; ++t) {
+        for (int64_t t = 0; t < count; ++t) {
           // The mask row may end inside the tile.
           const int64_t here = std::min<int64_t>(kTile, args.n_kv - w * kTile);
-          std::memcpy(padded[t], mask_row(stream, first + t) + w * kTile, size_t(here) * 2);
+          std::memcpy(padded[t], mask_row(stream, first + begin + t) + w * kTile, size_t(here) * 2);
           mask[t] = padded[t];
         }
       }
@@ -286,12 +291,12 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       }
       // Sequences meet in this tile: the rows of each set of weights in turn.
       uint64_t all[kBlockTokens];
-      std::copy(visible, visible + n, all);
+      std::copy(visible, visible + count, all);
       EachTable(
           any, [&](int64_t i) { return cells_.table(tile_cell + i); },
           [&](uint16_t next, uint64_t rows) {
             tile.rows = rows;
-            for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
+            for (int64_t t = 0; t < count; ++t) visible[t] = all[t] & rows;
             attend_rows(next);
           });
     }
@@ -333,7 +338,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
           [&](uint16_t id, uint64_t rows) {
             tile.rows = rows;
             for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-            attend_under({FormOf(layer, layout_.n_stages(), id, head), stream, head, first},
+            attend_under({FormOf(layer, layout_.n_stages(), id, head), stream, head, first, n},
                          layer.value, block, visible, mask, space, state, &tile);
           });
     };
@@ -423,7 +428,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
               [&](uint16_t id, uint64_t rows) {
                 packed.rows = rows;
                 for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-                attend_under({FormOf(layer, stage, id, head), stream, head, first}, layout.value,
+                attend_under({FormOf(layer, stage, id, head), stream, head, first, n}, layout.value,
                              block, visible, mask, space, state, &packed);
               });
         });

@@ -152,6 +152,11 @@ class KvCache {
   // What the queries of a call see, [n_streams * n_tokens][words]: bits of packed cells and bits of
   // dense columns.
   struct View {
+    // Queries of a block, [begin, end), that see some packed cell of a tile.
+    struct Seers {
+      uint8_t begin = 0, end = 0;
+    };
+    std::vector<Seers> seers;                  // [n_streams][blocks][packed_words]
     std::vector<std::vector<Column>> columns;  // per stream of the call
     std::vector<uint64_t> packed_bits;
     std::vector<std::vector<uint64_t>> stage_bits;  // per stage; 0: f16 numbers
@@ -167,13 +172,14 @@ class KvCache {
     int first_stream = 0, n_streams = 0;
   };
   static constexpr uint16_t kMixedTables = 65535;
+  static constexpr int64_t kBlockTokens = 64;  // queries of a micro-batch that share unpacked tiles
   // Tokens that a sequence has weights after, however few of them differ.
   static constexpr int32_t kMostWaiting = 512;
   // Queries that the scratch of a thread holds in the form that rows of `key` want.
   struct alignas(64) Prepared {
     KeyForm key;
     int stream = 0, head = 0;
-    int64_t first = 0;
+    int64_t first = 0, n = 0;
     bool operator==(const Prepared&) const = default;
   };
 

@@ -523,6 +523,8 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
                           std::vector<uint64_t>(rows * view_.dense_words, 0));
   view_.evicted_bits.assign(n_evicted_ > 0 ? rows * words : 0, 0);
   view_.tile_table.assign(size_t(args.n_streams) * words, 0);
+  const size_t n_blocks = size_t((args.n_tokens + kBlockTokens - 1) / kBlockTokens);
+  view_.seers.assign(size_t(args.n_streams) * n_blocks * words, {});
   for (int s = 0; s < args.n_streams; ++s) {
     const int64_t base = (args.first_stream + s) * layout_.cells_per_stream;
     const uint64_t* sealed =
@@ -554,6 +556,13 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
         while (stage > column.stage && column.coded[size_t(stage)] < 0) --stage;
         view_.stage_bits[size_t(std::max(stage, column.stage))][row * view_.dense_words + c / 64] |=
             uint64_t{1} << (c % 64);
+      }
+      View::Seers* seers = &view_.seers[(size_t(s) * n_blocks + size_t(t / kBlockTokens)) * words];
+      const uint8_t query = uint8_t(t % kBlockTokens);
+      for (size_t w = 0; w < words; ++w) {
+        if (packed[w] == 0) continue;
+        if (seers[w].end == 0) seers[w].begin = query;
+        seers[w].end = query + 1;
       }
     }
     if (!needs_weights_) continue;

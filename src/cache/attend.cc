@@ -200,22 +200,19 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     ops_->attend_packed(*key.layout, value, block, *tile, visible, mask, space.scratch, state);
   };
 
-  // A share of the recent rows of a head comes from memory with each of its packed tiles: rows of a
+  // A share of the window of a head comes from memory with each of its packed tiles: rows of a
   // layer lie in runs too short for hardware that looks ahead. Not into the first cache, where
   // lines on their way would keep a tile from its own.
-  const auto prefetch_recent = [&](int stream, int head, int64_t w) __attribute__((always_inline)) {
+  const auto prefetch_window = [&](int stream, int head, int64_t w) __attribute__((always_inline)) {
     const std::vector<Column>& columns = view_.columns[size_t(stream)];
     const size_t share = (columns.size() + size_t(n_tiles) - 1) / size_t(n_tiles);
     const size_t end = std::min(columns.size(), size_t(w + 1) * share);
     for (size_t i = size_t(w) * share; i < end; ++i) {
-      const Column& column = columns[i];
-      if (column.slot < 0) continue;
-      const StageLayout& rows = layer.stages[size_t(column.stage)];
+      if (columns[i].stage > 0 || columns[i].slot < 0) continue;
       for (const bool keys : {true, false}) {
-        const size_t bytes = keys ? rows.key.bytes : rows.value.bytes;
-        const uint8_t* row =
-            StageRows(layer, column.stage, column.slot, keys) + size_t(head) * bytes;
-        for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+        const size_t dim = size_t(keys ? k_dim : v_dim);
+        const uint8_t* row = StageRows(layer, 0, columns[i].slot, keys) + size_t(head) * dim * 2;
+        for (size_t at = 0; at < dim * 2; at += 64) __builtin_prefetch(row + at, 0, 2);
       }
     }
   };
@@ -265,7 +262,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         any |= visible[t];
       }
       const int64_t tile_cell = stream_cell + w * kTile;
-      if (few) prefetch_recent(stream, head, w);
+      if (few) prefetch_window(stream, head, w);
       tile.next_bytes = 0;
       if (few || some) name_next(stream, head, w, &tile);
       static_assert(kGroupCells == 16);

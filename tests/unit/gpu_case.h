@@ -19,7 +19,8 @@ struct GpuShape {
   float softcap = 0.0f;
   bool holes = false;     // rows missing from pages
   bool infinite = false;  // the last row of each sequence is not finite
-  int empty_page = -1;    // the page of that number of each sequence is gone
+  int repeat = 1;  // each row comes so many times, which changes nothing; rows fill their pages
+  int empty_page = -1;  // the page of that number of each sequence is gone
   struct Rows {
     sparkv_number keys, values;
     std::vector<int> n_rows;  // of each sequence
@@ -217,7 +218,21 @@ class GpuCase {
         }
       }
     }
+    if (shape.repeat > 1) Repeat(&store);
     stores.push_back(std::move(store));
+  }
+
+  void Repeat(Store* store) const {
+    const size_t pages = size_t(store->max_pages);
+    std::vector<int32_t> table;
+    for (size_t s = 0; s < store->n_rows.size(); ++s) {
+      const int of_sequence = store->n_rows[s] / kPageRows;
+      for (size_t i = 0; i < pages * size_t(shape.repeat); ++i)
+        table.push_back(of_sequence == 0 ? -1 : store->pages[s * pages + i % size_t(of_sequence)]);
+      store->n_rows[s] *= shape.repeat;
+    }
+    store->pages = table;
+    store->max_pages *= shape.repeat;
   }
 
   void Answer(size_t entry, const float* query) {

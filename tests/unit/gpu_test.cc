@@ -198,6 +198,17 @@ TEST(Gpu, RowsThatAreNotFiniteSpoilTheirSequenceAlone) {
   }
 }
 
+TEST(Gpu, EqualsTheReferenceForLongRows) {
+  for (const auto& [keys, values] : {std::pair(SPARKV_TIERS_7432, SPARKV_TRELLIS4),
+                                     std::pair(SPARKV_TIERS_5321, SPARKV_TRELLIS2)}) {
+    GpuShape shape;
+    shape.group = 5;
+    shape.repeat = 12;
+    shape.stores = {{keys, values, {64, 32}}};
+    EXPECT_LT(ErrorOf(shape, 7), kNear) << keys;
+  }
+}
+
 TEST(Gpu, QueriesThatAreNotFiniteHaveNoAnswer) {
   GpuShape shape;
   shape.kv_heads = 2;

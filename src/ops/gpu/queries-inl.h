@@ -72,9 +72,13 @@ __device__ inline void RotateTogether(float* x, int thread, int n, int block, Sy
   sync();
 }
 
-// 256 threads, a warp for each of eight queries.
+struct Stores {
+  Pages pages[kMostStores];
+};
+
+// Of each store (x) and entry. 256 threads, a warp for each of eight queries.
 template <int D>
-__global__ void PrepareQueries(Step step, Pages pages, Prepared<D>* out) {
+__global__ void PrepareQueries(Step step, Stores stores, Prepared<D>* out) {
   __shared__ float rows[8][D];
   __shared__ uint16_t weights[D];
   __shared__ int place[D];           // where a channel lies in the order of the tiers
@@ -82,7 +86,9 @@ __global__ void PrepareQueries(Step step, Pages pages, Prepared<D>* out) {
   const int thread = int(threadIdx.x), warp = thread / kLanes, lane = thread % kLanes;
   const int head = int(blockIdx.y) / step.n_blocks, block = int(blockIdx.y) % step.n_blocks;
   const int entry = int(blockIdx.z) * step.kv_heads + head;
-  Prepared<D>& to = out[entry * step.n_blocks + block];
+  const Pages& pages = stores.pages[blockIdx.x];
+  const size_t n_slots = size_t(gridDim.y) * gridDim.z;
+  Prepared<D>& to = out[blockIdx.x * n_slots + size_t(entry) * step.n_blocks + block];
   const bool tiers = pages.key_sum > 0;
 
   unsigned alike = 0;  // lanes of this warp whose channels are in this one's tier

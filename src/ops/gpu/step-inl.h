@@ -179,12 +179,13 @@ Status AttendStep(const sparkv_gpu_step& step, const Plan& plan) {
   const auto grid = [&](int x) {
     return dim3{unsigned(x), unsigned(step.kv_heads * plan.n_blocks), unsigned(step.sequences)};
   };
+  Stores stores{};
   ShareList list{};
   list.n_stores = step.n_stores;
   for (int i = 0; i < step.n_stores; ++i) {
     const sparkv_gpu_rows& rows = step.stores[i];
     const Store& store = plan.stores[i];
-    Pages pages{};
+    Pages& pages = stores.pages[i];
     pages.keys = static_cast<const uint8_t*>(rows.key_pages);
     pages.values = static_cast<const uint8_t*>(rows.value_pages);
     pages.weights = rows.weights;
@@ -195,16 +196,20 @@ Status AttendStep(const sparkv_gpu_step& step, const Plan& plan) {
     pages.value_bytes = kPageRows * store.value.bytes;
     pages.max_pages = rows.max_pages;
     for (const int bits : store.key.tier_bits) pages.key_sum += bits;
-    if (Status e = Launch(PrepareQueries<D>, grid(1), 256, 0, step.stream, s, pages, prepared);
-        !e.ok())
-      return e;
-    const auto launch = step.group > kQueriesPerTile ? LaunchStore<D, 2> : LaunchStore<D, 1>;
-    if (Status e = launch(s, pages, store.value.number, grid(store.n_shares), step.stream, prepared,
-                          shares);
-        !e.ok())
-      return e;
     list.n_shares[i] = store.n_shares;
     list.rotated[i] = store.value.rotated();
+  }
+  if (Status e =
+          Launch(PrepareQueries<D>, grid(step.n_stores), 256, 0, step.stream, s, stores, prepared);
+      !e.ok())
+    return e;
+  const auto launch = step.group > kQueriesPerTile ? LaunchStore<D, 2> : LaunchStore<D, 1>;
+  for (int i = 0; i < step.n_stores; ++i) {
+    const Store& store = plan.stores[i];
+    if (Status e = launch(s, stores.pages[i], store.value.number, grid(store.n_shares), step.stream,
+                          prepared, shares);
+        !e.ok())
+      return e;
     prepared += plan.n_entries;
     shares += size_t(plan.n_entries) * size_t(store.n_shares);
   }

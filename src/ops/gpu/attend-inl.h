@@ -28,7 +28,7 @@ struct BlockMemory {
   // What a sum of a tier's products stands for: of bytes and digits, of f16 up to five bits, of
   // more.
   float gains[3][64];
-  float m[kWarps][8], log_unit[kWarps][8], d[kWarps][8];
+  float m[kWarps][8], d[kWarps][8];
 };
 template <int D>
 constexpr size_t SharedBytes(int stages, size_t key_bytes, size_t value_bytes) {
@@ -197,7 +197,6 @@ __global__ void __launch_bounds__(kWarps* kLanes, Keys::kBlocks)
     for (int apart = 4; apart < kLanes; apart *= 2) d[tile] += __shfl_xor_sync(~0u, d[tile], apart);
     if (g == 0) {
       memory.m[warp][tile * kQueriesPerTile + t] = m[tile];
-      memory.log_unit[warp][tile * kQueriesPerTile + t] = most[tile];
       memory.d[warp][tile * kQueriesPerTile + t] = d[tile];
     }
   }

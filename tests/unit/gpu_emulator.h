@@ -89,11 +89,7 @@ class Block {
     current_ = this;
     for (unsigned i = 0; i < n_threads_; ++i) {
       stacks.emplace_back(new char[kStack]);
-      getcontext(&fibers_[i]);
-      fibers_[i].uc_stack.ss_sp = stacks[i].get();
-      fibers_[i].uc_stack.ss_size = kStack;
-      fibers_[i].uc_link = &scheduler_;
-      makecontext(&fibers_[i], reinterpret_cast<void (*)()>(&Block::Enter), 0);
+      MakeFiber(&fibers_[i], stacks[i].get(), kStack);
     }
     for (unsigned left = n_threads_; left > 0;) {
       for (unsigned i = 0; i < n_threads_; ++i) {
@@ -104,6 +100,13 @@ class Block {
         left -= done_[i];
       }
     }
+  }
+  void MakeFiber(ucontext_t* fiber, char* stack, size_t size) {
+    getcontext(fiber);
+    fiber->uc_stack.ss_sp = stack;
+    fiber->uc_stack.ss_size = size;
+    fiber->uc_link = &scheduler_;
+    makecontext(fiber, &Block::Enter, 0);
   }
   static void Enter() {
     current_->body_();

@@ -75,10 +75,15 @@ inline Status MakePlan(const sparkv_gpu_step* step, const Device& device, Plan* 
     if (rows.max_pages < 1 || rows.max_pages > (1 << 26))
       return Status::Invalid(name + "max_pages: " + std::to_string(rows.max_pages) +
                              " is outside 1..2^26");
-    store.key = KeyLayout::Make(step->head_dim, step->head_dim, sparkv_number(rows.keys),
-                                SPARKV_RECOVER_ZERO);
-    store.value = ValueLayout::Make(step->head_dim, sparkv_number(rows.values));
-    if (!PagesAllowed(store.key, store.value))
+    const auto known = [](int32_t number) { return number >= 0 && number <= SPARKV_TRELLIS1; };
+    bool allowed = known(rows.keys) && known(rows.values);
+    if (allowed) {
+      store.key = KeyLayout::Make(step->head_dim, step->head_dim, sparkv_number(rows.keys),
+                                  SPARKV_RECOVER_ZERO);
+      store.value = ValueLayout::Make(step->head_dim, sparkv_number(rows.values));
+      allowed = PagesAllowed(store.key, store.value);
+    }
+    if (!allowed)
       return Status::Unsupported(name + "keys, values: " + std::to_string(rows.keys) + ", " +
                                  std::to_string(rows.values) +
                                  " are not tiers with trellis, or both int8, or both f16");

@@ -73,13 +73,7 @@ class GpuDevice : public testing::Test {
 
 TEST_F(GpuDevice, EqualsTheReferenceForEveryRowFormat) {
   for (const int dim : {64, 128, 256}) {
-    for (const auto& [keys, values] :
-         {std::pair(SPARKV_TIERS_7543, SPARKV_TRELLIS4),
-          std::pair(SPARKV_TIERS_7432, SPARKV_TRELLIS4),
-          std::pair(SPARKV_TIERS_6321, SPARKV_TRELLIS3),
-          std::pair(SPARKV_TIERS_5321, SPARKV_TRELLIS2),
-          std::pair(SPARKV_TIERS_4211, SPARKV_TRELLIS1), std::pair(SPARKV_INT8, SPARKV_INT8),
-          std::pair(SPARKV_F16, SPARKV_F16)}) {
+    for (const auto& [keys, values] : kPageFormats) {
       for (const int group : {1, 3, 8}) {
         GpuShape shape;
         shape.head_dim = dim;
@@ -97,26 +91,12 @@ TEST_F(GpuDevice, EqualsTheReferenceForEveryRowFormat) {
 }
 
 TEST_F(GpuDevice, EqualsTheReferenceForGroupsSequencesAndHoles) {
-  for (const int group : {1, 4, 5, 8, 11}) {
-    GpuShape shape;
-    shape.group = group;
-    shape.kv_heads = 2;
-    shape.holes = group % 2 == 1;
-    shape.softcap = group == 4 ? 5.0f : 0.0f;
-    shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {1, 0, 32, 300, 2000}}};
-    EXPECT_LT(ErrorOf(shape, 2), kNear) << group;
-  }
+  for (const int group : kGroups)
+    EXPECT_LT(ErrorOf(ShapeOfGroup(group, {1, 0, 32, 300, 2000}), 2), kNear) << group;
 }
 
 TEST_F(GpuDevice, EqualsTheReferenceOverAllStoresTogether) {
-  GpuShape shape;
-  shape.kv_heads = 2;
-  shape.group = 3;
-  shape.stores = {{SPARKV_F16, SPARKV_F16, {32, 0, 1, 0}},
-                  {SPARKV_INT8, SPARKV_INT8, {64, 0, 0, 5}},
-                  {SPARKV_TIERS_7432, SPARKV_TRELLIS4, {500, 0, 3, 0}},
-                  {SPARKV_TIERS_6321, SPARKV_TRELLIS3, {900, 0, 40, 0}}};
-  EXPECT_LT(ErrorOf(shape, 3), kNear);
+  EXPECT_LT(ErrorOf(ShapeOfAllStores(500, 900), 3), kNear);
 }
 
 // A warp has many pages, and its stages are used again and again.
@@ -140,24 +120,11 @@ TEST_F(GpuDevice, EqualsTheReferenceForLongRows) {
 }
 
 TEST_F(GpuDevice, RowsThatAreNotFiniteSpoilTheirSequenceAlone) {
-  for (const auto& [keys, values] :
-       {std::pair(SPARKV_TIERS_7543, SPARKV_TRELLIS4),
-        std::pair(SPARKV_TIERS_5321, SPARKV_TRELLIS2), std::pair(SPARKV_INT8, SPARKV_INT8)}) {
-    GpuShape shape;
-    shape.group = 2;
-    shape.infinite = true;
-    shape.stores = {{keys, values, {400, 0, 1}}};
-    EXPECT_LT(ErrorOf(shape, 4), kNear) << keys;
-  }
+  for (const GpuShape& shape : ShapesThatAreNotFinite(400))
+    EXPECT_LT(ErrorOf(shape, 4), kNear) << shape.stores[0].keys;
 }
 
-TEST_F(GpuDevice, PagesWithoutRowsAreNotRead) {
-  GpuShape shape;
-  shape.holes = true;
-  shape.empty_page = 4;
-  shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {300}}};
-  EXPECT_LT(ErrorOf(shape, 6), kNear);
-}
+TEST_F(GpuDevice, PagesWithoutRowsAreNotRead) { EXPECT_LT(ErrorOf(ShapeWithoutAPage(), 6), kNear); }
 
 }  // namespace
 }  // namespace sparkv::test

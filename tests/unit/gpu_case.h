@@ -28,6 +28,54 @@ struct GpuShape {
   std::vector<Rows> stores;
 };
 
+// Cases that the emulator and a GPU are both given; lengths are what each can do.
+inline constexpr std::pair<sparkv_number, sparkv_number> kPageFormats[] = {
+    {SPARKV_TIERS_7543, SPARKV_TRELLIS4},
+    {SPARKV_TIERS_7432, SPARKV_TRELLIS4},
+    {SPARKV_TIERS_6321, SPARKV_TRELLIS3},
+    {SPARKV_TIERS_5321, SPARKV_TRELLIS2},
+    {SPARKV_TIERS_4211, SPARKV_TRELLIS1},
+    {SPARKV_INT8, SPARKV_INT8},
+    {SPARKV_F16, SPARKV_F16}};
+inline constexpr int kGroups[] = {1, 4, 5, 8, 11};
+inline GpuShape ShapeOfGroup(int group, const std::vector<int>& n_rows) {
+  GpuShape shape;
+  shape.group = group;
+  shape.kv_heads = 2;
+  shape.holes = group % 2 == 1;
+  shape.softcap = group == 4 ? 5.0f : 0.0f;
+  shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, n_rows}};
+  return shape;
+}
+inline GpuShape ShapeOfAllStores(int recent, int packed) {
+  GpuShape shape;
+  shape.kv_heads = 2;
+  shape.group = 3;
+  shape.stores = {{SPARKV_F16, SPARKV_F16, {32, 0, 1, 0}},
+                  {SPARKV_INT8, SPARKV_INT8, {64, 0, 0, 5}},
+                  {SPARKV_TIERS_7432, SPARKV_TRELLIS4, {recent, 0, 3, 0}},
+                  {SPARKV_TIERS_6321, SPARKV_TRELLIS3, {packed, 0, 40, 0}}};
+  return shape;
+}
+inline std::vector<GpuShape> ShapesThatAreNotFinite(int n_rows) {
+  std::vector<GpuShape> shapes;
+  for (const auto& [keys, values] : {kPageFormats[0], kPageFormats[3], kPageFormats[5]}) {
+    GpuShape shape;
+    shape.group = 2;
+    shape.infinite = true;
+    shape.stores = {{keys, values, {n_rows, 0, 1}}};
+    shapes.push_back(shape);
+  }
+  return shapes;
+}
+inline GpuShape ShapeWithoutAPage() {
+  GpuShape shape;
+  shape.holes = true;
+  shape.empty_page = 4;
+  shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {300}}};
+  return shape;
+}
+
 class GpuCase {
  public:
   struct Store {

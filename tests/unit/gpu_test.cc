@@ -147,13 +147,7 @@ constexpr double kNear = 3e-5;
 
 TEST(Gpu, EqualsTheReferenceForEveryRowFormat) {
   for (const int dim : {64, 128, 256}) {
-    for (const auto& [keys, values] :
-         {std::pair(SPARKV_TIERS_7543, SPARKV_TRELLIS4),
-          std::pair(SPARKV_TIERS_7432, SPARKV_TRELLIS4),
-          std::pair(SPARKV_TIERS_6321, SPARKV_TRELLIS3),
-          std::pair(SPARKV_TIERS_5321, SPARKV_TRELLIS2),
-          std::pair(SPARKV_TIERS_4211, SPARKV_TRELLIS1), std::pair(SPARKV_INT8, SPARKV_INT8),
-          std::pair(SPARKV_F16, SPARKV_F16)}) {
+    for (const auto& [keys, values] : kPageFormats) {
       GpuShape shape;
       shape.head_dim = dim;
       shape.group = 3;
@@ -164,38 +158,17 @@ TEST(Gpu, EqualsTheReferenceForEveryRowFormat) {
 }
 
 TEST(Gpu, EqualsTheReferenceForGroupsSequencesAndHoles) {
-  for (const int group : {1, 4, 5, 8, 11}) {
-    GpuShape shape;
-    shape.group = group;
-    shape.kv_heads = 2;
-    shape.holes = group % 2 == 1;
-    shape.softcap = group == 4 ? 5.0f : 0.0f;
-    shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {1, 0, 32, 300}}};
-    EXPECT_LT(ErrorOf(shape, 2, 4), kNear) << group;
-  }
+  for (const int group : kGroups)
+    EXPECT_LT(ErrorOf(ShapeOfGroup(group, {1, 0, 32, 300}), 2, 4), kNear) << group;
 }
 
 TEST(Gpu, EqualsTheReferenceOverAllStoresTogether) {
-  GpuShape shape;
-  shape.kv_heads = 2;
-  shape.group = 3;
-  shape.stores = {{SPARKV_F16, SPARKV_F16, {32, 0, 1, 0}},
-                  {SPARKV_INT8, SPARKV_INT8, {64, 0, 0, 5}},
-                  {SPARKV_TIERS_7432, SPARKV_TRELLIS4, {100, 0, 3, 0}},
-                  {SPARKV_TIERS_6321, SPARKV_TRELLIS3, {200, 0, 40, 0}}};
-  EXPECT_LT(ErrorOf(shape, 3), kNear);
+  EXPECT_LT(ErrorOf(ShapeOfAllStores(100, 200), 3), kNear);
 }
 
 TEST(Gpu, RowsThatAreNotFiniteSpoilTheirSequenceAlone) {
-  for (const auto& [keys, values] :
-       {std::pair(SPARKV_TIERS_7543, SPARKV_TRELLIS4),
-        std::pair(SPARKV_TIERS_5321, SPARKV_TRELLIS2), std::pair(SPARKV_INT8, SPARKV_INT8)}) {
-    GpuShape shape;
-    shape.group = 2;
-    shape.infinite = true;
-    shape.stores = {{keys, values, {40, 0, 1}}};
-    EXPECT_LT(ErrorOf(shape, 4), kNear) << keys;
-  }
+  for (const GpuShape& shape : ShapesThatAreNotFinite(40))
+    EXPECT_LT(ErrorOf(shape, 4), kNear) << shape.stores[0].keys;
 }
 
 TEST(Gpu, EqualsTheReferenceForLongRows) {
@@ -219,13 +192,7 @@ TEST(Gpu, QueriesThatAreNotFiniteHaveNoAnswer) {
   EXPECT_LT(ErrorOf(c), kNear);
 }
 
-TEST(Gpu, PagesWithoutRowsAreNotRead) {
-  GpuShape shape;
-  shape.holes = true;
-  shape.stores = {{SPARKV_TIERS_6321, SPARKV_TRELLIS3, {300}}};
-  shape.empty_page = 4;
-  EXPECT_LT(ErrorOf(shape, 6), kNear);
-}
+TEST(Gpu, PagesWithoutRowsAreNotRead) { EXPECT_LT(ErrorOf(ShapeWithoutAPage(), 6), kNear); }
 
 TEST(Gpu, RefusesWhatItCannotCompute) {
   GpuShape shape;

@@ -48,66 +48,71 @@ auto Mover(Row* row, Page* page) {
   };
 }
 
+template <Way kWay, typename Row, typename Page>
+void Copy(Row* row, Page* page, size_t bytes) {
+  if constexpr (kWay == Way::kToPage) {
+    std::memcpy(page, row, bytes);
+  } else {
+    std::memcpy(row, page, bytes);
+  }
+}
+
+template <Way kWay, typename Rows, typename Page>
+void Clear(Rows* rows, Page* page, size_t bytes) {
+  if constexpr (kWay == Way::kToPage) {
+    std::memset(page, 0, bytes);
+  } else {
+    std::memset(rows, 0, bytes);
+  }
+}
+
 // | scales [32] | numbers [32] | and back.
 template <Way kWay, typename Rows, typename Page>
-void CopyRows(size_t scale_bytes, size_t row_bytes, Rows* rows, Page* page) {
+void MoveRows(size_t scale_bytes, size_t row_bytes, Rows* rows, Page* page) {
   const size_t numbers = row_bytes - scale_bytes;
   for (size_t r = 0; r < kPageRows; ++r) {
-    auto* row = rows + r * row_bytes;
-    auto* scale = page + r * scale_bytes;
-    auto* number = page + kPageRows * scale_bytes + r * numbers;
-    if constexpr (kWay == Way::kToPage) {
-      std::memcpy(scale, row, scale_bytes);
-      std::memcpy(number, row + scale_bytes, numbers);
-    } else {
-      std::memcpy(row, scale, scale_bytes);
-      std::memcpy(row + scale_bytes, number, numbers);
-    }
+    Copy<kWay>(rows + r * row_bytes, page + r * scale_bytes, scale_bytes);
+    Copy<kWay>(rows + r * row_bytes + scale_bytes, page + kPageRows * scale_bytes + r * numbers,
+               numbers);
+  }
+}
+
+template <Way kWay, typename Rows, typename Page>
+void MoveKeys(const KeyLayout& l, Rows* rows, Page* page) {
+  if (!l.tiered()) return MoveRows<kWay>(l.scale_bytes, l.bytes, rows, page);
+  Clear<kWay>(rows, page, size_t(kPageRows) * l.bytes);
+  for (int r = 0; r < kPageRows; ++r) {
+    auto* row = rows + size_t(r) * l.bytes;
+    Copy<kWay>(row, page + 2 * r, 2);
+    Copy<kWay>(row + 2, page + 2 * kPageRows + r, 1);
+    VisitKeyBits(l, r, Mover<kWay>(row, page));
+  }
+}
+
+template <Way kWay, typename Rows, typename Page>
+void MoveValues(const ValueLayout& l, Rows* rows, Page* page) {
+  if (!l.trellis()) return MoveRows<kWay>(l.scale_bytes, l.bytes, rows, page);
+  Clear<kWay>(rows, page, size_t(kPageRows) * l.bytes);
+  for (int r = 0; r < kPageRows; ++r) {
+    auto* row = rows + size_t(r) * l.bytes;
+    Copy<kWay>(row, page + r, 1);
+    VisitValueBits(l, r, Mover<kWay>(row, page));
   }
 }
 
 }  // namespace
 
-void PackKeyPage(const KeyLayout& l, const uint8_t* rows, uint8_t* page) {
-  if (!l.tiered()) return CopyRows<Way::kToPage>(l.scale_bytes, l.bytes, rows, page);
-  std::memset(page, 0, size_t(kPageRows) * l.bytes);
-  for (int r = 0; r < kPageRows; ++r) {
-    const uint8_t* row = rows + size_t(r) * l.bytes;
-    std::memcpy(page + 2 * r, row, 2);
-    page[2 * kPageRows + r] = row[2];
-    VisitKeyBits(l, r, Mover<Way::kToPage>(row, page));
-  }
+void PackKeyPage(const KeyLayout& layout, const uint8_t* rows, uint8_t* page) {
+  MoveKeys<Way::kToPage>(layout, rows, page);
 }
-
-void UnpackKeyPage(const KeyLayout& l, const uint8_t* page, uint8_t* rows) {
-  if (!l.tiered()) return CopyRows<Way::kToRows>(l.scale_bytes, l.bytes, rows, page);
-  std::memset(rows, 0, size_t(kPageRows) * l.bytes);
-  for (int r = 0; r < kPageRows; ++r) {
-    uint8_t* row = rows + size_t(r) * l.bytes;
-    std::memcpy(row, page + 2 * r, 2);
-    row[2] = page[2 * kPageRows + r];
-    VisitKeyBits(l, r, Mover<Way::kToRows>(row, page));
-  }
+void UnpackKeyPage(const KeyLayout& layout, const uint8_t* page, uint8_t* rows) {
+  MoveKeys<Way::kToRows>(layout, rows, page);
 }
-
-void PackValuePage(const ValueLayout& l, const uint8_t* rows, uint8_t* page) {
-  if (!l.trellis()) return CopyRows<Way::kToPage>(l.scale_bytes, l.bytes, rows, page);
-  std::memset(page, 0, size_t(kPageRows) * l.bytes);
-  for (int r = 0; r < kPageRows; ++r) {
-    const uint8_t* row = rows + size_t(r) * l.bytes;
-    page[r] = row[0];
-    VisitValueBits(l, r, Mover<Way::kToPage>(row, page));
-  }
+void PackValuePage(const ValueLayout& layout, const uint8_t* rows, uint8_t* page) {
+  MoveValues<Way::kToPage>(layout, rows, page);
 }
-
-void UnpackValuePage(const ValueLayout& l, const uint8_t* page, uint8_t* rows) {
-  if (!l.trellis()) return CopyRows<Way::kToRows>(l.scale_bytes, l.bytes, rows, page);
-  std::memset(rows, 0, size_t(kPageRows) * l.bytes);
-  for (int r = 0; r < kPageRows; ++r) {
-    uint8_t* row = rows + size_t(r) * l.bytes;
-    row[0] = page[r];
-    VisitValueBits(l, r, Mover<Way::kToRows>(row, page));
-  }
+void UnpackValuePage(const ValueLayout& layout, const uint8_t* page, uint8_t* rows) {
+  MoveValues<Way::kToRows>(layout, rows, page);
 }
 
 bool PagesAllowed(const KeyLayout& key, const ValueLayout& value) {

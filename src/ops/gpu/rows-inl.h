@@ -206,6 +206,44 @@ __device__ inline void HoldWeights(const float (&weights)[8], bool low, uint32_t
   }
 }
 
+// acc[rows 16 i ..][tile] += 16 numbers of rows g + 8 a, as pairs, . the queries that b holds.
+template <int kQTiles>
+__device__ inline void AddPairScores(const uint32_t (&row)[4][2],
+                                     const uint32_t (&b)[kMostTiles][kLanes][2], int lane,
+                                     float (&acc)[2][kQTiles][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kQTiles; ++tile) {
+    const uint2 pair = *reinterpret_cast<const uint2*>(b[tile][lane]);
+    const uint32_t held[2] = {pair.x, pair.y};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t a[4] = {row[2 * i][0], row[2 * i + 1][0], row[2 * i][1], row[2 * i + 1][1]};
+      MultiplyAdd(acc[i][tile], a, held);
+    }
+  }
+}
+// What such sums are for row g + 8 a: the queries' parts lie side by side.
+template <int kQTiles>
+__device__ inline float PairScore(const float (&acc)[2][kQTiles][4], int a, int tile) {
+  const float* c = acc[a / 2][tile] + a % 2 * 2;
+  return c[0] + c[1];
+}
+
+// o += 16 rows of two times 8 channels . weights: step s of a page's rows, weights as pairs.
+template <int kQTiles>
+__device__ inline void AddPairValues(const uint32_t (&a)[4], const uint32_t (&weights)[kQTiles][4],
+                                     int s, float (&o)[kQTiles][4]) {
+#pragma unroll
+  for (int tile = 0; tile < kQTiles; ++tile) {
+    const uint32_t b[2] = {weights[tile][2 * s], weights[tile][2 * s + 1]};
+    MultiplyAdd(o[tile], a, b);
+  }
+}
+// The row that is the i-th of four which lane t multiplies in step s: those of pairs come together.
+__device__ inline int RowOfStep(int s, int t, int i) {
+  return 8 * s + t + 16 * (i % 2) + 4 * (i / 2);
+}
+
 // Values of a page: sums of weights . levels. o[i]: of channels g D / 8 + 2 i and the next one,
 // kSums numbers that add up in halves. fold: what the page's weights are to those before it, bytes
 // only.
@@ -277,13 +315,10 @@ struct TrellisValues {
           planes_of(i + 1, plane);
           Levels<kBits>(plane, t, level[1]);
 #pragma unroll
-          for (int s = 0; s < 4; s += 2) {
-            const uint32_t a[4] = {level[0][s], level[1][s], level[0][s + 1], level[1][s + 1]};
-#pragma unroll
-            for (int tile = 0; tile < kQTiles; ++tile) {
-              const uint32_t b[2] = {weights[tile][s], weights[tile][s + 1]};
-              MultiplyAdd(sums[tile], a, b);
-            }
+          for (int s = 0; s < 2; ++s) {
+            const uint32_t a[4] = {level[0][2 * s], level[1][2 * s], level[0][2 * s + 1],
+                                   level[1][2 * s + 1]};
+            AddPairValues(a, weights, s, sums);
           }
         }
       }
@@ -310,35 +345,23 @@ struct ByteKeys {
     float acc[2][kQTiles][4] = {};
 #pragma unroll 4
     for (int s = 0; s < D / 16; ++s) {
-      uint32_t level[4][2];
+      uint32_t row[4][2];
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
         const uint32_t four =
             *reinterpret_cast<const uint32_t*>(codes + (g + 8 * a) * D + 16 * s + 4 * t);
-        level[a][0] = TwoLevels((four & 0xff) | (four & 0xff00) << 8);
-        level[a][1] = TwoLevels((four >> 16 & 0xff) | (four >> 24) << 16);
+        row[a][0] = TwoLevels((four & 0xff) | (four & 0xff00) << 8);
+        row[a][1] = TwoLevels((four >> 16 & 0xff) | (four >> 24) << 16);
       }
-#pragma unroll
-      for (int tile = 0; tile < kQTiles; ++tile) {
-        const uint2 pair = *reinterpret_cast<const uint2*>(queries.b[s][tile][lane]);
-        const uint32_t b[2] = {pair.x, pair.y};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t a[4] = {level[2 * i][0], level[2 * i + 1][0], level[2 * i][1],
-                                 level[2 * i + 1][1]};
-          MultiplyAdd(acc[i][tile], a, b);
-        }
-      }
+      AddPairScores(row, queries.b[s], lane, acc);
     }
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
       const int e = *reinterpret_cast<const uint16_t*>(page + 2 * (g + 8 * a)) & 1023;
       const float largest = e == 0 ? 0.0f : e == 1023 ? NAN : exp2f(float(e - 1) / 32.0f - 16.0f);
 #pragma unroll
-      for (int tile = 0; tile < kQTiles; ++tile) {
-        const float* c = acc[a / 2][tile] + a % 2 * 2;
-        score[a][tile] = largest * (1.0f / 127.0f) * (c[0] + c[1]);
-      }
+      for (int tile = 0; tile < kQTiles; ++tile)
+        score[a][tile] = largest * (1.0f / 127.0f) * PairScore(acc, a, tile);
     }
   }
 };
@@ -369,10 +392,10 @@ struct ByteValues {
     for (int c = 0; c < kRun; c += 4) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        uint32_t row[4];  // 8 s + t, + 16, + 4, + 20
+        uint32_t row[4];  // four channels
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int r = 8 * s + t + 16 * (i % 2) + 4 * (i / 2);
+          const int r = RowOfStep(s, t, i);
           row[i] = *reinterpret_cast<const uint32_t*>(mine + r * D + c);
         }
 #pragma unroll
@@ -385,11 +408,7 @@ struct ByteValues {
             a[k] =
                 PairFma(PairAdd(code, BothHalves(-1024.0f)), BothHalves(2.0f), BothHalves(-255.0f));
           }
-#pragma unroll
-          for (int tile = 0; tile < kQTiles; ++tile) {
-            const uint32_t b[2] = {weights[tile][2 * s], weights[tile][2 * s + 1]};
-            MultiplyAdd(o[(c + i) / 2][tile], a, b);
-          }
+          AddPairValues(a, weights, s, o[(c + i) / 2]);
         }
       }
     }
@@ -415,30 +434,20 @@ struct DenseKeys {
     float acc[2][kQTiles][4] = {};
 #pragma unroll
     for (int s = 0; s < D / 16; ++s) {
-      uint2 two[4];
+      uint32_t row[4][2];
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
         const int piece = Swizzle<D>((g + 8 * a) * (D / 8) + 2 * s + t / 2);
-        two[a] = *reinterpret_cast<const uint2*>(page + 16 * piece + 8 * (t % 2));
+        const uint2 two = *reinterpret_cast<const uint2*>(page + 16 * piece + 8 * (t % 2));
+        row[a][0] = two.x;
+        row[a][1] = two.y;
       }
-#pragma unroll
-      for (int tile = 0; tile < kQTiles; ++tile) {
-        const uint2 pair = *reinterpret_cast<const uint2*>(queries.b[s][tile][lane]);
-        const uint32_t b[2] = {pair.x, pair.y};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t a[4] = {two[2 * i].x, two[2 * i + 1].x, two[2 * i].y, two[2 * i + 1].y};
-          MultiplyAdd(acc[i][tile], a, b);
-        }
-      }
+      AddPairScores(row, queries.b[s], lane, acc);
     }
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
 #pragma unroll
-      for (int tile = 0; tile < kQTiles; ++tile) {
-        const float* c = acc[a / 2][tile] + a % 2 * 2;
-        score[a][tile] = c[0] + c[1];
-      }
+      for (int tile = 0; tile < kQTiles; ++tile) score[a][tile] = PairScore(acc, a, tile);
     }
   }
 };
@@ -457,10 +466,10 @@ struct DenseValues {
     for (int c = 0; c < kRun; c += 8) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        uint32_t row[4][4];  // rows 8 s + t, + 16, + 4, + 20: eight channels
+        uint32_t row[4][4];  // eight channels
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int r = 8 * s + t + 16 * (i % 2) + 4 * (i / 2);
+          const int r = RowOfStep(s, t, i);
           const int piece = Swizzle<D>(r * (D / 8) + (g * kRun + c) / 8);
           // 0 times a row that is not there must be 0, and f16 may be anything.
           const uint4 four =
@@ -475,11 +484,7 @@ struct DenseValues {
           const uint32_t a[4] = {
               (row[0][i] & 0xffff) | row[1][i] << 16, row[0][i] >> 16 | (row[1][i] & 0xffff0000u),
               (row[2][i] & 0xffff) | row[3][i] << 16, row[2][i] >> 16 | (row[3][i] & 0xffff0000u)};
-#pragma unroll
-          for (int tile = 0; tile < kQTiles; ++tile) {
-            const uint32_t b[2] = {weights[tile][2 * s], weights[tile][2 * s + 1]};
-            MultiplyAdd(o[(c + 2 * i) / 2][tile], a, b);
-          }
+          AddPairValues(a, weights, s, o[(c + 2 * i) / 2]);
         }
       }
     }

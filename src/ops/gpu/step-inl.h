@@ -21,13 +21,15 @@ struct Store {
 struct Plan {
   int n_blocks, n_entries;
   Store stores[kMostStores];
-  size_t prepared_bytes, share_bytes, bytes;
+  size_t bytes;  // of the workspace
 };
 
-template <int D>
-constexpr size_t PreparedBytes() {
-  static_assert(sizeof(Prepared<D>) % 16 == 0 && sizeof(Share<D>) % 16 == 0);
-  return sizeof(Prepared<D>);
+// body.operator()<D>() for a head size that pages allow.
+template <typename Body>
+auto WithHeadDim(int head_dim, Body&& body) {
+  if (head_dim == 64) return body.template operator()<64>();
+  if (head_dim == 128) return body.template operator()<128>();
+  return body.template operator()<256>();
 }
 
 struct Device {
@@ -52,7 +54,7 @@ inline Status MakePlan(const sparkv_gpu_step* step, const Device& device, Plan* 
                                " is not 64, 128 or 256");
   if (step->sequences > 65535)  // blocks of a grid in z, then in y
     return Status::Unsupported("sequences: " + std::to_string(step->sequences) + " is above 65535");
-  const int64_t blocks = int64_t(step->kv_heads) * ((int64_t(step->group) + 7) / 8);
+  const int64_t n_blocks = (int64_t(step->group) + 7) / 8, blocks = step->kv_heads * n_blocks;
   if (blocks > 65535)
     return Status::Unsupported("kv_heads: " + std::to_string(step->kv_heads) + " by groups of " +
                                std::to_string(step->group) + " are above 65535 blocks");
@@ -60,7 +62,7 @@ inline Status MakePlan(const sparkv_gpu_step* step, const Device& device, Plan* 
     return Status::Invalid("n_stores: " + std::to_string(step->n_stores) + " is outside 1.." +
                            std::to_string(kMostStores) + ", or no stores");
 
-  plan->n_blocks = (step->group + 7) / 8;
+  plan->n_blocks = int(n_blocks);
   const int64_t entries = blocks * step->sequences;
   if (entries > (1 << 24)) return Status::Unsupported("sequences: too many for one step");
   plan->n_entries = int(entries);
@@ -94,9 +96,8 @@ inline Status MakePlan(const sparkv_gpu_step* step, const Device& device, Plan* 
     shares += store.n_shares;
   }
   int large = -1;  // a store whose pages do not fit
-  const auto sizes = [&]<int D>() {
-    plan->prepared_bytes = PreparedBytes<D>();
-    plan->share_bytes = sizeof(Share<D>);
+  WithHeadDim(step->head_dim, [&]<int D>() {
+    static_assert(sizeof(Prepared<D>) % 16 == 0 && sizeof(Share<D>) % 16 == 0);
     for (int i = 0; i < step->n_stores; ++i) {
       const Store& store = plan->stores[i];
       const int stages = store.key.tiered()                ? TierKeys<D, 1>::kStages
@@ -106,16 +107,13 @@ inline Status MakePlan(const sparkv_gpu_step* step, const Device& device, Plan* 
           SharedBytes<D>(stages, kPageRows * store.key.bytes, kPageRows * store.value.bytes);
       if (bytes > size_t(device.shared_bytes)) large = i;
     }
-  };
-  if (step->head_dim == 64) sizes.template operator()<64>();
-  if (step->head_dim == 128) sizes.template operator()<128>();
-  if (step->head_dim == 256) sizes.template operator()<256>();
+    plan->bytes = size_t(plan->n_entries) * (size_t(step->n_stores) * sizeof(Prepared<D>) +
+                                             size_t(shares) * sizeof(Share<D>));
+  });
   if (large >= 0)
     return Status::Unsupported("stores[" + std::to_string(large) +
                                "]: pages do not fit the device's shared memory of " +
                                std::to_string(device.shared_bytes) + " bytes per block");
-  plan->bytes = size_t(plan->n_entries) * (size_t(step->n_stores) * plan->prepared_bytes +
-                                           size_t(shares) * plan->share_bytes);
   return Status::Ok();
 }
 
@@ -142,19 +140,13 @@ inline Status CheckPointers(const sparkv_gpu_step& step, const Plan& plan) {
   return Status::Ok();
 }
 
-template <int D, int kQTiles, typename Keys, typename Values>
-Status LaunchPages(const Step& step, const Pages& pages, dim3 grid, void* stream,
-                   const Prepared<D>* prepared, Share<D>* shares) {
-  return Launch(AttendPages<D, kQTiles, Keys, Values>, grid, kWarps * kLanes,
-                SharedBytes<D>(Keys::kStages, pages.key_bytes, pages.value_bytes), stream, step,
-                pages, prepared, shares);
-}
-
 template <int D, int kQTiles>
 Status LaunchStore(const Step& step, const Pages& pages, sparkv_number values, dim3 grid,
                    void* stream, const Prepared<D>* prepared, Share<D>* shares) {
   const auto launch = [&]<typename Keys, typename Values>() {
-    return LaunchPages<D, kQTiles, Keys, Values>(step, pages, grid, stream, prepared, shares);
+    return Launch(AttendPages<D, kQTiles, Keys, Values>, grid, kWarps * kLanes,
+                  SharedBytes<D>(Keys::kStages, pages.key_bytes, pages.value_bytes), stream, step,
+                  pages, prepared, shares);
   };
   using Tiers = TierKeys<D, kQTiles>;
   switch (values) {
@@ -226,14 +218,7 @@ inline Status Attend(const sparkv_gpu_step* step, const Device& device) {
   Plan plan;
   if (Status s = MakePlan(step, device, &plan); !s.ok()) return s;
   if (Status s = CheckPointers(*step, plan); !s.ok()) return s;
-  switch (step->head_dim) {
-    case 64:
-      return AttendStep<64>(*step, plan);
-    case 128:
-      return AttendStep<128>(*step, plan);
-    default:
-      return AttendStep<256>(*step, plan);
-  }
+  return WithHeadDim(step->head_dim, [&]<int D>() { return AttendStep<D>(*step, plan); });
 }
 
 }  // namespace sparkv::gpu

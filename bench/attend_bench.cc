@@ -58,7 +58,7 @@ std::vector<Case> CasesOf(const Options& o) {
         for (const int sequences : o.sequences) {
           c.sequences = sequences;
           for (const std::string& streams : o.streams) {
-            c.unified = sequences > 1 && streams == "unified";
+            c.streams = sequences > 1 ? streams : "split";
             if (sequences > 1 || streams == o.streams.front()) add(c);
           }
         }

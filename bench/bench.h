@@ -25,7 +25,17 @@ struct Case {
   std::string simd;  // instruction set of ours, "" = what ggml was built for
   Shape shape;
   int tokens = 0, queries = 1, threads = 1, sequences = 1;
-  bool unified = false;  // sequences share one stream and a mask tells them apart
+  // Where the cells of sequences are: in a stream of their own (split), or in one for all, in which
+  // a mask tells them apart: one sequence behind the other (unified) or token by token, as they
+  // come when sequences are decoded together (interleaved).
+  std::string streams = "split";
+
+  bool unified() const { return streams != "split"; }
+  // Of a token of a sequence, in its stream.
+  int64_t CellOf(int sequence, int64_t token) const {
+    if (streams == "interleaved") return token * sequences + sequence;
+    return token + (unified() ? int64_t{sequence} * tokens : 0);
+  }
 
   std::string name() const;
   bool attends() const { return what == "decode" || what == "prefill"; }

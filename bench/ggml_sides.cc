@@ -98,7 +98,7 @@ class AttendSide : public Side {
   std::unique_ptr<Graph> MakeGraph(const Case& c) const {
     auto graph = std::make_unique<Graph>();
     ggml_context* context = graph->context;
-    const int64_t streams = c.unified ? 1 : c.sequences, dim = c.shape.dim,
+    const int64_t streams = c.unified() ? 1 : c.sequences, dim = c.shape.dim,
                   n_kv = int64_t{c.tokens} * c.sequences / streams,
                   rows = int64_t{c.queries} * c.sequences, queries = rows / streams;
     ggml_tensor* q =
@@ -112,10 +112,10 @@ class AttendSide : public Side {
                                    heads(v_), mask, 1.0f / std::sqrt(float(dim)), 0.0f, 0.0f));
     graph->Allocate();
     Set(q, Queries(c.shape, int(rows)));
-    std::vector<uint16_t> entries(size_t(n_kv * queries), c.unified ? 0xfc00 : 0);
-    for (int64_t row = 0; c.unified && row < rows; ++row) {
-      const auto own = entries.begin() + row * n_kv + row / c.queries * c.tokens;
-      std::fill(own, own + c.tokens, 0);
+    std::vector<uint16_t> entries(size_t(n_kv * queries), c.unified() ? 0xfc00 : 0);
+    for (int64_t row = 0; c.unified() && row < rows; ++row) {
+      for (int64_t i = 0; i < c.tokens; ++i)
+        entries[size_t(row * n_kv + c.CellOf(int(row / c.queries), i))] = 0;
     }
     Set(mask, entries);
     return graph;

@@ -14,7 +14,7 @@ std::string Case::name() const {
   if (what != "decode") name += "/rows=" + std::to_string(queries);
   name += "/threads=" + std::to_string(threads);
   if (attends()) name += "/sequences=" + std::to_string(sequences);
-  if (sequences > 1) name += unified ? "/unified" : "/split";
+  if (sequences > 1) name += "/" + streams;
   return name;
 }
 

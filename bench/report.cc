@@ -62,7 +62,7 @@ void Report::PrintTable() const {
                 threads, threads == 1 ? "thread" : "threads", limits.bytes_per_second / 1e9,
                 limits.multiply_adds_per_second / 1e9);
   }
-  std::printf(".\n\n%-8s %-14s %-7s %7s %5s %7s %13s %10s %7s %10s   %8s %8s %11s\n", "what",
+  std::printf(".\n\n%-8s %-14s %-7s %7s %5s %7s %14s %10s %7s %10s   %8s %8s %11s\n", "what",
               "side", "simd", "tokens", "rows", "threads", "sequences", "median us", "spread",
               "bound us", "x bound", "ggml-f16", "rows/s");
   for (const Row& row : rows_) {
@@ -71,13 +71,13 @@ void Report::PrintTable() const {
     const Bound bound = BoundOf(row);
     const double most = std::max(bound.bytes, bound.multiply_adds), against = AgainstGgml(row);
     std::string sequences = std::to_string(c.sequences), against_text = "-";
-    if (c.sequences > 1) sequences += c.unified ? " unified" : " split";
+    if (c.sequences > 1) sequences += " " + c.streams;
     if (against > 0.0) {
       char text[16];
       std::snprintf(text, sizeof(text), "%.2fx", against);
       against_text = text;
     }
-    std::printf("%-8s %-14s %-7s %7s %5d %7d %13s %10.1f %5.1f %% %10.2f %c %8.1f %8s %11.0f\n",
+    std::printf("%-8s %-14s %-7s %7s %5d %7d %14s %10.1f %5.1f %% %10.2f %c %8.1f %8s %11.0f\n",
                 c.what.c_str(), c.side.c_str(), c.simd.empty() ? "-" : c.simd.c_str(),
                 c.attends() ? std::to_string(c.tokens).c_str() : "-", c.queries, c.threads,
                 sequences.c_str(), row.At(0.5) * 1e6, 100.0 * row.spread(), most * 1e6,
@@ -115,7 +115,7 @@ void Report::WriteJson() const {
                             {"rows", c.queries},
                             {"threads", c.threads},
                             {"sequences", c.sequences},
-                            {"unified", c.unified},
+                            {"streams", c.streams},
                             {"median_us", row.At(0.5) * 1e6},
                             {"spread", row.spread()},
                             {"times_us", times},

@@ -30,8 +30,7 @@ sparkv_config MakeConfig(const Case& c) {
   return config;
 }
 
-// Sequence s has the cells s * tokens and up, whether they are a stream of their own or not;
-// `spare` cells follow.
+// `spare` cells follow those of the case in each stream.
 class Cache {
  public:
   Cache(const Case& c, int spare) : shape_(c.shape) {
@@ -41,8 +40,8 @@ class Cache {
     cells.struct_size = sizeof(cells);
     cells.n_layers = 1;
     cells.layers = &layer;
-    cells.cells_per_stream = int64_t{c.tokens} * (c.unified ? c.sequences : 1) + spare;
-    cells.n_streams = c.unified ? 1 : c.sequences;
+    cells.cells_per_stream = int64_t{c.tokens} * (c.unified() ? c.sequences : 1) + spare;
+    cells.n_streams = c.unified() ? 1 : c.sequences;
     sparkv_error error{};
     Check(sparkv_cache_create(&config, &cells, &cache_, &error), error);
   }
@@ -94,18 +93,18 @@ class AttendSide : public Side {
     q_ = Queries(c.shape, rows);
     out_.resize(q_.size());
     args_ = {};
-    args_.n_streams = c.unified ? 1 : c.sequences;
+    args_.n_streams = c.unified() ? 1 : c.sequences;
     args_.n_tokens = rows / args_.n_streams;
     args_.n_kv = int64_t{c.tokens} * c.sequences / args_.n_streams;
     args_.q = q_.data();
     args_.q_stream_stride = q_.size() / size_t(args_.n_streams) * sizeof(float);
     args_.out = out_.data();
     mask_.clear();
-    if (!c.unified) return;
+    if (!c.unified()) return;
     mask_.assign(size_t(rows) * size_t(args_.n_kv), kHidden);
     for (int row = 0; row < rows; ++row) {
-      const auto own = mask_.begin() + row * args_.n_kv + row / c.queries * int64_t{c.tokens};
-      std::fill(own, own + c.tokens, 0);
+      for (int64_t i = 0; i < c.tokens; ++i)
+        mask_[size_t(row * args_.n_kv + c.CellOf(row / c.queries, i))] = 0;
     }
     args_.mask = mask_.data();
     args_.mask_token_stride = size_t(args_.n_kv) * sizeof(uint16_t);
@@ -122,29 +121,35 @@ class AttendSide : public Side {
     std::vector<float> q = Queries(c.shape, kBatch), out(q.size());
     std::vector<uint16_t> mask;
     std::vector<int64_t> cells(kBatch);
-    for (int s = 0; s < c.sequences; ++s) {
-      const int64_t base = c.unified ? int64_t{s} * c.tokens : 0;  // within its stream
-      for (int64_t first = 0; first < c.tokens; first += kBatch) {
-        const int64_t n = std::min<int64_t>(kBatch, c.tokens - first), n_kv = base + first + n;
-        std::iota(cells.begin(), cells.end(), int64_t{s} * c.tokens + first);
-        mask.assign(size_t(n * n_kv), kHidden);
-        for (int64_t t = 0; t < n; ++t) {
-          const auto end = mask.begin() + t * n_kv + base + first + t + 1;
-          std::fill(end - std::min(kSees, first + t + 1), end, 0);
-        }
-        const size_t at = size_t(first) * c.shape.row();
-        cache_.Write(cells.data(), n, keys.data() + at, values.data() + at, SPARKV_ROW_F16);
-        sparkv_attend_args args{};
-        args.first_stream = c.unified ? 0 : s;
-        args.n_streams = 1;
-        args.n_kv = n_kv;
-        args.n_tokens = n;
-        args.q = q.data();
-        args.mask = mask.data();
-        args.mask_token_stride = size_t(n_kv) * sizeof(uint16_t);
-        args.out = out.data();
-        cache_.Attend(args);
+    const int64_t batches = (c.tokens + kBatch - 1) / kBatch;
+    int64_t n_kv = 0;  // of a stream that sequences share: what lies behind it is gone
+    for (int64_t turn = 0; turn < c.sequences * batches; ++turn) {
+      const bool together = c.streams == "interleaved";
+      const int s = int(together ? turn % c.sequences : turn / batches);
+      const int64_t first = (together ? turn / c.sequences : turn % batches) * kBatch;
+      const int64_t n = std::min<int64_t>(kBatch, c.tokens - first);
+      // Of its stream, which follows those of the sequences before.
+      const int64_t base = c.unified() ? 0 : int64_t{s} * c.tokens;
+      const int64_t end = c.CellOf(s, first + n - 1) + 1;
+      n_kv = c.unified() ? std::max(n_kv, end) : end;
+      for (int64_t t = 0; t < n; ++t) cells[size_t(t)] = base + c.CellOf(s, first + t);
+      mask.assign(size_t(n * n_kv), kHidden);
+      for (int64_t t = 0; t < n; ++t) {
+        for (int64_t i = std::max<int64_t>(0, first + t + 1 - kSees); i <= first + t; ++i)
+          mask[size_t(t * n_kv + c.CellOf(s, i))] = 0;
       }
+      const size_t at = size_t(first) * c.shape.row();
+      cache_.Write(cells.data(), n, keys.data() + at, values.data() + at, SPARKV_ROW_F16);
+      sparkv_attend_args args{};
+      args.first_stream = c.unified() ? 0 : s;
+      args.n_streams = 1;
+      args.n_kv = n_kv;
+      args.n_tokens = n;
+      args.q = q.data();
+      args.mask = mask.data();
+      args.mask_token_stride = size_t(n_kv) * sizeof(uint16_t);
+      args.out = out.data();
+      cache_.Attend(args);
     }
   }
 

@@ -82,12 +82,12 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
   const bool few = args.n_tokens <= kFewTokens;
   const int64_t n_blocks = few ? 1 : (args.n_tokens + kBlockTokens - 1) / kBlockTokens;
   const int64_t block_tokens = few ? args.n_tokens : kBlockTokens;
-  const int64_t n_tiles = int64_t(view_.packed_words);
+  const int64_t n_tiles = int64_t(view_.packed.words), n_apart = int64_t(view_.apart.words);
   // Parts of the packed cells, and all recent rows as one more.
   const int64_t n_packed_splits =
       few ? std::max<int64_t>(1, (n_tiles + kSplitTiles - 1) / kSplitTiles) : 1;
   const bool recent_split =
-      few && layout_.n_stages() > 1 && int64_t(view_.dense_words) > kFewRecentTiles;
+      few && layout_.n_stages() > 1 && int64_t(view_.stages[0].words) > kFewRecentTiles;
   const int64_t n_splits = n_packed_splits + (recent_split ? 1 : 0);
   const size_t block_rows = size_t(block_tokens) * size_t(group);
 
@@ -109,10 +109,11 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
                       double(args.n_kv) * double(k_dim + v_dim);
   const int n_threads = work < (pool_.own() ? kWorthWaking : kWorthSharing) ? 1 : pool_.size();
   const size_t kernel_floats = ScratchFloats(k_dim, v_dim, block_rows);
-  // A tile of rows of a stage, and what kernels may read past it.
-  size_t tile_bytes = 0;
+  // A tile of rows that were copied together, and what kernels may read past it.
+  size_t row_bytes = layer.key.bytes + layer.value.bytes;
   for (const StageLayout& rows : layer.stages)
-    tile_bytes = std::max(tile_bytes, size_t(kTile) * (rows.key.bytes + rows.value.bytes) + 128);
+    row_bytes = std::max<size_t>(row_bytes, rows.key.bytes + rows.value.bytes);
+  const size_t tile_bytes = size_t(kTile) * row_bytes + 128;
   const size_t scratch_floats =
       kernel_floats + block_rows * (size_t(k_dim) + o_stride + 2) + tile_bytes / sizeof(float) + 16;
   if (thread_space_.size() < size_t(n_threads)) thread_space_.resize(size_t(n_threads));
@@ -185,19 +186,58 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     }
   };
 
-  // A tile whose rows were packed with one set of weights. The next part of the same rows' cells
-  // finds its queries prepared.
-  const auto attend_under = [&](const Prepared& wanted, const ValueLayout& value,
-                                const QueryBlock& block, const uint64_t* visible,
-                                const uint16_t* const* mask, const Space& space,
-                                const AttentionState& state, PackedTile* tile) {
-    const KeyForm& key = wanted.key;
+  // Queries of a block that some tile is attended for.
+  struct Part {
+    int64_t first = 0, n = 0;
+    QueryBlock block;
+    AttentionState state;
+  };
+  const auto part_of = [&](int head, int64_t first, int64_t n, int64_t begin, const Space& space,
+                           const AttentionState& state) {
+    const size_t row = size_t(begin * group);
+    return Part{first + begin,
+                n,
+                query_block(head, n * group, space.q + row * size_t(k_dim)),
+                {state.o + row * o_stride, state.m + row, state.d + row}};
+  };
+  // Calls body(tile, part, visible, any) for tiles that queries of the block see: visible[t] is
+  // what query t of the part sees, any what they all do.
+  const auto each_tile = [&](const View::Tiles& tiles, int64_t begin, int64_t end, int stream,
+                             int head, int64_t first, int64_t n, const Space& space,
+                             const AttentionState& state, auto&& body) {
+    uint64_t visible[kBlockTokens];
+    const View::Seers* seers =
+        tiles.seers.data() + size_t(stream * n_blocks + first / kBlockTokens) * tiles.words;
+    for (int64_t w = begin; w < end; ++w) {
+      if (seers[w].end == 0) continue;
+      // Of many sequences in one stream, most see nothing of this tile.
+      const int64_t span = seers[w].end - seers[w].begin;
+      const bool some = 2 * span <= n;
+      const Part part = some ? part_of(head, first, span, seers[w].begin, space, state)
+                             : part_of(head, first, n, 0, space, state);
+      uint64_t any = 0;
+      for (int64_t t = 0; t < part.n; ++t) {
+        const int64_t query = stream * args.n_tokens + part.first + t;
+        visible[t] = tiles.bits[size_t(query) * tiles.words + size_t(w)];
+        any |= visible[t];
+      }
+      body(w, part, visible, any);
+    }
+  };
+
+  // A tile whose rows were packed with one set of weights. The next tile of the same queries finds
+  // them prepared.
+  const auto attend_under = [&](const KeyForm& key, const ValueLayout& value, int stream, int head,
+                                const Part& part, const uint64_t* visible,
+                                const uint16_t* const* mask, const Space& space, PackedTile* tile) {
     tile->table = key.weights;
+    const Prepared wanted{key, stream, head, part.first, part.n};
     if (*space.prepared != wanted) {
-      ops_->prepare_queries(*key.layout, key.weights, block, space.scratch);
+      ops_->prepare_queries(*key.layout, key.weights, part.block, space.scratch);
       *space.prepared = wanted;
     }
-    ops_->attend_packed(*key.layout, value, block, *tile, visible, mask, space.scratch, state);
+    ops_->attend_packed(*key.layout, value, part.block, *tile, visible, mask, space.scratch,
+                        part.state);
   };
 
   // A share of the window of a head comes from memory with each of its packed tiles: rows of a
@@ -235,68 +275,80 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
                                  int64_t tile_end, const Space& space,
                                  const AttentionState& state) {
     const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
-    const uint8_t* base = packed_.data();
-    uint64_t visible[kBlockTokens];
     const uint16_t* mask[kBlockTokens];
     uint16_t padded[kBlockTokens][kTile];
     PackedTile tile;
-    for (int64_t w = tile_begin; w < tile_end; ++w) {
-      const View::Seers seers =
-          view_.seers[size_t((stream * n_blocks + first / kBlockTokens) * n_tiles + w)];
-      if (seers.end == 0) continue;
-      // Of many sequences in one stream, most see nothing of this tile.
-      const bool some = 2 * (seers.end - seers.begin) <= n;
-      const int64_t begin = some ? seers.begin : 0, count = some ? seers.end - begin : n;
-      const size_t row = size_t(begin * group);
-      const QueryBlock block = query_block(head, count * group, space.q + row * size_t(k_dim));
-      const AttentionState part{state.o + row * o_stride, state.m + row, state.d + row};
-      const auto attend_rows = [&](uint16_t id) {
-        attend_under(
-            {FormOf(layer, layout_.n_stages(), id, head), stream, head, first + begin, count},
-            layer.value, block, visible, mask, space, part, &tile);
-      };
-      uint64_t any = 0;
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t query = stream * args.n_tokens + first + begin + t;
-        visible[t] = view_.packed_bits[size_t(query * n_tiles + w)];
-        any |= visible[t];
-      }
-      const int64_t tile_cell = stream_cell + w * kTile;
-      if (few) prefetch_window(stream, head, w);
-      tile.next_bytes = 0;
-      if (few || some) name_next(stream, head, w, &tile);
-      static_assert(kGroupCells == 16);
-      const uint8_t* rows = base + layout_.key_at(layer, head, tile_cell);
-      for (int64_t g = 0; g < kTile / kGroupCells; ++g, rows += layout_.group_bytes) {
-        if ((any >> (g * kGroupCells) & 0xffff) == 0) continue;
-        tile.key[g] = rows;
-        tile.value[g] = rows + size_t(kGroupCells) * layer.key.bytes;
-      }
-      if (block.slope != nullptr) {
-        for (int64_t t = 0; t < count; ++t) {
-          // The mask row may end inside the tile.
-          const int64_t here = std::min<int64_t>(kTile, args.n_kv - w * kTile);
-          std::memcpy(padded[t], mask_row(stream, first + begin + t) + w * kTile, size_t(here) * 2);
-          mask[t] = padded[t];
-        }
-      }
-      tile.rows = any;
-      const uint16_t id = view_.tile_table[size_t(stream) * view_.packed_words + size_t(w)];
-      if (id != kMixedTables) {
-        attend_rows(id);
-        continue;
-      }
-      // Sequences meet in this tile: the rows of each set of weights in turn.
-      uint64_t all[kBlockTokens];
-      std::copy(visible, visible + count, all);
-      EachTable(
-          any, [&](int64_t i) { return cells_.table(tile_cell + i); },
-          [&](uint16_t next, uint64_t rows) {
-            tile.rows = rows;
-            for (int64_t t = 0; t < count; ++t) visible[t] = all[t] & rows;
-            attend_rows(next);
-          });
+    each_tile(
+        view_.packed, tile_begin, tile_end, stream, head, first, n, space, state,
+        [&](int64_t w, const Part& part, const uint64_t* visible, uint64_t any) {
+          if (few) prefetch_window(stream, head, w);
+          tile.next_bytes = 0;
+          if (few || part.n < n) name_next(stream, head, w, &tile);
+          static_assert(kGroupCells == 16);
+          const uint8_t* rows =
+              packed_.data() + layout_.key_at(layer, head, stream_cell + w * kTile);
+          for (int64_t g = 0; g < kTile / kGroupCells; ++g, rows += layout_.group_bytes) {
+            if ((any >> (g * kGroupCells) & 0xffff) == 0) continue;
+            tile.key[g] = rows;
+            tile.value[g] = rows + size_t(kGroupCells) * layer.key.bytes;
+          }
+          for (int64_t t = 0; part.block.slope != nullptr && t < part.n; ++t) {
+            // The mask row may end inside the tile.
+            const int64_t here = std::min<int64_t>(kTile, args.n_kv - w * kTile);
+            std::memcpy(padded[t], mask_row(stream, part.first + t) + w * kTile, size_t(here) * 2);
+            mask[t] = padded[t];
+          }
+          tile.rows = any;
+          const uint16_t id = view_.tile_table[size_t(stream) * view_.packed.words + size_t(w)];
+          attend_under(FormOf(layer, layout_.n_stages(), id, head), layer.value, stream, head, part,
+                       visible, mask, space, &tile);
+        });
+  };
+
+  // Rows that do not lie in runs are copied into some: cell(i) and row(i, keys) of row i of a tile.
+  const auto attend_copied = [&](int stage, const KeyLayout& key, const ValueLayout& value,
+                                 int stream, int head, const Part& part, const uint64_t* all,
+                                 uint64_t any, const Space& space, auto&& cell, auto&& row) {
+    PackedTile packed;
+    for (size_t run = 0; run < kTile / 16; ++run) {
+      packed.key[run] = space.rows + run * 16 * key.bytes;
+      packed.value[run] = space.rows + kTile * key.bytes + run * 16 * value.bytes;
     }
+    const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
+    const uint16_t* mask[kBlockTokens];
+    uint16_t gathered[kBlockTokens][kTile];
+    for (int64_t t = 0; t < part.n; ++t) mask[t] = gathered[t];
+    ForEachBit(&any, 1, [&](int64_t i) {
+      std::memcpy(space.rows + size_t(i) * key.bytes, row(i, true), key.bytes);
+      std::memcpy(space.rows + kTile * key.bytes + size_t(i) * value.bytes, row(i, false),
+                  value.bytes);
+      for (int64_t t = 0; part.block.slope != nullptr && t < part.n; ++t)
+        gathered[t][i] = mask_row(stream, part.first + t)[cell(i) - stream_cell];
+    });
+    uint64_t visible[kBlockTokens];
+    EachTable(
+        any, [&](int64_t i) { return key.needs_table() ? cells_.table(cell(i)) : uint16_t{0}; },
+        [&](uint16_t id, uint64_t rows) {
+          packed.rows = rows;
+          for (int64_t t = 0; t < part.n; ++t) visible[t] = all[t] & rows;
+          attend_under(FormOf(layer, stage, id, head), value, stream, head, part, visible, mask,
+                       space, &packed);
+        });
+  };
+
+  const auto attend_apart = [&](int stream, int head, int64_t first, int64_t n, int64_t tile_begin,
+                                int64_t tile_end, const Space& space, const AttentionState& state) {
+    const std::vector<int64_t>& cells = view_.apart_cells[size_t(stream)];
+    each_tile(view_.apart, tile_begin, tile_end, stream, head, first, n, space, state,
+              [&](int64_t w, const Part& part, const uint64_t* visible, uint64_t any) {
+                const auto cell = [&](int64_t i) { return cells[size_t(w * kTile + i)]; };
+                attend_copied(layout_.n_stages(), layer.key, layer.value, stream, head, part,
+                              visible, any, space, cell, [&](int64_t i, bool keys) {
+                                return packed_.data() +
+                                       (keys ? layout_.key_at(layer, head, cell(i))
+                                             : layout_.value_at(layer, head, cell(i)));
+                              });
+              });
   };
 
   // The rows that the head keeps of evicted cells, in tiles of their own.
@@ -304,7 +356,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
                                const AttentionState& state) {
     if (view_.evicted_bits.empty()) return;
     const KeptRows& kept = Kept(args.first_stream + stream, layer, head);
-    const QueryBlock block = query_block(head, n * group, space.q);
+    const Part part = part_of(head, first, n, 0, space, state);
     const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
     uint64_t visible[kBlockTokens], all[kBlockTokens];
     const uint16_t* mask[kBlockTokens];
@@ -318,10 +370,10 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       for (int64_t t = 0; t < n; ++t) {
         all[t] = 0;
         const uint64_t* sees =
-            &view_.evicted_bits[size_t(stream * args.n_tokens + first + t) * view_.packed_words];
+            &view_.evicted_bits[size_t(stream * args.n_tokens + first + t) * view_.packed.words];
         for (int64_t i = 0; i < n_rows; ++i) {
           all[t] |= uint64_t{HasBit(sees, cells[i])} << i;
-          if (block.slope != nullptr) gathered[t][i] = mask_row(stream, first + t)[cells[i]];
+          if (part.block.slope != nullptr) gathered[t][i] = mask_row(stream, first + t)[cells[i]];
         }
         any |= all[t];
       }
@@ -335,12 +387,12 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
           [&](uint16_t id, uint64_t rows) {
             tile.rows = rows;
             for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-            attend_under({FormOf(layer, layout_.n_stages(), id, head), stream, head, first, n},
-                         layer.value, block, visible, mask, space, state, &tile);
+            attend_under(FormOf(layer, layout_.n_stages(), id, head), layer.value, stream, head,
+                         part, visible, mask, space, &tile);
           });
     };
     int64_t n_rows = 0;
-    const size_t words = std::min(kept.cells.size(), view_.packed_words);
+    const size_t words = std::min(kept.cells.size(), view_.packed.words);
     ForEachBit(kept.cells.data(), words, [&](int64_t i) {
       cells[n_rows++] = i;
       if (n_rows == kTile) attend_tile(std::exchange(n_rows, 0));
@@ -348,87 +400,52 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     if (n_rows > 0) attend_tile(n_rows);
   };
 
-  // Calls body(columns, rows, visible, mask) for tiles of columns that somebody sees in `stage`.
-  const auto each_tile_of = [&](int stage, int stream, int64_t first, int64_t n,
-                                const QueryBlock& block, auto&& body) {
-    const std::vector<Column>& columns = view_.columns[size_t(stream)];
-    const std::vector<uint64_t>& bits = view_.stage_bits[size_t(stage)];
-    const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
-    uint64_t visible[kBlockTokens];
-    const uint16_t* mask[kBlockTokens];
-    uint16_t gathered[kBlockTokens][kTile];
-    for (int64_t t = 0; t < n; ++t) mask[t] = gathered[t];
-    for (size_t w = 0; w < view_.dense_words; ++w) {
-      const Column* tile = columns.data() + w * 64;
-      uint64_t any = 0;
-      for (int64_t t = 0; t < n; ++t) {
-        visible[t] = bits[size_t(stream * args.n_tokens + first + t) * view_.dense_words + w];
-        any |= visible[t];
-      }
-      if (any == 0) continue;
-      if (block.slope != nullptr) {
-        ForEachBit(&any, 1, [&](int64_t i) {
-          for (int64_t t = 0; t < n; ++t)
-            gathered[t][i] = mask_row(stream, first + t)[tile[i].cell - stream_cell];
-        });
-      }
-      body(tile, any, visible, mask);
-    }
+  const auto each_tile_of = [&](int stage, int stream, int head, int64_t first, int64_t n,
+                                const Space& space, const AttentionState& state, auto&& body) {
+    const View::Tiles& tiles = view_.stages[size_t(stage)];
+    each_tile(tiles, 0, int64_t(tiles.words), stream, head, first, n, space, state,
+              [&](int64_t w, const Part& part, const uint64_t* visible, uint64_t any) {
+                body(view_.columns[size_t(stream)].data() + w * kTile, part, visible, any);
+              });
   };
 
   const auto attend_window = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
                                  const AttentionState& state) {
-    const QueryBlock block = query_block(head, n * group, space.q);
+    const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
+    const uint16_t* mask[kBlockTokens];
+    uint16_t gathered[kBlockTokens][kTile];
     DenseTile dense;
     each_tile_of(
-        0, stream, first, n, block,
-        [&](const Column* tile, uint64_t rows, const uint64_t* visible,
-            const uint16_t* const* mask) {
-          dense.rows = rows;
-          ForEachBit(&rows, 1, [&](int64_t i) {
+        0, stream, head, first, n, space, state,
+        [&](const Column* tile, const Part& part, const uint64_t* visible, uint64_t any) {
+          dense.rows = any;
+          for (int64_t t = 0; t < part.n; ++t) mask[t] = gathered[t];
+          ForEachBit(&any, 1, [&](int64_t i) {
             dense.key[i] = WindowNumbers(layer, tile[i], true) + size_t(head) * size_t(k_dim);
             dense.value[i] = WindowNumbers(layer, tile[i], false) + size_t(head) * size_t(v_dim);
+            for (int64_t t = 0; part.block.slope != nullptr && t < part.n; ++t)
+              gathered[t][i] = mask_row(stream, part.first + t)[tile[i].cell - stream_cell];
           });
-          ops_->attend_dense(block, dense, visible, mask, space.scratch, state);
+          ops_->attend_dense(part.block, dense, visible, mask, space.scratch, part.state);
         });
   };
 
-  // Rows of a later stage lie in slots: copied into runs, they are read as packed ones.
+  // Rows of a later stage lie in slots.
   const auto attend_recent = [&](int stage, int stream, int head, int64_t first, int64_t n,
                                  const Space& space, const AttentionState& state) {
-    const QueryBlock block = query_block(head, n * group, space.q);
     const StageLayout& layout = layer.stages[size_t(stage)];
-    const size_t key_bytes = layout.key.bytes, value_bytes = layout.value.bytes;
-    PackedTile packed;
-    for (size_t run = 0; run < kTile / 16; ++run) {
-      packed.key[run] = space.rows + run * 16 * key_bytes;
-      packed.value[run] = space.rows + kTile * key_bytes + run * 16 * value_bytes;
-    }
-    each_tile_of(
-        stage, stream, first, n, block,
-        [&](const Column* tile, uint64_t any, const uint64_t* all, const uint16_t* const* mask) {
-          ForEachBit(&any, 1, [&](int64_t i) {
-            const int32_t slot =
-                tile[i].stage == stage ? tile[i].slot : tile[i].coded[size_t(stage)];
-            std::memcpy(space.rows + size_t(i) * key_bytes,
-                        StageRows(layer, stage, slot, true) + size_t(head) * key_bytes, key_bytes);
-            std::memcpy(space.rows + kTile * key_bytes + size_t(i) * value_bytes,
-                        StageRows(layer, stage, slot, false) + size_t(head) * value_bytes,
-                        value_bytes);
-          });
-          uint64_t visible[kBlockTokens];
-          EachTable(
-              any,
-              [&](int64_t i) {
-                return layout.key.needs_table() ? cells_.table(tile[i].cell) : uint16_t{0};
-              },
-              [&](uint16_t id, uint64_t rows) {
-                packed.rows = rows;
-                for (int64_t t = 0; t < n; ++t) visible[t] = all[t] & rows;
-                attend_under({FormOf(layer, stage, id, head), stream, head, first, n}, layout.value,
-                             block, visible, mask, space, state, &packed);
-              });
-        });
+    each_tile_of(stage, stream, head, first, n, space, state,
+                 [&](const Column* tile, const Part& part, const uint64_t* visible, uint64_t any) {
+                   attend_copied(
+                       stage, layout.key, layout.value, stream, head, part, visible, any, space,
+                       [&](int64_t i) { return tile[i].cell; },
+                       [&](int64_t i, bool keys) {
+                         const int32_t slot =
+                             tile[i].stage == stage ? tile[i].slot : tile[i].coded[size_t(stage)];
+                         return StageRows(layer, stage, slot, keys) +
+                                size_t(head) * (keys ? layout.key.bytes : layout.value.bytes);
+                       });
+                 });
   };
 
   const auto attend_stages = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
@@ -493,6 +510,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       reset(state);
       gather_queries(stream, head, first, n, space.q);
       attend_packed(stream, head, first, n, 0, n_tiles, space, state);
+      attend_apart(stream, head, first, n, 0, n_apart, space, state);
       attend_kept(stream, head, first, n, space, state);
       attend_stages(stream, head, first, n, space, state);
       finish(stream, head, first, n, space, state);
@@ -510,6 +528,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     if (split < n_packed_splits) {
       attend_packed(stream, head, 0, args.n_tokens, split * kSplitTiles,
                     std::min(n_tiles, (split + 1) * kSplitTiles), space, state);
+      attend_apart(stream, head, 0, args.n_tokens, split * n_apart / n_packed_splits,
+                   (split + 1) * n_apart / n_packed_splits, space, state);
     }
     if (split == 0) attend_kept(stream, head, 0, args.n_tokens, space, state);
     if (split == n_splits - 1) attend_stages(stream, head, 0, args.n_tokens, space, state);

@@ -34,7 +34,7 @@ void KvCache::PlanEviction(const sparkv_attend_args& args, int stream_index, con
   if (config_.evict == SPARKV_EVICT_NONE) return;
   const int stream = args.first_stream + stream_index;
   const int64_t base = stream * layout_.cells_per_stream;
-  const size_t words = view_.packed_words;
+  const size_t words = view_.packed.words;
   const uint64_t* sealed = &sealed_bits_[WordOf(base)];
   const uint64_t* evicted = &evicted_bits_[WordOf(base)];
   for (int64_t t = 0; t < args.n_tokens; ++t) {
@@ -85,7 +85,7 @@ void KvCache::PlanQueries(const sparkv_attend_args& args, int stream_index, cons
   const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
   const auto outdates = [&](int64_t t, int64_t cell, int32_t rank) {
     const int64_t i = cell - base;
-    const uint64_t* row = &seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words];
+    const uint64_t* row = &seen[size_t(stream_index * args.n_tokens + t) * view_.packed.words];
     return tokens[size_t(t)].rank - rank >= config_.observe && i >= 0 && i < args.n_kv &&
            HasBit(row, i);
   };

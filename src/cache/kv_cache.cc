@@ -472,10 +472,12 @@ void KvCache::Memory(sparkv_memory* m) const {
   const uint64_t packed = packed_.committed() + kept_bytes_;
   m->slack = packed - (key_rows + value_rows) + slots - (m->dense_keys + m->dense_values);
   m->workspace = table_keys_.capacity() * sizeof(void*) + key_layouts_.size() * sizeof(KeyLayout);
-  m->workspace += (flight_keys_.capacity() + flight_values_.capacity()) * 2 +
-                  observed_.size() * layout_.channels * 4 + view_.packed_bits.capacity() * 8 +
-                  (table_f32_.capacity() + partial_.capacity()) * 4;
-  for (const auto& bits : view_.stage_bits) m->workspace += bits.capacity() * 8;
+  m->workspace +=
+      (flight_keys_.capacity() + flight_values_.capacity()) * 2 +
+      observed_.size() * layout_.channels * 4 +
+      (view_.packed.bits.capacity() + view_.apart.bits.capacity() + seen_.capacity()) * 8 +
+      column_of_.capacity() * 4 + (table_f32_.capacity() + partial_.capacity()) * 4;
+  for (const View::Tiles& tiles : view_.stages) m->workspace += tiles.bits.capacity() * 8;
   for (const auto& space : thread_space_) m->workspace += space.capacity() * 4;
   for (const SealSpace& space : seal_space_) {
     m->workspace += (space.rows.capacity() + space.after.capacity()) * 2 + space.passed.capacity() +

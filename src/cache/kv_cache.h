@@ -74,6 +74,7 @@ class KvCache {
     int32_t slot = -1;    // of that stage; not in flight
     unsigned enters = 0;  // bits of later stages that queries of this micro-batch see it in
     std::array<int32_t, 1 + kMaxRecentStages> coded = kNoCoded;  // slots of those
+    int32_t seer = 0;    // the first query of the call that sees it
     uint16_t table = 0;  // weights of those, and of its packed row
     bool sealing = false;
     int64_t block = 0;  // with a baseline: its keys are coded with those of the same number
@@ -149,21 +150,26 @@ class KvCache {
     std::vector<int64_t> newest;    // flight cells whose queries may choose at a later eviction
     std::vector<Eviction> evictions;
   };
-  // What the queries of a call see, [n_streams * n_tokens][words]: bits of packed cells and bits of
-  // dense columns.
+  // What the queries of a call see.
   struct View {
-    // Queries of a block, [begin, end), that see some packed cell of a tile.
+    // Queries of a block, [begin, end), that see something of a tile.
     struct Seers {
       uint8_t begin = 0, end = 0;
     };
-    std::vector<Seers> seers;                  // [n_streams][blocks][packed_words]
-    std::vector<std::vector<Column>> columns;  // per stream of the call
-    std::vector<uint64_t> packed_bits;
-    std::vector<std::vector<uint64_t>> stage_bits;  // per stage; 0: f16 numbers
-    std::vector<uint64_t> evicted_bits;             // as packed_bits; empty when there are none
-    size_t packed_words = 0, dense_words = 0;
-    std::vector<uint16_t> tile_table;  // [n_streams][packed_words] weights of the packed cells
-                                       // seen, kMixedTables if they differ
+    // Rows in tiles of 64, and who sees which of them.
+    struct Tiles {
+      size_t words = 0;            // tiles of a stream
+      std::vector<uint64_t> bits;  // [n_streams * n_tokens][words]
+      std::vector<Seers> seers;    // [n_streams][blocks][words]
+      void Find(int64_t n_streams, int64_t n_tokens);
+    };
+    Tiles packed;                      // packed cells as they lie
+    std::vector<uint16_t> tile_table;  // [n_streams][packed.words] weights of those seen
+    Tiles apart;                       // packed cells of tiles that sequences share, collected
+    std::vector<std::vector<int64_t>> apart_cells;  // per stream of the call; -1: no cell
+    std::vector<Tiles> stages;                      // columns, per stage; 0: f16 numbers
+    std::vector<std::vector<Column>> columns;       // per stream of the call
+    std::vector<uint64_t> evicted_bits;             // as packed.bits; empty when there are none
     bool in_arena =
         false;  // columns in flight name rows of the arena, which holds the layer being attended
     bool mask_values = false;  // the mask holds numbers besides 0 and -inf
@@ -171,7 +177,6 @@ class KvCache {
     int64_t n_kv = -1, n_tokens = 0;
     int first_stream = 0, n_streams = 0;
   };
-  static constexpr uint16_t kMixedTables = 65535;
   static constexpr int64_t kBlockTokens = 64;  // queries of a micro-batch that share unpacked tiles
   // Tokens that a sequence has weights after, however few of them differ.
   static constexpr int32_t kMostWaiting = 512;
@@ -209,6 +214,8 @@ class KvCache {
   Status CommitPlan();
   void MarkBits(const sparkv_attend_args& args, const Words& seen,
                 const std::vector<std::vector<TokenPlan>>& tokens);
+  void MapColumns(const std::vector<Column>& columns);
+  void CollectApart(const sparkv_attend_args& args);
   void ResolveRanks(const uint64_t* seen, int64_t base);
   template <typename Sees>
   int64_t NewestBefore(int64_t own, Sees&& sees) const;
@@ -358,6 +365,9 @@ class KvCache {
   // other.
   Step step_;
   View view_;
+  Words seen_;                      // [n_streams * n_tokens][words], as the mask has it
+  Words column_bits_;               // of cells that are columns of a stream, whose places are
+  std::vector<int32_t> column_of_;  // here
   std::vector<int64_t> flight_cells_;
   std::unordered_map<int64_t, int32_t> flight_at_;
   std::vector<uint8_t> layer_written_, layer_done_;

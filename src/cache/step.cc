@@ -207,12 +207,12 @@ int64_t KvCache::FlightOf(const sparkv_attend_args& args, int stream_index, int6
 // was written with.
 void KvCache::ResolveRanks(const uint64_t* seen, int64_t base) {
   bool unknown = false;
-  ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+  ForEachBit(seen, view_.packed.words, [&](int64_t i) {
     unknown |= cells_.rank(base + i) < 0 && cells_.state(base + i) != CellState::kFlight;
   });
   if (!unknown) return;
   std::vector<std::pair<uint32_t, int64_t>> by_age;
-  ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+  ForEachBit(seen, view_.packed.words, [&](int64_t i) {
     const CellState state = cells_.state(base + i);
     if (state == CellState::kDense || state == CellState::kSealed || state == CellState::kEvicted)
       by_age.emplace_back(cells_.order(base + i), base + i);
@@ -233,7 +233,7 @@ uint16_t KvCache::FindOrMakeTable(const sparkv_attend_args& args, int stream_ind
   const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
   uint32_t newest = 0;
   uint16_t found = 0;
-  ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+  ForEachBit(seen, view_.packed.words, [&](int64_t i) {
     if (cells_.state(base + i) == CellState::kEmpty || cells_.table(base + i) == 0) return;
     if (cells_.order(base + i) > newest) {
       newest = cells_.order(base + i);
@@ -247,7 +247,7 @@ uint16_t KvCache::FindOrMakeTable(const sparkv_attend_args& args, int stream_ind
   if (made.id == 0) return 0;
   const bool prefill_end = config_.seal == SPARKV_SEAL_PREFILL_END;
   std::vector<std::pair<int32_t, int64_t>> any;
-  ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+  ForEachBit(seen, view_.packed.words, [&](int64_t i) {
     const int64_t cell = base + i;
     if (flight_at_.count(cell) == 0 && observed_.count(cell) == 0) return;
     const int32_t r = cell == own ? rank : cells_.rank(cell);
@@ -307,7 +307,7 @@ void KvCache::CountDistinct(const sparkv_attend_args& args, const uint64_t* seen
     const uint16_t* mine = values(own);
     float value[kMaxHeadDim];
     for (size_t j = 0; j < dim; ++j) value[j] = HalfToFloat(mine[j]);
-    ForEachBit(seen, view_.packed_words, [&](int64_t i) {
+    ForEachBit(seen, view_.packed.words, [&](int64_t i) {
       const int64_t cell = base + i;
       if (repeats || cell == own || cells_.distinct(cell) <= 0 || cells_.table(cell) != 0) return;
       const uint16_t* other = values(cell);
@@ -347,7 +347,7 @@ Status KvCache::PlanTokens(const sparkv_attend_args& args, int stream_index, con
                            std::vector<TokenPlan>* tokens) {
   const int64_t base = (args.first_stream + stream_index) * layout_.cells_per_stream;
   const bool prefill_end = config_.seal == SPARKV_SEAL_PREFILL_END;
-  const size_t words = view_.packed_words;
+  const size_t words = view_.packed.words;
   tokens->assign(size_t(args.n_tokens), {});
   int64_t previous = -1;
   for (int64_t t = 0; t < args.n_tokens; ++t) {
@@ -435,7 +435,7 @@ void KvCache::PlanSeals(const sparkv_attend_args& args, int stream_index, const 
       const bool packed = plan.rank >= PackedFrom(column.rank);
       const int stage = layout_.StageOf(plan.rank - column.rank);
       if (!ready || (!packed && stage <= column.stage)) continue;
-      if (!HasBit(&seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words], i))
+      if (!HasBit(&seen[size_t(stream_index * args.n_tokens + t) * view_.packed.words], i))
         continue;
       // Rows of a stage keep their weights.
       if (column.table == 0 && column.stage > 0) column.table = cells_.table(column.cell);
@@ -460,7 +460,7 @@ void KvCache::PlanObserved(const sparkv_attend_args& args, int stream_index, con
   const bool prefill_end = config_.seal == SPARKV_SEAL_PREFILL_END;
   const auto sees = [&](int64_t t, int64_t cell) {
     const int64_t i = cell - base;
-    return HasBit(&seen[size_t(stream_index * args.n_tokens + t) * view_.packed_words], i);
+    return HasBit(&seen[size_t(stream_index * args.n_tokens + t) * view_.packed.words], i);
   };
   for (int64_t t = 0; t < args.n_tokens; ++t) {
     const int64_t own = FlightOf(args, stream_index, t);
@@ -510,76 +510,178 @@ Status KvCache::CommitPlan() {
   return EnsureSlots();
 }
 
+// Where the columns of a stream are, by the index of their cell.
+void KvCache::MapColumns(const std::vector<Column>& columns) {
+  column_bits_.assign(view_.packed.words, 0);
+  column_of_.resize(view_.packed.words * 64);
+  for (size_t c = 0; c < columns.size(); ++c) {
+    const int64_t i = layout_.index_of(columns[c].cell);
+    column_bits_[size_t(i / 64)] |= uint64_t{1} << (i % 64);
+    column_of_[size_t(i)] = int32_t(c);
+  }
+}
+
+// Seers from bits.
+void KvCache::View::Tiles::Find(int64_t n_streams, int64_t n_tokens) {
+  const int64_t n_blocks = (n_tokens + kBlockTokens - 1) / kBlockTokens;
+  seers.assign(size_t(n_streams * n_blocks) * words, {});
+  for (int64_t row = 0; row < n_streams * n_tokens; ++row) {
+    const int64_t stream = row / n_tokens, t = row % n_tokens;
+    const uint64_t* see = &bits[size_t(row) * words];
+    Seers* block = &seers[size_t(stream * n_blocks + t / kBlockTokens) * words];
+    const uint8_t query = uint8_t(t % kBlockTokens);
+    for (size_t w = 0; w < words; ++w) {
+      if (see[w] == 0) continue;
+      if (block[w].end == 0) block[w].begin = query;
+      block[w].end = query + 1;
+    }
+  }
+}
+
 // Bits of what each query sees packed and what it sees dense.
 void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
                        const std::vector<std::vector<TokenPlan>>& tokens) {
   size_t most = 0;
   for (const auto& columns : view_.columns) most = std::max(most, columns.size());
-  const size_t words = view_.packed_words;
-  view_.dense_words = (most + 63) / 64;
+  const size_t words = view_.packed.words, dense_words = (most + 63) / 64;
   const size_t rows = size_t(args.n_streams * args.n_tokens);
-  view_.packed_bits.assign(rows * words, 0);
-  view_.stage_bits.assign(size_t(layout_.n_stages()),
-                          std::vector<uint64_t>(rows * view_.dense_words, 0));
+  view_.packed.bits.assign(rows * words, 0);
+  view_.stages.resize(size_t(layout_.n_stages()));
+  for (View::Tiles& stage : view_.stages) {
+    stage.words = dense_words;
+    stage.bits.assign(rows * dense_words, 0);
+  }
   view_.evicted_bits.assign(n_evicted_ > 0 ? rows * words : 0, 0);
-  view_.tile_table.assign(size_t(args.n_streams) * words, 0);
-  const size_t n_blocks = size_t((args.n_tokens + kBlockTokens - 1) / kBlockTokens);
-  view_.seers.assign(size_t(args.n_streams) * n_blocks * words, {});
   for (int s = 0; s < args.n_streams; ++s) {
-    const int64_t base = (args.first_stream + s) * layout_.cells_per_stream;
     const uint64_t* sealed =
         &sealed_bits_[size_t((args.first_stream + s) * layout_.words_per_stream())];
     const uint64_t* evicted =
         &evicted_bits_[size_t((args.first_stream + s) * layout_.words_per_stream())];
     const std::vector<Column>& columns = view_.columns[size_t(s)];
+    MapColumns(columns);
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       const size_t row = size_t(s * args.n_tokens + t);
       const TokenPlan& plan = tokens[size_t(s)][size_t(t)];
       const uint64_t* see = &seen[row * words];
-      uint64_t* packed = &view_.packed_bits[row * words];
+      uint64_t* packed = &view_.packed.bits[row * words];
       for (size_t w = 0; w < words; ++w) packed[w] = see[w] & sealed[w];
       for (size_t w = 0; w < words && n_evicted_ > 0; ++w)
         view_.evicted_bits[row * words + w] = see[w] & evicted[w];
-      for (size_t c = 0; c < columns.size(); ++c) {
+      const auto mark = [&](int64_t i) {
+        const size_t c = size_t(column_of_[size_t(i)]);
         const Column& column = columns[c];
-        const int64_t i = column.cell - base;
-        const uint64_t bit = uint64_t{1} << (i % 64);
-        if ((see[i / 64] & bit) == 0) continue;
         // A row packed in this step is still dense for the queries that have it in their window,
         // and for those that come before their sequence has weights.
         if (column.sealing && plan.rank >= PackedFrom(column.rank) &&
             (plan.table != 0 || column.table == 0))
-          continue;
-        packed[i / 64] &= ~bit;
+          return;
+        packed[i / 64] &= ~(uint64_t{1} << (i % 64));
         int stage =
             plan.table != 0 || column.table == 0 ? layout_.StageOf(plan.rank - column.rank) : 0;
         while (stage > column.stage && column.coded[size_t(stage)] < 0) --stage;
-        view_.stage_bits[size_t(std::max(stage, column.stage))][row * view_.dense_words + c / 64] |=
+        view_.stages[size_t(std::max(stage, column.stage))].bits[row * dense_words + c / 64] |=
             uint64_t{1} << (c % 64);
-      }
-      View::Seers* seers = &view_.seers[(size_t(s) * n_blocks + size_t(t / kBlockTokens)) * words];
-      const uint8_t query = uint8_t(t % kBlockTokens);
+      };
       for (size_t w = 0; w < words; ++w) {
-        if (packed[w] == 0) continue;
-        if (seers[w].end == 0) seers[w].begin = query;
-        seers[w].end = query + 1;
+        const uint64_t bits = see[w] & column_bits_[w];
+        ForEachBit(&bits, 1, [&](int64_t i) { mark(int64_t(w * 64) + i); });
       }
     }
-    if (!needs_weights_) continue;
+  }
+  CollectApart(args);
+  view_.packed.Find(args.n_streams, args.n_tokens);
+  view_.apart.Find(args.n_streams, args.n_tokens);
+  for (View::Tiles& stage : view_.stages) stage.Find(args.n_streams, args.n_tokens);
+}
+
+// Cells of sequences that were decoded side by side lie side by side. Where rows of a tile have
+// weights of their own, or lie thinly, or queries see less than half of what others see of them,
+// they are read in tiles of their own, in which the rows of a sequence lie together.
+void KvCache::CollectApart(const sparkv_attend_args& args) {
+  const size_t words = view_.packed.words;
+  struct Row {
+    uint16_t table;
+    int32_t seer;
+    int64_t index;
+    auto operator<=>(const Row&) const = default;
+  };
+  view_.tile_table.assign(size_t(args.n_streams) * words, 0);
+  view_.apart_cells.assign(size_t(args.n_streams), {});
+  std::vector<Words> apart(size_t(args.n_streams), Words(words, 0));
+  std::vector<std::vector<int32_t>> place_of(static_cast<size_t>(args.n_streams));
+  const auto bits_of = [&](int s, int64_t t) {
+    return &view_.packed.bits[size_t(s * args.n_tokens + t) * words];
+  };
+  size_t most = 0;
+  for (int s = 0; s < args.n_streams; ++s) {
+    const int64_t base = (args.first_stream + s) * layout_.cells_per_stream;
+    bool some = false;
     for (size_t w = 0; w < words; ++w) {
-      uint64_t any = 0;
-      for (int64_t t = 0; t < args.n_tokens; ++t)
-        any |= view_.packed_bits[size_t(s * args.n_tokens + t) * words + w];
+      uint64_t any = 0, each = ~uint64_t{0};  // what some see, what all see that see something
+      int64_t n_seers = 0;
+      for (int64_t t = 0; t < args.n_tokens; ++t) {
+        const uint64_t see = bits_of(s, t)[w];
+        if (see == 0) continue;
+        any |= see;
+        each &= see;
+        ++n_seers;
+      }
+      if (any == 0) continue;
+      const int64_t n = std::popcount(any);
+      int64_t n_seen = n_seers * n;
+      if (each != any) {
+        n_seen = 0;
+        for (int64_t t = 0; t < args.n_tokens; ++t) n_seen += std::popcount(bits_of(s, t)[w]);
+      }
       uint16_t& table = view_.tile_table[size_t(s) * words + w];
       const uint16_t* ids = &cells_.table(base + int64_t(w) * 64);
-      if (any == ~uint64_t{0}) {
-        int differ = 0;
-        for (int i = 1; i < 64; ++i) differ |= ids[i] ^ ids[0];
-        table = differ == 0 ? ids[0] : kMixedTables;
-        continue;
+      table = ids[std::countr_zero(any)];
+      bool differ = false;
+      ForEachBit(&any, 1, [&](int64_t i) { differ |= ids[i] != table; });
+      int n_runs = 0;
+      for (int run = 0; run < 64; run += 16) n_runs += (any >> run & 0xffff) != 0 ? 1 : 0;
+      if (!differ && 2 * n_seen >= n_seers * n && (n_runs == 1 || 2 * n >= 16 * n_runs)) continue;
+      apart[size_t(s)][w] = any;
+      some = true;
+    }
+    if (!some) continue;
+    std::vector<int32_t> seer(words * 64);
+    for (int64_t t = args.n_tokens; t-- > 0;) {
+      for (size_t w = 0; w < words; ++w) {
+        const uint64_t see = bits_of(s, t)[w] & apart[size_t(s)][w];
+        ForEachBit(&see, 1, [&](int64_t i) { seer[w * 64 + size_t(i)] = int32_t(t); });
       }
-      ForEachBit(&any, 1,
-                 [&](int64_t i) { table = table == 0 || table == ids[i] ? ids[i] : kMixedTables; });
+    }
+    std::vector<Row> rows;
+    ForEachBit(apart[size_t(s)].data(), words, [&](int64_t i) {
+      rows.push_back({cells_.table(base + i), seer[size_t(i)], i});
+    });
+    std::sort(rows.begin(), rows.end());
+    std::vector<int64_t>& cells = view_.apart_cells[size_t(s)];
+    std::vector<int32_t>& place = place_of[size_t(s)];
+    place.resize(words * 64);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (i > 0 && rows[i].table != rows[i - 1].table)
+        cells.resize((cells.size() + 63) / 64 * 64, -1);
+      place[size_t(rows[i].index)] = int32_t(cells.size());
+      cells.push_back(base + rows[i].index);
+    }
+    most = std::max(most, cells.size());
+  }
+  view_.apart.words = (most + 63) / 64;
+  view_.apart.bits.assign(size_t(args.n_streams * args.n_tokens) * view_.apart.words, 0);
+  for (int s = 0; s < args.n_streams && most > 0; ++s) {
+    for (int64_t t = 0; t < args.n_tokens; ++t) {
+      uint64_t* to = &view_.apart.bits[size_t(s * args.n_tokens + t) * view_.apart.words];
+      for (size_t w = 0; w < words; ++w) {
+        if (apart[size_t(s)][w] == 0) continue;
+        uint64_t& see = bits_of(s, t)[w];
+        ForEachBit(&see, 1, [&](int64_t i) {
+          const int32_t at = place_of[size_t(s)][w * 64 + size_t(i)];
+          to[at / 64] |= uint64_t{1} << (at % 64);
+        });
+        see = 0;
+      }
     }
   }
 }
@@ -595,12 +697,21 @@ bool KvCache::ViewHolds(const sparkv_attend_args& args) const {
 // attended again, no write before) see what is there and change nothing.
 Status KvCache::Look(const sparkv_attend_args& args) {
   const bool plan = step_.open && !step_.planned;
-  view_ = View{};
-  view_.packed_words = size_t(args.n_kv + 63) / 64;
-  Words seen(size_t(args.n_streams * args.n_tokens) * view_.packed_words, 0);
+  const size_t words = size_t(args.n_kv + 63) / 64;
+  const size_t n_seen = size_t(args.n_streams * args.n_tokens) * words;
+  // The bits of a prompt are not kept for the tokens that follow it one by one.
+  if (seen_.capacity() > 4 * n_seen + 4096) {
+    view_ = View{};
+    seen_ = Words();
+  }
+  view_.n_kv = -1;
+  view_.mask_values = false;
+  view_.packed.words = words;
+  Words& seen = seen_;
+  seen.assign(n_seen, 0);
   for (int s = 0; s < args.n_streams; ++s) {
     for (int64_t t = 0; t < args.n_tokens; ++t) {
-      uint64_t* row = &seen[size_t(s * args.n_tokens + t) * view_.packed_words];
+      uint64_t* row = &seen[size_t(s * args.n_tokens + t) * view_.packed.words];
       if (args.mask == nullptr) {
         SetBits(row, args.n_kv);
       } else {
@@ -623,7 +734,7 @@ Status KvCache::Look(const sparkv_attend_args& args) {
     if (Status status = PlanTokens(args, s, seen, &tokens[size_t(s)]); !status.ok()) return status;
     std::vector<Column>& columns = view_.columns[size_t(s)];
     const int64_t stream = args.first_stream + s;
-    Words any(view_.packed_words, 0);
+    Words any(view_.packed.words, 0);
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       for (size_t w = 0; w < any.size(); ++w)
         any[w] |= seen[size_t(s * args.n_tokens + t) * any.size() + w];
@@ -651,8 +762,20 @@ Status KvCache::Look(const sparkv_attend_args& args) {
         columns.push_back({cell, cells_.rank(cell), -1, 0, cells_.slot(cell)});
       }
     }
-    std::stable_sort(columns.begin(), columns.end(),
-                     [](const Column& x, const Column& y) { return x.rank < y.rank; });
+    MapColumns(columns);
+    for (int64_t t = args.n_tokens; t-- > 0;) {
+      const uint64_t* see = &seen[size_t(s * args.n_tokens + t) * any.size()];
+      for (size_t w = 0; w < any.size(); ++w) {
+        const uint64_t bits = see[w] & column_bits_[w];
+        ForEachBit(&bits, 1, [&](int64_t i) {
+          columns[size_t(column_of_[w * 64 + size_t(i)])].seer = int32_t(t);
+        });
+      }
+    }
+    // Rows of a sequence together, the oldest first.
+    std::stable_sort(columns.begin(), columns.end(), [](const Column& x, const Column& y) {
+      return x.seer != y.seer ? x.seer < y.seer : x.rank < y.rank;
+    });
     if (plan) {
       PlanSeals(args, s, seen, tokens[size_t(s)]);
       if (needs_weights_) PlanObserved(args, s, seen, tokens[size_t(s)]);

@@ -83,6 +83,32 @@ TEST(Cache, LongSequenceThatIsSplitAmongTasksEqualsTheReference) {
   }
 }
 
+TEST(Cache, SequencesThatWereDecodedTogetherAreReadApart) {
+  Model model;
+  model.set = {{"window", "16"}};
+  model.layers = {{2, 32, 32, 2}};
+  model.cells = 3100;
+  Host host(model);
+  int next = 0;
+  for (; next < 1000; next += 40) {
+    Batch batch;
+    for (int i = 0; i < 40; ++i) {
+      for (int s = 0; s < 3; ++s) batch.emplace_back(s, Content(s, next + i));
+    }
+    host.Run(host.Begin(batch));
+  }
+  ASSERT_GT(host.Memory().sealed, 2048);  // more tiles than one task takes
+  for (const int n : {1, 3, 9}) {
+    Batch batch;
+    for (int i = 0; i < n; ++i) batch.emplace_back(i % 3, Content(i % 3, next + i / 3));
+    next += n;
+    const Step step = host.Begin(batch);
+    const std::vector<Answer> answers = host.Run(step);
+    for (size_t t = 0; t < answers.size(); ++t)
+      ASSERT_TRUE(Near(answers[t], host.Expected(step.sees[t]), kSums)) << n << " " << t;
+  }
+}
+
 TEST(Cache, ALayerOfItsOwnHasItsOwnRows) {
   Model model;
   model.preset = "spark-0.8-i4";

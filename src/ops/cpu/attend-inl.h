@@ -146,6 +146,20 @@ inline void ValueKernel(const float* weight, const float* correction, const floa
     ValueBlock<R, 1>(weight, correction, value, stride, first_row, end_row, c, o, o_stride);
 }
 
+// Of all lanes, by halves: lane by lane each would wait for the one before.
+template <int kHalf = kVec / 2, typename Op>
+inline float Reduce(Vec x, Op&& op) {
+  if constexpr (kHalf == 0) {
+    return x[0];
+  } else {
+    const Vec other = [&]<size_t... I>(std::index_sequence<I...>) {
+      return __builtin_shufflevector(x, x, int((I + kHalf) % kVec)...);
+    }
+    (std::make_index_sequence<kVec>());
+    return Reduce<kHalf / 2>(op(x, other), op);
+  }
+}
+
 // score [64] of one row -> weights e^(s - m); returns the correction of what the state held before.
 inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uint16_t* mask,
                      float* score, float* m, float* d) {
@@ -171,9 +185,9 @@ inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uin
     Store(score + t, s);
     largest = s > largest ? s : largest;
   }
-  float top = *m;
-  for (int i = 0; i < kVec; ++i) top = largest[i] > top ? largest[i] : top;
-  const float correction = *m == hidden ? 0.0f : std::exp(*m - top);
+  const float top = std::max(*m, Reduce(largest, [](Vec a, Vec b) { return a > b ? a : b; }));
+  // The largest score is mostly found early.
+  const float correction = *m == top ? 1.0f : *m == hidden ? 0.0f : std::exp(*m - top);
   Vec sum = {};
   for (int t = 0; t < kTile; t += kVec) {
     const IntVec bits = (IntVec{} + int32_t(visible >> t)) & lane_bit;
@@ -182,9 +196,7 @@ inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uin
     Store(score + t, p);
     sum += p;
   }
-  float total = 0.0f;
-  for (int i = 0; i < kVec; ++i) total += sum[i];
-  *d = *d * correction + total;
+  *d = *d * correction + Reduce(sum, [](Vec a, Vec b) { return a + b; });
   *m = top;
   return correction;
 }

@@ -287,6 +287,29 @@ void KvCache::AddPackedRow(const LayerLayout& layer, int64_t cell, uint16_t tabl
   }
 }
 
+// Writes f16 rows [n][row of all heads] over those that cells have, packed or dense, in the form in
+// which each has them. ExpandTables(layer) was called.
+void KvCache::StoreRows(const LayerLayout& layer, bool keys, int64_t n, const int64_t* cells,
+                        const uint16_t* rows, RowBatch* batch) const {
+  const size_t row = keys ? layer.k_row() : layer.v_row();
+  const int n_stages = layout_.n_stages();
+  for (int form = 0; form <= n_stages; ++form) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t cell = cells[i];
+      const bool dense = cells_.state(cell) == CellState::kDense;
+      if (form != (dense ? cells_.stage(cell) : n_stages)) continue;
+      const uint16_t* from = rows + size_t(i) * row;
+      if (dense) {
+        AddCodedRow(layer, form, cells_.table(cell), keys, from,
+                    StageRows(layer, form, cells_.slot(cell), keys), batch);
+      } else {
+        AddPackedRow(layer, cell, cells_.table(cell), keys, from, batch);
+      }
+    }
+    PackBatch(form < n_stages ? layer.stages[size_t(form)].value : layer.value, keys, batch);
+  }
+}
+
 void KvCache::PackBatch(const ValueLayout& value, bool keys, RowBatch* batch) const {
   if (!keys) {
     ops_->pack_values(value, int(batch->from.size()), batch->from.data(), batch->to.data());
@@ -354,7 +377,10 @@ Status KvCache::Read(bool keys, int layer_index, int64_t first, int64_t n, uint1
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
   ExpandTables(layer_index);
   const size_t row = keys ? layer.k_row() : layer.v_row();
-  for (int64_t i = 0; i < n; ++i) ReadCell(keys, layer, first + i, rows + size_t(i) * row);
+  EachChunk(n, [&](int64_t begin, int64_t count, RowBatch*) {
+    for (int64_t i = begin; i < begin + count; ++i)
+      ReadCell(keys, layer, first + i, rows + size_t(i) * row);
+  });
   return Status::Ok();
 }
 

@@ -306,6 +306,21 @@ class KvCache {
   void AddPackedRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, bool keys,
                     const uint16_t* row, RowBatch* batch) const;
   void PackBatch(const ValueLayout& value, bool keys, RowBatch* batch) const;
+  void StoreRows(const LayerLayout& layer, bool keys, int64_t n, const int64_t* cells,
+                 const uint16_t* rows, RowBatch* batch) const;
+  // Calls body(begin, count, batch of the thread) for parts of n rows that are packed side by side.
+  template <typename Body>
+  void EachChunk(int64_t n, Body&& body) {
+    constexpr int64_t kChunk = 16;
+    const int64_t n_chunks = (n + kChunk - 1) / kChunk;
+    if (seal_space_.size() < size_t(pool_.size())) seal_space_.resize(size_t(pool_.size()));
+    const auto chunk = [&](int64_t i, int thread) {
+      RowBatch& batch = seal_space_[size_t(thread)].batch;
+      batch.Clear();  // a loop that ran out of memory may have left some
+      body(i * kChunk, std::min(kChunk, n - i * kChunk), &batch);
+    };
+    pool_.ParallelFor(n_chunks, chunk);
+  }
   void Decode(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
               const uint8_t* coded, uint16_t* row) const;
   void UnpackKey(const LayerLayout& layer, int head, int64_t cell, uint16_t table_id,

@@ -148,6 +148,7 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
     const uint16_t* row = rows + size_t(i) * row_numbers;
     restore_.matched = MatchTable(layer, layout_.n_stages(), row);
   }
+  std::vector<int64_t> cells;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t cell = first + i;
     const uint16_t* row = rows + size_t(i) * row_numbers;
@@ -159,18 +160,13 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
       if (Status s = DecideRestored(layer_index, cell, row); !s.ok()) return s;
     }
     if (keys && EvictedHeads(layer, row) > 0) restore_.evicted.insert(cell);
-    switch (cells_.state(cell)) {
-      case CellState::kSealed:
-        PackRow(layer, cell, cells_.table(cell), keys ? row : nullptr, keys ? nullptr : row);
-        break;
-      case CellState::kDense:
-        Code(layer, cells_.stage(cell), cells_.table(cell), keys, row,
-             StageRows(layer, cells_.stage(cell), cells_.slot(cell), keys));
-        break;
-      default:
-        return Status::Invalid("values: cell " + std::to_string(cell) + " was given no keys");
-    }
+    if (cells_.state(cell) != CellState::kSealed && cells_.state(cell) != CellState::kDense)
+      return Status::Invalid("values: cell " + std::to_string(cell) + " was given no keys");
+    cells.push_back(cell);
   }
+  EachChunk(n, [&](int64_t begin, int64_t count, RowBatch* batch) {
+    StoreRows(layer, keys, count, cells.data() + begin, rows + size_t(begin) * row_numbers, batch);
+  });
   for (int64_t i = 0; i < n && placing && !restore_.range_matched; ++i)
     restore_.strangers.push_back(first + i);
   if (restore_.deciding < 0) restore_.rows.insert({layer_index, keys});
@@ -298,26 +294,27 @@ Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cell
   copy_ = {};
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
   ExpandTables(layer_index);
-  std::vector<uint16_t> row(layer.k_row());
-  std::vector<float> k(size_t(layer.k_dim()));
+  std::vector<int64_t> cells;
   for (int64_t cell = 0; cell < std::min(n_cells, layout_.cells()); ++cell) {
     if (delta[cell] == 0 || cells_.state(cell) == CellState::kEmpty) continue;
-    ReadCell(true, layer, cell, row.data());
-    for (int h = 0; h < layer.n_kv_heads; ++h) {
-      uint16_t* half = row.data() + size_t(h) * size_t(layer.k_dim());
-      for (size_t j = 0; j < k.size(); ++j) k[j] = HalfToFloat(half[j]);
-      RotatePosition(rope, delta[cell], k.data());
-      for (size_t j = 0; j < k.size(); ++j) half[j] = FloatToHalf(k[j]);
-    }
+    cells.push_back(cell);
     queries_.erase(cell);
-    if (cells_.state(cell) != CellState::kDense) {
-      PackRow(layer, cell, cells_.table(cell), row.data(), nullptr);
-    } else {
-      const int stage = cells_.stage(cell);
-      Code(layer, stage, cells_.table(cell), true, row.data(),
-           StageRows(layer, stage, cells_.slot(cell), true));
-    }
   }
+  EachChunk(int64_t(cells.size()), [&](int64_t begin, int64_t count, RowBatch* batch) {
+    const size_t dim = size_t(layer.k_dim()), row = layer.k_row();
+    std::vector<uint16_t> rows(size_t(count) * row);
+    std::vector<float> k(dim);
+    for (size_t i = 0; i < size_t(count); ++i) {
+      const int64_t cell = cells[size_t(begin) + i];
+      ReadCell(true, layer, cell, &rows[i * row]);
+      for (size_t at = i * row; at < (i + 1) * row; at += dim) {
+        for (size_t j = 0; j < dim; ++j) k[j] = HalfToFloat(rows[at + j]);
+        RotatePosition(rope, delta[cell], k.data());
+        for (size_t j = 0; j < dim; ++j) rows[at + j] = FloatToHalf(k[j]);
+      }
+    }
+    StoreRows(layer, true, count, cells.data() + begin, rows.data(), batch);
+  });
   return Status::Ok();
 }
 

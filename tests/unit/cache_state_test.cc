@@ -84,6 +84,7 @@ TEST_P(State, RestoredInTheSameCellsItContinuesAsIfNothingHadHappened) {
   Host usual(Small()), host(Small());
   usual.Feed(0, 1, 0, 100, {100});
   host.Feed(0, 1, 0, 100, {33});
+  sparkv_cache_set_threads(host.cache, 3);
   const int64_t sealed = host.Memory().sealed;
   const Saved saved = Save(host, 0, 100);
   sparkv_cache_release(host.cache, 0, 512);

@@ -126,8 +126,8 @@ void PrintHelp() {
   --tokens=8192      cached per sequence (list)
   --threads=1        (list)
   --sequences=1      that decode together (list)
-  --streams=split,unified   a stream per sequence; one stream and a mask, sequences behind each other or
-                      token by token (interleaved)
+  --streams=split,unified   a stream per sequence; one stream and a mask, sequences behind each
+                      other or token by token (interleaved)
   --presets=exact,spark-0.5,spark-0.5-i8,spark-0.5-i5,spark-0.8-i4
   --simd=auto        list; all: every one that this CPU has
   --queries=512 --dim=64 --kv-heads=3 --group=3

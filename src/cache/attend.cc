@@ -1,5 +1,5 @@
-// One attention call: which tiles, which queries together, which thread. Work is cut by shape
-// alone, never by the number of threads, so results do not depend on it.
+// One attention call: which tiles, which queries together, which thread. Work is cut by shape and
+// by what queries see, never by the number of threads, so results do not depend on it.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -15,8 +15,7 @@
 namespace sparkv {
 namespace {
 
-constexpr int64_t kSplitTiles = 32;  // tiles per task when there are few queries
-constexpr int64_t kFewTokens = 8;
+constexpr int64_t kSplitTiles = 32;     // tiles per task when there are few queries
 constexpr int64_t kFewRecentTiles = 4;  // of recent rows, which need no task of their own
 constexpr int64_t kManyHeads = 64;      // of all streams: tasks for any number of threads
 // Below this many multiply-adds a loop ends before a sleeping thread, or one of the host's team
@@ -80,8 +79,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
   const int k_dim = layer.k_dim(), v_dim = layer.v_dim();
   const size_t o_stride = PadTo16(v_dim);
   const bool few = args.n_tokens <= kFewTokens;
-  const int64_t n_blocks = few ? 1 : (args.n_tokens + kBlockTokens - 1) / kBlockTokens;
-  const int64_t block_tokens = few ? args.n_tokens : kBlockTokens;
+  const int64_t block_tokens = few ? args.n_tokens : view_.block_tokens;
+  const int64_t n_blocks = (args.n_tokens + block_tokens - 1) / block_tokens;
   const int64_t n_tiles = int64_t(view_.packed.words), n_apart = int64_t(view_.apart.words);
   // Parts of the packed cells, and all recent rows as one more.
   const int64_t n_packed_splits =
@@ -207,7 +206,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
                              const AttentionState& state, auto&& body) {
     uint64_t visible[kBlockTokens];
     const View::Seers* seers =
-        tiles.seers.data() + size_t(stream * n_blocks + first / kBlockTokens) * tiles.words;
+        tiles.seers.data() + size_t(stream * n_blocks + first / block_tokens) * tiles.words;
     for (int64_t w = begin; w < end; ++w) {
       if (seers[w].end == 0) continue;
       // Of many sequences in one stream, most see nothing of this tile.

@@ -115,6 +115,8 @@ void KvCache::Clear() {
   NotePeak();
   step_ = Step{};
   view_ = View{};
+  seen_ = column_bits_ = Words();
+  column_of_ = {};
   flight_cells_.clear();
   flight_at_.clear();
   arena_layer_ = -1;
@@ -377,7 +379,7 @@ Status KvCache::Read(bool keys, int layer_index, int64_t first, int64_t n, uint1
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
   ExpandTables(layer_index);
   const size_t row = keys ? layer.k_row() : layer.v_row();
-  EachChunk(n, [&](int64_t begin, int64_t count, RowBatch*) {
+  EachChunk(n, false, [&](int64_t begin, int64_t count, SealSpace*) {
     for (int64_t i = begin; i < begin + count; ++i)
       ReadCell(keys, layer, first + i, rows + size_t(i) * row);
   });
@@ -498,12 +500,14 @@ void KvCache::Memory(sparkv_memory* m) const {
   const uint64_t packed = packed_.committed() + kept_bytes_;
   m->slack = packed - (key_rows + value_rows) + slots - (m->dense_keys + m->dense_values);
   m->workspace = table_keys_.capacity() * sizeof(void*) + key_layouts_.size() * sizeof(KeyLayout);
-  m->workspace +=
-      (flight_keys_.capacity() + flight_values_.capacity()) * 2 +
-      observed_.size() * layout_.channels * 4 +
-      (view_.packed.bits.capacity() + view_.apart.bits.capacity() + seen_.capacity()) * 8 +
-      column_of_.capacity() * 4 + (table_f32_.capacity() + partial_.capacity()) * 4;
-  for (const View::Tiles& tiles : view_.stages) m->workspace += tiles.bits.capacity() * 8;
+  m->workspace += (flight_keys_.capacity() + flight_values_.capacity()) * 2 +
+                  observed_.size() * layout_.channels * 4 +
+                  (seen_.capacity() + column_bits_.capacity() + view_.evicted_bits.capacity()) * 8 +
+                  column_of_.capacity() * 4 + view_.tile_table.capacity() * 2 +
+                  (table_f32_.capacity() + partial_.capacity()) * 4;
+  m->workspace += view_.packed.memory() + view_.apart.memory();
+  for (const View::Tiles& tiles : view_.stages) m->workspace += tiles.memory();
+  for (const auto& cells : view_.apart_cells) m->workspace += cells.capacity() * 8;
   for (const auto& space : thread_space_) m->workspace += space.capacity() * 4;
   for (const SealSpace& space : seal_space_) {
     m->workspace += (space.rows.capacity() + space.after.capacity()) * 2 + space.passed.capacity() +

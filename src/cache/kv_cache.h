@@ -74,8 +74,8 @@ class KvCache {
     int32_t slot = -1;    // of that stage; not in flight
     unsigned enters = 0;  // bits of later stages that queries of this micro-batch see it in
     std::array<int32_t, 1 + kMaxRecentStages> coded = kNoCoded;  // slots of those
-    int32_t seer = 0;    // the first query of the call that sees it
     uint16_t table = 0;  // weights of those, and of its packed row
+    int32_t seer = 0;    // the first query of its stream that sees it
     bool sealing = false;
     int64_t block = 0;  // with a baseline: its keys are coded with those of the same number
   };
@@ -150,6 +150,9 @@ class KvCache {
     std::vector<int64_t> newest;    // flight cells whose queries may choose at a later eviction
     std::vector<Eviction> evictions;
   };
+  // Queries of a micro-batch that share unpacked tiles, at most; few: a token being decoded, or
+  // some drafted ones.
+  static constexpr int64_t kBlockTokens = 64, kFewTokens = 8;
   // What the queries of a call see.
   struct View {
     // Queries of a block, [begin, end), that see something of a tile.
@@ -161,11 +164,15 @@ class KvCache {
       size_t words = 0;            // tiles of a stream
       std::vector<uint64_t> bits;  // [n_streams * n_tokens][words]
       std::vector<Seers> seers;    // [n_streams][blocks][words]
-      void Find(int64_t n_streams, int64_t n_tokens);
+      void FindSeers(int64_t n_streams, int64_t n_tokens, int64_t block_tokens);
+      // Adds tiles that somebody sees, and for each how many queries do.
+      void Count(int64_t n_streams, int64_t n_tokens, int64_t* n_tiles, int64_t* n_reads) const;
+      size_t memory() const { return bits.capacity() * 8 + seers.capacity() * sizeof(Seers); }
     };
-    Tiles packed;                      // packed cells as they lie
-    std::vector<uint16_t> tile_table;  // [n_streams][packed.words] weights of those seen
-    Tiles apart;                       // packed cells of tiles that sequences share, collected
+    int64_t block_tokens = kBlockTokens;  // queries that read a tile together
+    Tiles packed;                         // packed cells as they lie
+    std::vector<uint16_t> tile_table;     // [n_streams][packed.words] weights of those seen
+    Tiles apart;                          // packed cells of other tiles, collected (CollectApart)
     std::vector<std::vector<int64_t>> apart_cells;  // per stream of the call; -1: no cell
     std::vector<Tiles> stages;                      // columns, per stage; 0: f16 numbers
     std::vector<std::vector<Column>> columns;       // per stream of the call
@@ -177,7 +184,6 @@ class KvCache {
     int64_t n_kv = -1, n_tokens = 0;
     int first_stream = 0, n_streams = 0;
   };
-  static constexpr int64_t kBlockTokens = 64;  // queries of a micro-batch that share unpacked tiles
   // Tokens that a sequence has weights after, however few of them differ.
   static constexpr int32_t kMostWaiting = 512;
   // Queries that the scratch of a thread holds in the form that rows of `key` want.
@@ -308,18 +314,20 @@ class KvCache {
   void PackBatch(const ValueLayout& value, bool keys, RowBatch* batch) const;
   void StoreRows(const LayerLayout& layer, bool keys, int64_t n, const int64_t* cells,
                  const uint16_t* rows, RowBatch* batch) const;
-  // Calls body(begin, count, batch of the thread) for parts of n rows that are packed side by side.
+  // Calls body(begin, count, space of the thread) for parts of n rows that are packed side by side,
+  // on all threads or, in order, on this one.
   template <typename Body>
-  void EachChunk(int64_t n, Body&& body) {
+  void EachChunk(int64_t n, bool in_order, Body&& body) {
     constexpr int64_t kChunk = 16;
     const int64_t n_chunks = (n + kChunk - 1) / kChunk;
     if (seal_space_.size() < size_t(pool_.size())) seal_space_.resize(size_t(pool_.size()));
     const auto chunk = [&](int64_t i, int thread) {
-      RowBatch& batch = seal_space_[size_t(thread)].batch;
-      batch.Clear();  // a loop that ran out of memory may have left some
-      body(i * kChunk, std::min(kChunk, n - i * kChunk), &batch);
+      SealSpace& space = seal_space_[size_t(thread)];
+      space.batch.Clear();  // a loop that ran out of memory may have left some
+      body(i * kChunk, std::min(kChunk, n - i * kChunk), &space);
     };
-    pool_.ParallelFor(n_chunks, chunk);
+    if (!in_order) return pool_.ParallelFor(n_chunks, chunk);
+    for (int64_t i = 0; i < n_chunks; ++i) chunk(i, 0);
   }
   void Decode(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
               const uint8_t* coded, uint16_t* row) const;
@@ -381,8 +389,8 @@ class KvCache {
   Step step_;
   View view_;
   Words seen_;                      // [n_streams * n_tokens][words], as the mask has it
-  Words column_bits_;               // of cells that are columns of a stream, whose places are
-  std::vector<int32_t> column_of_;  // here
+  Words column_bits_;               // which cells of a stream are columns (MapColumns)
+  std::vector<int32_t> column_of_;  // places of those, by the index of their cell
   std::vector<int64_t> flight_cells_;
   std::unordered_map<int64_t, int32_t> flight_at_;
   std::vector<uint8_t> layer_written_, layer_done_;

@@ -149,24 +149,30 @@ Status KvCache::Restore(bool keys, int layer_index, int64_t first, int64_t n,
     restore_.matched = MatchTable(layer, layout_.n_stages(), row);
   }
   std::vector<int64_t> cells;
+  Status placed = Status::Ok();
   for (int64_t i = 0; i < n; ++i) {
     const int64_t cell = first + i;
     const uint16_t* row = rows + size_t(i) * row_numbers;
     const bool known = restore_.cells.count(cell) != 0;
     if (keys && (!known || layer_index == restore_.first_layer)) {
-      if (Status s = PlaceRestored(layer_index, cell, row); !s.ok()) return s;
-      restore_.cells.insert(cell);
+      placed = PlaceRestored(layer_index, cell, row);
+      if (placed.ok()) restore_.cells.insert(cell);
     } else if (placing) {
-      if (Status s = DecideRestored(layer_index, cell, row); !s.ok()) return s;
+      placed = DecideRestored(layer_index, cell, row);
     }
+    if (placed.ok() && cells_.state(cell) != CellState::kSealed &&
+        cells_.state(cell) != CellState::kDense)
+      placed = Status::Invalid("values: cell " + std::to_string(cell) + " was given no keys");
+    if (!placed.ok()) break;
     if (keys && EvictedHeads(layer, row) > 0) restore_.evicted.insert(cell);
-    if (cells_.state(cell) != CellState::kSealed && cells_.state(cell) != CellState::kDense)
-      return Status::Invalid("values: cell " + std::to_string(cell) + " was given no keys");
     cells.push_back(cell);
   }
-  EachChunk(n, [&](int64_t begin, int64_t count, RowBatch* batch) {
-    StoreRows(layer, keys, count, cells.data() + begin, rows + size_t(begin) * row_numbers, batch);
+  // Where memory ran out, cells that were placed have their rows.
+  EachChunk(int64_t(cells.size()), false, [&](int64_t begin, int64_t count, SealSpace* space) {
+    StoreRows(layer, keys, count, cells.data() + begin, rows + size_t(begin) * row_numbers,
+              &space->batch);
   });
+  if (!placed.ok()) return placed;
   for (int64_t i = 0; i < n && placing && !restore_.range_matched; ++i)
     restore_.strangers.push_back(first + i);
   if (restore_.deciding < 0) restore_.rows.insert({layer_index, keys});
@@ -300,7 +306,7 @@ Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cell
     cells.push_back(cell);
     queries_.erase(cell);
   }
-  EachChunk(int64_t(cells.size()), [&](int64_t begin, int64_t count, RowBatch* batch) {
+  EachChunk(int64_t(cells.size()), false, [&](int64_t begin, int64_t count, SealSpace* space) {
     const size_t dim = size_t(layer.k_dim()), row = layer.k_row();
     std::vector<uint16_t> rows(size_t(count) * row);
     std::vector<float> k(dim);
@@ -313,7 +319,7 @@ Status KvCache::RotateKeys(int layer_index, const int32_t* delta, int64_t n_cell
         for (size_t j = 0; j < dim; ++j) rows[at + j] = FloatToHalf(k[j]);
       }
     }
-    StoreRows(layer, true, count, cells.data() + begin, rows.data(), batch);
+    StoreRows(layer, true, count, cells.data() + begin, rows.data(), &space->batch);
   });
   return Status::Ok();
 }

@@ -148,18 +148,13 @@ void KvCache::MakeTables(const sparkv_attend_args& args) {
 void KvCache::SealLayer(int layer_index) {
   const LayerLayout& layer = layout_.layers[size_t(layer_index)];
   if (baseline_.codec != Codec::kNone) return SealBaseline(layer);
-  const int64_t n = int64_t(step_.aging.size());
-  constexpr int64_t kChunk = 16;
   const int n_stages = layout_.n_stages();
   RowErrors* errors = errors_.empty() ? nullptr : &errors_[size_t(layer_index)];
-  const auto body = [&](int64_t chunk, int thread) {
-    const Column* columns = step_.aging.data() + chunk * kChunk;
-    const int64_t count = std::min(kChunk, n - chunk * kChunk);
-    SealSpace& space = seal_space_[size_t(thread)];
-    std::vector<uint16_t>&rows = space.rows, &after = space.after;
-    std::vector<uint8_t>& passed = space.passed;
-    RowBatch& batch = space.batch;
-    batch.Clear();  // a loop that ran out of memory may have left some
+  const auto body = [&](int64_t begin, int64_t count, SealSpace* space) {
+    const Column* columns = step_.aging.data() + begin;
+    std::vector<uint16_t>&rows = space->rows, &after = space->after;
+    std::vector<uint8_t>& passed = space->passed;
+    RowBatch& batch = space->batch;
     for (const bool keys : {true, false}) {
       const size_t row = keys ? layer.k_row() : layer.v_row();
       rows.resize(size_t(count) * row);
@@ -203,13 +198,7 @@ void KvCache::SealLayer(int layer_index) {
       }
     }
   };
-  const int64_t n_chunks = (n + kChunk - 1) / kChunk;
-  if (seal_space_.size() < size_t(pool_.size())) seal_space_.resize(size_t(pool_.size()));
-  if (n_chunks <= 1 || errors != nullptr) {
-    for (int64_t chunk = 0; chunk < n_chunks; ++chunk) body(chunk, 0);
-  } else {
-    pool_.ParallelFor(n_chunks, body);
-  }
+  EachChunk(int64_t(step_.aging.size()), errors != nullptr, body);
 }
 
 Status KvCache::StartErrors() {

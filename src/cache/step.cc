@@ -521,19 +521,33 @@ void KvCache::MapColumns(const std::vector<Column>& columns) {
   }
 }
 
-// Seers from bits.
-void KvCache::View::Tiles::Find(int64_t n_streams, int64_t n_tokens) {
-  const int64_t n_blocks = (n_tokens + kBlockTokens - 1) / kBlockTokens;
+void KvCache::View::Tiles::FindSeers(int64_t n_streams, int64_t n_tokens, int64_t block_tokens) {
+  const int64_t n_blocks = (n_tokens + block_tokens - 1) / block_tokens;
   seers.assign(size_t(n_streams * n_blocks) * words, {});
+  if (words == 0) return;
   for (int64_t row = 0; row < n_streams * n_tokens; ++row) {
     const int64_t stream = row / n_tokens, t = row % n_tokens;
     const uint64_t* see = &bits[size_t(row) * words];
-    Seers* block = &seers[size_t(stream * n_blocks + t / kBlockTokens) * words];
-    const uint8_t query = uint8_t(t % kBlockTokens);
+    Seers* block = &seers[size_t(stream * n_blocks + t / block_tokens) * words];
+    const uint8_t query = uint8_t(t % block_tokens);
     for (size_t w = 0; w < words; ++w) {
       if (see[w] == 0) continue;
       if (block[w].end == 0) block[w].begin = query;
       block[w].end = query + 1;
+    }
+  }
+}
+
+void KvCache::View::Tiles::Count(int64_t n_streams, int64_t n_tokens, int64_t* n_tiles,
+                                 int64_t* n_reads) const {
+  std::vector<uint8_t> seen(words);
+  for (int64_t row = 0; row < n_streams * n_tokens; ++row) {
+    if (row % n_tokens == 0) std::fill(seen.begin(), seen.end(), 0);
+    const uint64_t* see = bits.data() + size_t(row) * words;
+    for (size_t w = 0; w < words; ++w) {
+      if (see[w] == 0) continue;
+      *n_tiles += 1 - std::exchange(seen[w], 1);
+      ++*n_reads;
     }
   }
 }
@@ -589,13 +603,18 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
     }
   }
   CollectApart(args);
-  view_.packed.Find(args.n_streams, args.n_tokens);
-  view_.apart.Find(args.n_streams, args.n_tokens);
-  for (View::Tiles& stage : view_.stages) stage.Find(args.n_streams, args.n_tokens);
+  std::vector<View::Tiles*> all = {&view_.packed, &view_.apart};
+  for (View::Tiles& stage : view_.stages) all.push_back(&stage);
+  // Where queries share few tiles, small blocks of them are work for more threads.
+  int64_t n_tiles = 0, n_reads = 0;
+  for (View::Tiles* tiles : all) tiles->Count(args.n_streams, args.n_tokens, &n_tiles, &n_reads);
+  view_.block_tokens = n_reads < 2 * n_tiles ? kFewTokens : kBlockTokens;
+  for (View::Tiles* tiles : all)
+    tiles->FindSeers(args.n_streams, args.n_tokens, view_.block_tokens);
 }
 
-// Cells of sequences that were decoded side by side lie side by side. Where rows of a tile have
-// weights of their own, or lie thinly, or queries see less than half of what others see of them,
+// Cells of sequences that were decoded side by side lie side by side. Where rows of a tile differ
+// in weights, or lie thinly, or queries see on average less than half of what others see of them,
 // they are read in tiles of their own, in which the rows of a sequence lie together.
 void KvCache::CollectApart(const sparkv_attend_args& args) {
   const size_t words = view_.packed.words;
@@ -606,16 +625,16 @@ void KvCache::CollectApart(const sparkv_attend_args& args) {
     auto operator<=>(const Row&) const = default;
   };
   view_.tile_table.assign(size_t(args.n_streams) * words, 0);
-  view_.apart_cells.assign(size_t(args.n_streams), {});
-  std::vector<Words> apart(size_t(args.n_streams), Words(words, 0));
+  view_.apart_cells.resize(size_t(args.n_streams));
+  std::vector<Words> apart(static_cast<size_t>(args.n_streams));  // empty: nothing of the stream
   std::vector<std::vector<int32_t>> place_of(static_cast<size_t>(args.n_streams));
   const auto bits_of = [&](int s, int64_t t) {
     return &view_.packed.bits[size_t(s * args.n_tokens + t) * words];
   };
   size_t most = 0;
   for (int s = 0; s < args.n_streams; ++s) {
+    view_.apart_cells[size_t(s)].clear();
     const int64_t base = (args.first_stream + s) * layout_.cells_per_stream;
-    bool some = false;
     for (size_t w = 0; w < words; ++w) {
       uint64_t any = 0, each = ~uint64_t{0};  // what some see, what all see that see something
       int64_t n_seers = 0;
@@ -633,52 +652,66 @@ void KvCache::CollectApart(const sparkv_attend_args& args) {
         n_seen = 0;
         for (int64_t t = 0; t < args.n_tokens; ++t) n_seen += std::popcount(bits_of(s, t)[w]);
       }
-      uint16_t& table = view_.tile_table[size_t(s) * words + w];
-      const uint16_t* ids = &cells_.table(base + int64_t(w) * 64);
-      table = ids[std::countr_zero(any)];
-      bool differ = false;
-      ForEachBit(&any, 1, [&](int64_t i) { differ |= ids[i] != table; });
+      bool one_table = true;
+      if (needs_weights_) {
+        const uint16_t* ids = &cells_.table(base + int64_t(w) * kTile);
+        const uint16_t id = ids[std::countr_zero(any)];
+        view_.tile_table[size_t(s) * words + w] = id;
+        int differ = 0;
+        if (any == ~uint64_t{0}) {
+          for (int i = 0; i < kTile; ++i) differ |= ids[i] ^ id;
+        } else {
+          ForEachBit(&any, 1, [&](int64_t i) { differ |= ids[i] ^ id; });
+        }
+        one_table = differ == 0;
+      }
+      // Kernels take runs of cells whole: half of them idle costs as much as a copy.
       int n_runs = 0;
-      for (int run = 0; run < 64; run += 16) n_runs += (any >> run & 0xffff) != 0 ? 1 : 0;
-      if (!differ && 2 * n_seen >= n_seers * n && (n_runs == 1 || 2 * n >= 16 * n_runs)) continue;
+      for (int run = 0; run < kTile; run += kGroupCells)
+        n_runs += (any >> run & 0xffff) != 0 ? 1 : 0;
+      const bool dense = n_runs == 1 || 2 * n >= n_runs * kGroupCells;
+      if (one_table && dense && 2 * n_seen >= n_seers * n) continue;
+      apart[size_t(s)].resize(words);
       apart[size_t(s)][w] = any;
-      some = true;
     }
-    if (!some) continue;
-    std::vector<int32_t> seer(words * 64);
-    for (int64_t t = args.n_tokens; t-- > 0;) {
+    if (apart[size_t(s)].empty()) continue;
+    std::vector<Row> rows;
+    Words left = apart[size_t(s)];  // not seen by queries so far
+    for (int64_t t = 0; t < args.n_tokens; ++t) {
       for (size_t w = 0; w < words; ++w) {
-        const uint64_t see = bits_of(s, t)[w] & apart[size_t(s)][w];
-        ForEachBit(&see, 1, [&](int64_t i) { seer[w * 64 + size_t(i)] = int32_t(t); });
+        const uint64_t first = bits_of(s, t)[w] & left[w];
+        left[w] ^= first;
+        ForEachBit(&first, 1, [&](int64_t i) {
+          const int64_t index = int64_t(w) * kTile + i;
+          rows.push_back({cells_.table(base + index), int32_t(t), index});
+        });
       }
     }
-    std::vector<Row> rows;
-    ForEachBit(apart[size_t(s)].data(), words, [&](int64_t i) {
-      rows.push_back({cells_.table(base + i), seer[size_t(i)], i});
-    });
     std::sort(rows.begin(), rows.end());
     std::vector<int64_t>& cells = view_.apart_cells[size_t(s)];
     std::vector<int32_t>& place = place_of[size_t(s)];
-    place.resize(words * 64);
+    place.resize(words * kTile);
     for (size_t i = 0; i < rows.size(); ++i) {
+      // A tile has one set of weights.
       if (i > 0 && rows[i].table != rows[i - 1].table)
-        cells.resize((cells.size() + 63) / 64 * 64, -1);
+        cells.resize((cells.size() + kTile - 1) / kTile * kTile, -1);
       place[size_t(rows[i].index)] = int32_t(cells.size());
       cells.push_back(base + rows[i].index);
     }
     most = std::max(most, cells.size());
   }
-  view_.apart.words = (most + 63) / 64;
+  view_.apart.words = (most + kTile - 1) / kTile;
   view_.apart.bits.assign(size_t(args.n_streams * args.n_tokens) * view_.apart.words, 0);
-  for (int s = 0; s < args.n_streams && most > 0; ++s) {
+  for (int s = 0; s < args.n_streams; ++s) {
+    if (apart[size_t(s)].empty()) continue;
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       uint64_t* to = &view_.apart.bits[size_t(s * args.n_tokens + t) * view_.apart.words];
       for (size_t w = 0; w < words; ++w) {
         if (apart[size_t(s)][w] == 0) continue;
         uint64_t& see = bits_of(s, t)[w];
         ForEachBit(&see, 1, [&](int64_t i) {
-          const int32_t at = place_of[size_t(s)][w * 64 + size_t(i)];
-          to[at / 64] |= uint64_t{1} << (at % 64);
+          const int32_t at = place_of[size_t(s)][w * kTile + size_t(i)];
+          to[at / kTile] |= uint64_t{1} << (at % kTile);
         });
         see = 0;
       }
@@ -702,7 +735,8 @@ Status KvCache::Look(const sparkv_attend_args& args) {
   // The bits of a prompt are not kept for the tokens that follow it one by one.
   if (seen_.capacity() > 4 * n_seen + 4096) {
     view_ = View{};
-    seen_ = Words();
+    seen_ = column_bits_ = Words();
+    column_of_ = {};
   }
   view_.n_kv = -1;
   view_.mask_values = false;
@@ -763,11 +797,13 @@ Status KvCache::Look(const sparkv_attend_args& args) {
       }
     }
     MapColumns(columns);
-    for (int64_t t = args.n_tokens; t-- > 0;) {
-      const uint64_t* see = &seen[size_t(s * args.n_tokens + t) * any.size()];
-      for (size_t w = 0; w < any.size(); ++w) {
-        const uint64_t bits = see[w] & column_bits_[w];
-        ForEachBit(&bits, 1, [&](int64_t i) {
+    Words left = column_bits_;  // not seen by queries so far
+    for (int64_t t = 0; t < args.n_tokens; ++t) {
+      const uint64_t* see = &seen[size_t(s * args.n_tokens + t) * words];
+      for (size_t w = 0; w < words; ++w) {
+        const uint64_t first = see[w] & left[w];
+        left[w] ^= first;
+        ForEachBit(&first, 1, [&](int64_t i) {
           columns[size_t(column_of_[w * 64 + size_t(i)])].seer = int32_t(t);
         });
       }

@@ -445,6 +445,28 @@ TEST(CacheState, RotatedKeysAreWhatGgmlGives) {
   }
 }
 
+TEST(CacheState, RowsMoveAndAreReadTheSameWithAnyNumberOfThreads) {
+  Model model;
+  model.preset = "tiers-6321";
+  model.set = {{"window", "16"}, {"observe", "8"}, {"recent", "40:i8+q8,90:t7432+t4"}};
+  std::vector<std::vector<uint16_t>> rows[2];
+  for (const int threads : {1, 3}) {
+    Host host(model);
+    sparkv_cache_set_threads(host.cache, threads);
+    host.Feed(0, 1, 0, 200, {50});
+    sparkv_rope rope{sizeof(rope), 32,   0,    1,     4096, 10000.0f,
+                     1.0f,         0.0f, 1.0f, 32.0f, 1.0f, nullptr};
+    std::vector<int32_t> delta(200, -11);
+    ASSERT_EQ(sparkv_cache_rotate_keys(host.cache, 0, delta.data(), 200, &rope, &host.error),
+              SPARKV_OK);
+    for (int l = 0; l < host.n_layers(); ++l) {
+      for (const Kind kind : {kKeys, kValues})
+        rows[threads / 3].push_back(host.Read(kind, l, 0, 200));
+    }
+  }
+  EXPECT_EQ(rows[0], rows[1]);
+}
+
 TEST(CacheState, APackedKeyThatMovesStaysPackedAndNearItsRotation) {
   Model model;
   model.preset = "spark-0.5-i8";

@@ -5,6 +5,7 @@
 #include <deque>
 #include <thread>
 
+#include "base/half.h"
 #include "cache_model.h"
 #include "format/row_layout.h"
 
@@ -83,29 +84,58 @@ TEST(Cache, LongSequenceThatIsSplitAmongTasksEqualsTheReference) {
   }
 }
 
-TEST(Cache, SequencesThatWereDecodedTogetherAreReadApart) {
-  Model model;
-  model.set = {{"window", "16"}};
-  model.layers = {{2, 32, 32, 2}};
-  model.cells = 3100;
-  Host host(model);
-  int next = 0;
-  for (; next < 1000; next += 40) {
-    Batch batch;
-    for (int i = 0; i < 40; ++i) {
-      for (int s = 0; s < 3; ++s) batch.emplace_back(s, Content(s, next + i));
+// Distances as a mask has them that is not only 0 and -inf.
+void Lean(Host* host, const Batch& batch, Step* step) {
+  for (size_t t = 0; t < batch.size(); ++t) {
+    for (const Placed& token : host->sequence(batch[t].first)) {
+      uint16_t& entry = step->mask[t * size_t(step->n_kv) + size_t(token.cell)];
+      if (entry != kHidden)
+        entry = FloatToHalf(-0.25f * float((batch[t].second - token.content) % 32));
     }
-    host.Run(host.Begin(batch));
   }
-  ASSERT_GT(host.Memory().sealed, 2048);  // more tiles than one task takes
-  for (const int n : {1, 3, 9}) {
-    Batch batch;
-    for (int i = 0; i < n; ++i) batch.emplace_back(i % 3, Content(i % 3, next + i / 3));
-    next += n;
-    const Step step = host.Begin(batch);
+}
+
+class Together : public testing::TestWithParam<std::pair<const char*, const char*>> {};
+INSTANTIATE_TEST_SUITE_P(Presets, Together,
+                         testing::Values(std::pair{"exact", "none"}, std::pair{"spark-0.5", "none"},
+                                         std::pair{"spark-0.5-i5", "none"},
+                                         std::pair{"spark-0-i8", "none"},
+                                         std::pair{"tiers-6321", "40:i8+q8,90:t7432+t4"}));
+
+TEST_P(Together, SequencesInOneStreamAreReadAsIfEachWereAlone) {
+  Model model;
+  model.preset = GetParam().first;
+  model.set = {{"window", "16"}, {"observe", "8"}, {"recent", GetParam().second}};
+  model.layers = {{2, 32, 32, 2}, {1, 64, 40, 3}};
+  model.cells = 3200;
+  Host host(model);
+  std::deque<Host> alone;
+  for (int s = 0; s < 3; ++s) alone.emplace_back(model);
+  int next = 0;
+  const auto feed = [&](int n, bool lean) {
+    Batch batch, own[3];
+    for (int i = 0; i < n; ++i) {
+      const std::pair token(i % 3, Content(i % 3, next + i / 3));
+      batch.push_back(token);
+      own[i % 3].push_back(token);
+    }
+    next += n / 3;
+    Step step = host.Begin(batch);
+    if (lean) Lean(&host, batch, &step);
     const std::vector<Answer> answers = host.Run(step);
-    for (size_t t = 0; t < answers.size(); ++t)
-      ASSERT_TRUE(Near(answers[t], host.Expected(step.sees[t]), kSums)) << n << " " << t;
+    for (int s = 0; s < 3; ++s) {
+      Step one = alone[size_t(s)].Begin(own[s]);
+      if (lean) Lean(&alone[size_t(s)], own[s], &one);
+      const std::vector<Answer> expected = alone[size_t(s)].Run(one);
+      for (size_t t = 0; t < expected.size(); ++t)
+        ASSERT_TRUE(Near(answers[t * 3 + size_t(s)], expected[t], 2 * kSums)) << n << " " << t << " at " << next;
+    }
+  };
+  // Enough for more tiles than one task takes; 66 queries are more than one block.
+  for (int i = 0; i < 25; ++i) feed(120, false);
+  EXPECT_GT(host.Memory().sealed, 2048);
+  for (const bool lean : {false, true}) {
+    for (const int n : {3, 6, 9, 66}) feed(n, lean);
   }
 }
 

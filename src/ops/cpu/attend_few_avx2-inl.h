@@ -470,14 +470,13 @@ void AttendFew(const KeyLayout& key, const ValueLayout& value, const QueryBlock&
   SoftmaxRows(block, 0, block.n_rows, visible, mask, scratch.score, state, correction);
   for (int r = 0; r < block.n_rows; ++r) {
     float* score = scratch.score + r * kTile;
-    total[r] = 0.0f;
     Vec sum = {};
     for (int t = 0; t < kTile; t += kVec) {
       const Vec weight = Load(score + t) * Load(unit + t);
       Store(score + t, weight);
       sum += weight;
     }
-    for (int i = 0; i < kVec; ++i) total[r] += sum[i];
+    total[r] = Reduce(sum, [](Vec a, Vec b) { return a + b; });
   }
   ValueLevels levels;
   if (value.trellis()) UnpackValues(value, tile, &levels);

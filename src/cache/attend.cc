@@ -79,7 +79,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
   const int k_dim = layer.k_dim(), v_dim = layer.v_dim();
   const size_t o_stride = PadTo16(v_dim);
   const bool few = args.n_tokens <= kFewTokens;
-  const int64_t block_tokens = few ? args.n_tokens : view_.block_tokens;
+  const int64_t block_tokens = std::min(args.n_tokens, view_.block_tokens);
   const int64_t n_blocks = (args.n_tokens + block_tokens - 1) / block_tokens;
   const int64_t n_tiles = int64_t(view_.packed.words), n_apart = int64_t(view_.apart.words);
   // Parts of the packed cells, and all recent rows as one more.
@@ -282,7 +282,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         [&](int64_t w, const Part& part, const uint64_t* visible, uint64_t any) {
           if (few) prefetch_window(stream, head, w);
           tile.next_bytes = 0;
-          if (few || part.n < n) name_next(stream, head, w, &tile);
+          if (n <= kFewTokens || part.n < n) name_next(stream, head, w, &tile);
           static_assert(kGroupCells == 16);
           const uint8_t* rows =
               packed_.data() + layout_.key_at(layer, head, stream_cell + w * kTile);

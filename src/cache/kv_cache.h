@@ -165,8 +165,8 @@ class KvCache {
       std::vector<uint64_t> bits;  // [n_streams * n_tokens][words]
       std::vector<Seers> seers;    // [n_streams][blocks][words]
       void FindSeers(int64_t n_streams, int64_t n_tokens, int64_t block_tokens);
-      // Adds tiles that somebody sees, and for each how many queries do.
-      void Count(int64_t n_streams, int64_t n_tokens, int64_t* n_tiles, int64_t* n_reads) const;
+      // Adds up how many queries see each tile, and the squares of that.
+      void Count(int64_t n_streams, int64_t n_tokens, double* reads, double* squares) const;
       size_t memory() const { return bits.capacity() * 8 + seers.capacity() * sizeof(Seers); }
     };
     int64_t block_tokens = kBlockTokens;  // queries that read a tile together

@@ -538,16 +538,18 @@ void KvCache::View::Tiles::FindSeers(int64_t n_streams, int64_t n_tokens, int64_
   }
 }
 
-void KvCache::View::Tiles::Count(int64_t n_streams, int64_t n_tokens, int64_t* n_tiles,
-                                 int64_t* n_reads) const {
-  std::vector<uint8_t> seen(words);
-  for (int64_t row = 0; row < n_streams * n_tokens; ++row) {
-    if (row % n_tokens == 0) std::fill(seen.begin(), seen.end(), 0);
-    const uint64_t* see = bits.data() + size_t(row) * words;
-    for (size_t w = 0; w < words; ++w) {
-      if (see[w] == 0) continue;
-      *n_tiles += 1 - std::exchange(seen[w], 1);
-      ++*n_reads;
+void KvCache::View::Tiles::Count(int64_t n_streams, int64_t n_tokens, double* reads,
+                                 double* squares) const {
+  std::vector<int64_t> seers_of(words);
+  for (int64_t s = 0; s < n_streams; ++s) {
+    std::fill(seers_of.begin(), seers_of.end(), 0);
+    for (int64_t row = s * n_tokens; row < (s + 1) * n_tokens; ++row) {
+      const uint64_t* see = bits.data() + size_t(row) * words;
+      for (size_t w = 0; w < words; ++w) seers_of[w] += see[w] != 0 ? 1 : 0;
+    }
+    for (const int64_t n : seers_of) {
+      *reads += double(n);
+      *squares += double(n) * double(n);
     }
   }
 }
@@ -605,10 +607,14 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
   CollectApart(args);
   std::vector<View::Tiles*> all = {&view_.packed, &view_.apart};
   for (View::Tiles& stage : view_.stages) all.push_back(&stage);
-  // Where queries share few tiles, small blocks of them are work for more threads.
-  int64_t n_tiles = 0, n_reads = 0;
-  for (View::Tiles* tiles : all) tiles->Count(args.n_streams, args.n_tokens, &n_tiles, &n_reads);
-  view_.block_tokens = n_reads < 2 * n_tiles ? kFewTokens : kBlockTokens;
+  // As many queries together as share a tile, on average over what they read: those of sequences
+  // that share none are tasks of their own, whose rows stay near from one head to the next.
+  double reads = 0.0, squares = 0.0;
+  for (const View::Tiles* tiles : all)
+    tiles->Count(args.n_streams, args.n_tokens, &reads, &squares);
+  view_.block_tokens = args.n_tokens <= kFewTokens ? kFewTokens : 1;  // few are one block
+  while (view_.block_tokens < kBlockTokens && 1.5 * double(view_.block_tokens) * reads < squares)
+    view_.block_tokens *= 2;
   for (View::Tiles* tiles : all)
     tiles->FindSeers(args.n_streams, args.n_tokens, view_.block_tokens);
 }

@@ -58,8 +58,6 @@ void KvCache::PlanEviction(const sparkv_attend_args& args, int stream_index, con
       if (!column.sealing && sees(column.cell)) e.dense.push_back(column);
     }
     if (n_packed + int64_t(e.dense.size()) <= config_.evict_tokens) continue;
-    std::stable_sort(e.dense.begin(), e.dense.end(),
-                     [](const Column& x, const Column& y) { return x.rank < y.rank; });
     e.bits.resize(size_t(layout_.words_per_stream()), 0);
     for (size_t w = 0; w < words; ++w) e.bits[w] = row[w] & (sealed[w] | evicted[w]);
     ForEachBit(e.bits.data(), words, [&](int64_t i) { e.cells.push_back(base + i); });

@@ -114,9 +114,7 @@ void KvCache::SetTeam(ThreadPool::Team team) {
 void KvCache::Clear() {
   NotePeak();
   step_ = Step{};
-  view_ = View{};
-  seen_ = column_bits_ = Words();
-  column_of_ = {};
+  ForgetView();
   flight_cells_.clear();
   flight_at_.clear();
   arena_layer_ = -1;

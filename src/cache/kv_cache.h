@@ -220,7 +220,9 @@ class KvCache {
   Status CommitPlan();
   void MarkBits(const sparkv_attend_args& args, const Words& seen,
                 const std::vector<std::vector<TokenPlan>>& tokens);
+  void ForgetView();
   void MapColumns(const std::vector<Column>& columns);
+  void OrderBySeer(const sparkv_attend_args& args, int stream_index, const Words& seen);
   void CollectApart(const sparkv_attend_args& args);
   void ResolveRanks(const uint64_t* seen, int64_t base);
   template <typename Sees>

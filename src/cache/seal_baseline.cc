@@ -47,9 +47,8 @@ void KvCache::SealBaseline(const LayerLayout& layer) {
   std::vector<Column> columns = step_.aging;  // there are no stages to enter
   std::vector<size_t> begins;                 // of columns whose keys are coded together
   if (key_block_ > 1) {
-    std::stable_sort(columns.begin(), columns.end(), [](const Column& x, const Column& y) {
-      return x.block != y.block ? x.block < y.block : x.rank < y.rank;
-    });
+    std::stable_sort(columns.begin(), columns.end(),
+                     [](const Column& x, const Column& y) { return x.block < y.block; });
   }
   for (size_t i = 0; i < columns.size(); ++i) {
     if (i == 0 || key_block_ == 1 || columns[i].block != columns[i - 1].block) begins.push_back(i);

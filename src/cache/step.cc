@@ -510,6 +510,12 @@ Status KvCache::CommitPlan() {
   return EnsureSlots();
 }
 
+void KvCache::ForgetView() {
+  view_ = View{};
+  seen_ = column_bits_ = Words();
+  column_of_ = {};
+}
+
 // Where the columns of a stream are, by the index of their cell.
 void KvCache::MapColumns(const std::vector<Column>& columns) {
   column_bits_.assign(view_.packed.words, 0);
@@ -519,6 +525,21 @@ void KvCache::MapColumns(const std::vector<Column>& columns) {
     column_bits_[size_t(i / 64)] |= uint64_t{1} << (i % 64);
     column_of_[size_t(i)] = int32_t(c);
   }
+}
+
+// Columns of a stream, in order of age, become those of one sequence after the other.
+void KvCache::OrderBySeer(const sparkv_attend_args& args, int stream_index, const Words& seen) {
+  std::vector<Column>& columns = view_.columns[size_t(stream_index)];
+  MapColumns(columns);
+  if (args.n_tokens == 1) return;
+  const size_t words = view_.packed.words;
+  Words left = column_bits_;
+  ForEachFirst(
+      &seen[size_t(stream_index * args.n_tokens) * words], args.n_tokens, words, left.data(),
+      [&](int64_t t, int64_t i) { columns[size_t(column_of_[size_t(i)])].seer = int32_t(t); });
+  std::stable_sort(columns.begin(), columns.end(),
+                   [](const Column& x, const Column& y) { return x.seer < y.seer; });
+  MapColumns(columns);
 }
 
 void KvCache::View::Tiles::FindSeers(int64_t n_streams, int64_t n_tokens, int64_t block_tokens) {
@@ -574,7 +595,7 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
     const uint64_t* evicted =
         &evicted_bits_[size_t((args.first_stream + s) * layout_.words_per_stream())];
     const std::vector<Column>& columns = view_.columns[size_t(s)];
-    MapColumns(columns);
+    OrderBySeer(args, s, seen);
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       const size_t row = size_t(s * args.n_tokens + t);
       const TokenPlan& plan = tokens[size_t(s)][size_t(t)];
@@ -609,12 +630,16 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
   for (View::Tiles& stage : view_.stages) all.push_back(&stage);
   // As many queries together as share a tile, on average over what they read: those of sequences
   // that share none are tasks of their own, whose rows stay near from one head to the next.
-  double reads = 0.0, squares = 0.0;
-  for (const View::Tiles* tiles : all)
-    tiles->Count(args.n_streams, args.n_tokens, &reads, &squares);
-  view_.block_tokens = args.n_tokens <= kFewTokens ? kFewTokens : 1;  // few are one block
-  while (view_.block_tokens < kBlockTokens && 1.5 * double(view_.block_tokens) * reads < squares)
-    view_.block_tokens *= 2;
+  // Few are one block.
+  view_.block_tokens = kFewTokens;
+  if (args.n_tokens > kFewTokens) {
+    double reads = 0.0, squares = 0.0;
+    for (const View::Tiles* tiles : all)
+      tiles->Count(args.n_streams, args.n_tokens, &reads, &squares);
+    view_.block_tokens = 1;
+    while (view_.block_tokens < kBlockTokens && 1.5 * double(view_.block_tokens) * reads < squares)
+      view_.block_tokens *= 2;
+  }
   for (View::Tiles* tiles : all)
     tiles->FindSeers(args.n_streams, args.n_tokens, view_.block_tokens);
 }
@@ -682,17 +707,10 @@ void KvCache::CollectApart(const sparkv_attend_args& args) {
     }
     if (apart[size_t(s)].empty()) continue;
     std::vector<Row> rows;
-    Words left = apart[size_t(s)];  // not seen by queries so far
-    for (int64_t t = 0; t < args.n_tokens; ++t) {
-      for (size_t w = 0; w < words; ++w) {
-        const uint64_t first = bits_of(s, t)[w] & left[w];
-        left[w] ^= first;
-        ForEachBit(&first, 1, [&](int64_t i) {
-          const int64_t index = int64_t(w) * kTile + i;
-          rows.push_back({cells_.table(base + index), int32_t(t), index});
-        });
-      }
-    }
+    Words left = apart[size_t(s)];
+    ForEachFirst(bits_of(s, 0), args.n_tokens, words, left.data(), [&](int64_t t, int64_t i) {
+      rows.push_back({cells_.table(base + i), int32_t(t), i});
+    });
     std::sort(rows.begin(), rows.end());
     std::vector<int64_t>& cells = view_.apart_cells[size_t(s)];
     std::vector<int32_t>& place = place_of[size_t(s)];
@@ -739,11 +757,7 @@ Status KvCache::Look(const sparkv_attend_args& args) {
   const size_t words = size_t(args.n_kv + 63) / 64;
   const size_t n_seen = size_t(args.n_streams * args.n_tokens) * words;
   // The bits of a prompt are not kept for the tokens that follow it one by one.
-  if (seen_.capacity() > 4 * n_seen + 4096) {
-    view_ = View{};
-    seen_ = column_bits_ = Words();
-    column_of_ = {};
-  }
+  if (seen_.capacity() > 4 * n_seen + 4096) ForgetView();
   view_.n_kv = -1;
   view_.mask_values = false;
   view_.packed.words = words;
@@ -802,22 +816,8 @@ Status KvCache::Look(const sparkv_attend_args& args) {
         columns.push_back({cell, cells_.rank(cell), -1, 0, cells_.slot(cell)});
       }
     }
-    MapColumns(columns);
-    Words left = column_bits_;  // not seen by queries so far
-    for (int64_t t = 0; t < args.n_tokens; ++t) {
-      const uint64_t* see = &seen[size_t(s * args.n_tokens + t) * words];
-      for (size_t w = 0; w < words; ++w) {
-        const uint64_t first = see[w] & left[w];
-        left[w] ^= first;
-        ForEachBit(&first, 1, [&](int64_t i) {
-          columns[size_t(column_of_[w * 64 + size_t(i)])].seer = int32_t(t);
-        });
-      }
-    }
-    // Rows of a sequence together, the oldest first.
-    std::stable_sort(columns.begin(), columns.end(), [](const Column& x, const Column& y) {
-      return x.seer != y.seer ? x.seer < y.seer : x.rank < y.rank;
-    });
+    std::stable_sort(columns.begin(), columns.end(),
+                     [](const Column& x, const Column& y) { return x.rank < y.rank; });
     if (plan) {
       PlanSeals(args, s, seen, tokens[size_t(s)]);
       if (needs_weights_) PlanObserved(args, s, seen, tokens[size_t(s)]);

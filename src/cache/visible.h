@@ -20,6 +20,20 @@ void ForEachBit(const uint64_t* words, size_t n_words, Body&& body) {
   }
 }
 
+// Calls body(row, index) for every bit of `left` [n_words] that a row of bits [n_rows][n_words]
+// has, at the first such row. Those bits of left are cleared.
+template <typename Body>
+void ForEachFirst(const uint64_t* bits, int64_t n_rows, size_t n_words, uint64_t* left,
+                  Body&& body) {
+  for (int64_t row = 0; row < n_rows; ++row, bits += n_words) {
+    for (size_t w = 0; w < n_words; ++w) {
+      const uint64_t first = bits[w] & left[w];
+      left[w] ^= first;
+      ForEachBit(&first, 1, [&](int64_t i) { body(row, int64_t(w * 64) + i); });
+    }
+  }
+}
+
 inline bool HasBit(const uint64_t* words, int64_t i) {
   return (words[i / 64] >> (i % 64) & 1) != 0;
 }

@@ -128,7 +128,8 @@ TEST_P(Together, SequencesInOneStreamAreReadAsIfEachWereAlone) {
       if (lean) Lean(&alone[size_t(s)], own[s], &one);
       const std::vector<Answer> expected = alone[size_t(s)].Run(one);
       for (size_t t = 0; t < expected.size(); ++t)
-        ASSERT_TRUE(Near(answers[t * 3 + size_t(s)], expected[t], 2 * kSums)) << n << " " << t << " at " << next;
+        ASSERT_TRUE(Near(answers[t * 3 + size_t(s)], expected[t], 2 * kSums))
+            << n << " " << t << " at " << next;
     }
   };
   // Enough for more tiles than one task takes; 66 queries are more than one block.

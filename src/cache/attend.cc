@@ -224,17 +224,21 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     }
   };
 
-  // A tile whose rows were packed with one set of weights. The next tile of the same queries finds
-  // them prepared.
+  // The next tile of the same queries finds them prepared.
+  const auto prepare = [&](const KeyForm& key, int stream, int head, const Part& part,
+                           const Space& space) {
+    const Prepared wanted{key, stream, head, part.first, part.n};
+    if (*space.prepared == wanted) return;
+    ops_->prepare_queries(*key.layout, key.weights, part.block, space.scratch);
+    *space.prepared = wanted;
+  };
+
+  // A tile whose rows were packed with one set of weights.
   const auto attend_under = [&](const KeyForm& key, const ValueLayout& value, int stream, int head,
                                 const Part& part, const uint64_t* visible,
                                 const uint16_t* const* mask, const Space& space, PackedTile* tile) {
     tile->table = key.weights;
-    const Prepared wanted{key, stream, head, part.first, part.n};
-    if (*space.prepared != wanted) {
-      ops_->prepare_queries(*key.layout, key.weights, part.block, space.scratch);
-      *space.prepared = wanted;
-    }
+    prepare(key, stream, head, part, space);
     ops_->attend_packed(*key.layout, value, part.block, *tile, visible, mask, space.scratch,
                         part.state);
   };
@@ -425,6 +429,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
             for (int64_t t = 0; part.block.slope != nullptr && t < part.n; ++t)
               gathered[t][i] = mask_row(stream, part.first + t)[tile[i].cell - stream_cell];
           });
+          prepare(FormOf(layer, 0, 0, head), stream, head, part, space);
           ops_->attend_dense(part.block, dense, visible, mask, space.scratch, part.state);
         });
   };

@@ -27,6 +27,8 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
     return Status::Unsupported(std::string("simd: this CPU has no ") +
                                (config.simd == SPARKV_SIMD_AVX512
                                     ? "avx512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI)"
+                                : config.simd == SPARKV_SIMD_AMX
+                                    ? "amx (TILE, BF16, allowed by the kernel, beside avx512)"
                                 : config.simd == SPARKV_SIMD_NEON ? "neon"
                                                                   : "avx2"));
   }

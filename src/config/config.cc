@@ -53,6 +53,7 @@ constexpr Name kSimdNames[] = {{"auto", SPARKV_SIMD_AUTO},
                                {"plain", SPARKV_SIMD_PLAIN},
                                {"avx2", SPARKV_SIMD_AVX2},
                                {"avx512", SPARKV_SIMD_AVX512},
+                               {"amx", SPARKV_SIMD_AMX},
                                {"neon", SPARKV_SIMD_NEON}};
 
 constexpr Name kEvictNames[] = {

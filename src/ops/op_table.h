@@ -59,18 +59,23 @@ struct Scratch {
   float* value;     // [64][v_dim padded to 16]
   float* score;     // [kScoreRows][64]
   float* queries;   // queries as prepare_queries left them
+  float* operands;  // rows of a tile as matrix instructions take them: two bf16 for each number, keys
+                    // padded to 32 channels and values to 16
 };
 inline constexpr int kScoreRows = 8;
 static inline size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }
 // Floats of prepared queries: two vectors of 24-bit numbers, in 64-channel pieces, and sixteen
-// numbers per row.
+// numbers per row; matrix instructions take sixteen rows together.
 static inline size_t QueryFloats(int k_dim, size_t n_rows) {
-  return n_rows * (size_t((k_dim + 63) / 64) * 96 + 16);
+  return PadTo16(int(n_rows)) * (size_t((k_dim + 63) / 64) * 96 + 16);
+}
+static inline size_t OperandFloats(int k_dim, int v_dim) {
+  return size_t(kTile) * (size_t(k_dim + 31) / 32 * 32 + PadTo16(v_dim));
 }
 // Rows are padded to 16 floats; the padding must start as zeros. `floats` is aligned to 64 bytes.
 static inline size_t ScratchFloats(int k_dim, int v_dim, size_t n_rows) {
   return size_t(kTile) * (2 * PadTo16(k_dim) + PadTo16(v_dim) + kScoreRows) +
-         QueryFloats(k_dim, n_rows);
+         OperandFloats(k_dim, v_dim) + QueryFloats(k_dim, n_rows);
 }
 static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim) {
   Scratch s;
@@ -78,7 +83,8 @@ static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim) {
   s.key_cols = s.key_rows + size_t(kTile) * PadTo16(k_dim);
   s.value = s.key_cols + size_t(kTile) * PadTo16(k_dim);
   s.score = s.value + size_t(kTile) * PadTo16(v_dim);
-  s.queries = s.score + size_t(kScoreRows) * kTile;
+  s.operands = s.score + size_t(kScoreRows) * kTile;
+  s.queries = s.operands + OperandFloats(k_dim, v_dim);
   return s;
 }
 
@@ -96,7 +102,7 @@ struct OpTable {
   void (*unpack_value)(const ValueLayout& layout, const uint8_t* row, uint16_t* v);
 
   // Puts the queries of a block into the form that attend_packed reads beside keys of this layout
-  // and table; called before it whenever one of them has changed.
+  // and table, or attend_dense beside f16 ones; called before it whenever one of them has changed.
   void (*prepare_queries)(const KeyLayout& layout, const float* table, const QueryBlock& block,
                           const Scratch& scratch);
   // state (+)= attention of the block over one tile. visible: [n_tokens] bits of the tile's columns

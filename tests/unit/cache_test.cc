@@ -321,7 +321,7 @@ TEST(Cache, AnswersHaveTheSameBitsForEveryNumberOfThreads) {
 TEST_P(OneAnswer, IsNearlyTheSameOnEveryInstructionSetAndHasTheSameRows) {
   std::vector<Answer> first;
   std::vector<uint16_t> rows;
-  for (const char* simd : {"plain", "avx2", "avx512", "neon"}) {
+  for (const char* simd : {"plain", "avx2", "avx512", "amx", "neon"}) {
     Model model = Small();
     model.set.emplace_back("simd", simd);
     sparkv_cache* cache = nullptr;

@@ -10,14 +10,45 @@
 #include "ops/op_table.h"
 #include "sparkv/sparkv.h"
 
+#if defined(__x86_64__)
+namespace sparkv::emulated_amx {  // emulated_amx.cc
+void PrepareQueries(const KeyLayout&, const float*, const QueryBlock&, const Scratch&);
+void AttendPackedTile(const KeyLayout&, const ValueLayout&, const QueryBlock&, const PackedTile&,
+                      const uint64_t*, const uint16_t* const*, const Scratch&,
+                      const AttentionState&);
+void AttendDense(const QueryBlock&, const DenseTile&, const uint64_t*, const uint16_t* const*,
+                 const Scratch&, const AttentionState&);
+}  // namespace sparkv::emulated_amx
+#endif
+
 namespace sparkv::test {
+
+// AMX on plain loops, NULL where there is no AVX-512 with bf16.
+inline const OpTable* EmulatedAmx() {
+#if defined(__x86_64__)
+  const OpTable* beside = CpuOps(SPARKV_SIMD_AVX512);
+  if (beside == nullptr || !__builtin_cpu_supports("avx512bf16")) return nullptr;
+  static const OpTable ops{"emulated_amx",
+                           beside->pack_keys,
+                           beside->pack_values,
+                           beside->unpack_key,
+                           beside->unpack_value,
+                           emulated_amx::PrepareQueries,
+                           emulated_amx::AttendPackedTile,
+                           emulated_amx::AttendDense};
+  return &ops;
+#else
+  return nullptr;
+#endif
+}
 
 inline std::vector<const OpTable*> AllOps() {
   std::vector<const OpTable*> all;
-  for (const sparkv_simd simd :
-       {SPARKV_SIMD_PLAIN, SPARKV_SIMD_AVX2, SPARKV_SIMD_AVX512, SPARKV_SIMD_NEON}) {
+  for (const sparkv_simd simd : {SPARKV_SIMD_PLAIN, SPARKV_SIMD_AVX2, SPARKV_SIMD_AVX512,
+                                 SPARKV_SIMD_AMX, SPARKV_SIMD_NEON}) {
     if (const OpTable* ops = CpuOps(simd)) all.push_back(ops);
   }
+  if (const OpTable* ops = EmulatedAmx()) all.push_back(ops);
   return all;
 }
 

@@ -27,7 +27,7 @@ constexpr Parameter kParameters[] = {
     {"window", "N", "newest tokens of a sequence that stay dense"},
     {"observe", "N", "differing tokens whose queries make the weights"},
     {"seal", "stream|prefill-end", "when tokens are packed"},
-    {"simd", "auto|plain|avx2|avx512|neon", "instruction set of the kernels"},
+    {"simd", "auto|plain|avx2|avx512|amx|neon", "instruction set of the kernels"},
     {"threads", "N", "threads of the kernels, 0: as many as the host uses"},
     {"layers", "LIST", "layers of their own: 0-1=spark-0-i8,29=spark-0.5-i6+q8"},
     {"budget", "4bpe|512MiB|auto", "what the whole cache may take; chooses the rows of each layer"},

@@ -160,9 +160,10 @@ inline float Reduce(Vec x, Op&& op) {
   }
 }
 
-// score [64] of one row -> weights e^(s - m); returns the correction of what the state held before.
-inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uint16_t* mask,
-                     float* score, float* m, float* d) {
+// score [64] of one row with what the mask and the soft cap do to it; returns what it is still to
+// be multiplied with.
+inline float PlainScores(const QueryBlock& block, int g, uint64_t visible, const uint16_t* mask,
+                         float* score) {
   if (block.softcap > 0.0f) {
     for (int t = 0; t < kTile; ++t)
       score[t] = block.softcap * std::tanh(score[t] * block.scale / block.softcap);
@@ -173,7 +174,21 @@ inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uin
       if (visible >> t & 1) score[t] = score[t] * scale + block.slope[g] * HalfToFloat(mask[t]);
     }
   }
-  const float scale = block.softcap > 0.0f || block.slope != nullptr ? 1.0f : block.scale;
+  return block.softcap > 0.0f || block.slope != nullptr ? 1.0f : block.scale;
+}
+
+// What sums up to now are multiplied with when the largest score becomes `top`: mostly it is found
+// early.
+inline float Correction(float before, float top) {
+  return before == top                                       ? 1.0f
+         : before == -std::numeric_limits<float>::infinity() ? 0.0f
+                                                             : std::exp(before - top);
+}
+
+// score [64] of one row -> weights e^(s - m); returns the correction of what the state held before.
+inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uint16_t* mask,
+                     float* score, float* m, float* d) {
+  const float scale = PlainScores(block, g, visible, mask, score);
   const float hidden = -std::numeric_limits<float>::infinity();
   IntVec lane_bit;
   for (int i = 0; i < kVec; ++i) lane_bit[i] = 1 << i;
@@ -186,8 +201,7 @@ inline float Softmax(const QueryBlock& block, int g, uint64_t visible, const uin
     largest = s > largest ? s : largest;
   }
   const float top = std::max(*m, Reduce(largest, [](Vec a, Vec b) { return a > b ? a : b; }));
-  // The largest score is mostly found early.
-  const float correction = *m == top ? 1.0f : *m == hidden ? 0.0f : std::exp(*m - top);
+  const float correction = Correction(*m, top);
   Vec sum = {};
   for (int t = 0; t < kTile; t += kVec) {
     const IntVec bits = (IntVec{} + int32_t(visible >> t)) & lane_bit;

@@ -300,4 +300,32 @@ void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t*
                  const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
   AttendDenseRows(block, tile, visible, mask, scratch, state);
 }
+
+#include "ops/cpu/amx-inl.h"
+
+#include "ops/cpu/attend_matrices_amx-inl.h"
 }  // namespace sparkv::avx512
+
+namespace sparkv::amx {
+void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBlock& block,
+                    const Scratch& scratch) {
+  if (block.n_rows < avx512::kMatrixRows)
+    return avx512::PrepareQueries(layout, table, block, scratch);
+  avx512::PrepareMatrixQueries(layout, table, block, scratch);
+}
+
+void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
+                      const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
+                      const Scratch& scratch, const AttentionState& state) {
+  const auto attend =
+      block.n_rows < avx512::kMatrixRows ? avx512::AttendPackedTile : avx512::AttendMatrices;
+  attend(key, value, block, tile, visible, mask, scratch, state);
+}
+
+void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
+                 const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
+  const auto attend =
+      block.n_rows < avx512::kMatrixRows ? avx512::AttendDense : avx512::AttendDenseMatrices;
+  attend(block, tile, visible, mask, scratch, state);
+}
+}  // namespace sparkv::amx

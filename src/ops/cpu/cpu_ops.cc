@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace sparkv {
@@ -39,6 +43,7 @@ SPARKV_DECLARE_PACK(avx2)
 SPARKV_DECLARE_OPS(avx2, avx2)
 SPARKV_DECLARE_PACK(avx512)
 SPARKV_DECLARE_OPS(avx512, avx512)
+SPARKV_DECLARE_OPS(amx, avx512)
 
 namespace {
 // __builtin_cpu_supports of clang 14 does not know the name.
@@ -57,6 +62,24 @@ bool HasAvx512() {
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
 }
+// Linux gives a process the matrix registers when it asks: they make the state of its threads 8 KiB
+// larger.
+bool HasAmx() {
+#if defined(__linux__)
+  constexpr int kAskForState = 0x1023,
+                kMatrixState = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kConversions = 1u << 5;
+  unsigned eax, ebx, ecx, edx;
+  if (!HasAvx512() || __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0 ||
+      (eax & kConversions) == 0 || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 ||
+      (edx & kBf16) == 0 || (edx & kTiles) == 0)
+    return false;
+  static const bool allowed = syscall(SYS_arch_prctl, kAskForState, kMatrixState) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
 }  // namespace
 #endif
 
@@ -65,6 +88,8 @@ const OpTable* CpuOps(sparkv_simd wish) {
 #if defined(__x86_64__)
   if (wish == SPARKV_SIMD_AVX2) return HasAvx2() ? &avx2::kOps : nullptr;
   if (wish == SPARKV_SIMD_AVX512) return HasAvx512() ? &avx512::kOps : nullptr;
+  if (wish == SPARKV_SIMD_AMX) return HasAmx() ? &amx::kOps : nullptr;
+  if (wish == SPARKV_SIMD_AUTO && HasAmx()) return &amx::kOps;
   if (wish == SPARKV_SIMD_AUTO)
     return HasAvx512() ? &avx512::kOps : HasAvx2() ? &avx2::kOps : &plain::kOps;
 #elif defined(__aarch64__)

@@ -162,7 +162,7 @@ void Attend(const Shape& shape, const OpTable* ops, const Tile& tile, const std:
       in.key[run] = used ? tile.packed_keys[run].data() : nullptr;
       in.value[run] = used ? tile.packed_values[run].data() : nullptr;
     }
-    in.table = tile.table.data();
+    in.table = shape.key.needs_table() ? tile.table.data() : nullptr;
     ops->prepare_queries(shape.key, in.table, block, s);
     ops->attend_packed(shape.key, shape.value, block, in, visible.data(), masks.data(), s,
                        state.view());

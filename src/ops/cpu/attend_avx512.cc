@@ -100,26 +100,27 @@ inline void IntegerKey(const KeyLayout& layout, const float* restore, const uint
   const __m512 unit = _mm512_set1_ps(LargestKept(row) * kLevelUnit);
   const float magnitude = PrunedMagnitude(layout, row);
   const __m512 plus = _mm512_set1_ps(magnitude), minus = _mm512_set1_ps(-magnitude);
-  KeyPieces<kNumber>(layout, row, _mm512_setzero_si512(),
-                     [&](int j0, uint64_t mask, __m512i levels, uint64_t positive) {
-                       const auto quarter = [&](int i, __m128i bytes) {
-                         const __mmask16 kept = __mmask16(mask >> (16 * i)),
-                                         sign = __mmask16(positive >> (16 * i));
-                         const __m512 x =
-                             _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), unit);
-                         // Masked loads keep off the weights when nothing is pruned and there are
-                         // none.
-                         const __m512 pruned = _mm512_mul_ps(
-                             _mm512_mask_blend_ps(sign, minus, plus),
-                             _mm512_maskz_loadu_ps(__mmask16(~kept), restore + j0 + 16 * i));
-                         _mm512_storeu_ps(out + j0 + 16 * i, _mm512_mask_mov_ps(pruned, kept, x));
-                       };
-                       const int n = layout.head_dim - j0;
-                       quarter(0, _mm512_castsi512_si128(levels));
-                       if (n > 16) quarter(1, _mm512_extracti32x4_epi32(levels, 1));
-                       if (n > 32) quarter(2, _mm512_extracti32x4_epi32(levels, 2));
-                       if (n > 48) quarter(3, _mm512_extracti32x4_epi32(levels, 3));
-                     });
+  KeyPieces<kNumber>(
+      layout, row, _mm512_setzero_si512(),
+      [&](int j0, uint64_t mask, __m512i levels, uint64_t positive) {
+        const int n = layout.head_dim - j0;
+        const uint64_t other = ~mask & (n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1);
+        const auto quarter = [&](int i, __m128i bytes) {
+          const __mmask16 kept = __mmask16(mask >> (16 * i)),
+                          sign = __mmask16(positive >> (16 * i));
+          const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), unit);
+          // Masked loads keep off the weights when nothing is pruned and there are
+          // none.
+          const __m512 pruned = _mm512_mul_ps(
+              _mm512_mask_blend_ps(sign, minus, plus),
+              _mm512_maskz_loadu_ps(__mmask16(other >> (16 * i)), restore + j0 + 16 * i));
+          _mm512_storeu_ps(out + j0 + 16 * i, _mm512_mask_mov_ps(pruned, kept, x));
+        };
+        quarter(0, _mm512_castsi512_si128(levels));
+        if (n > 16) quarter(1, _mm512_extracti32x4_epi32(levels, 1));
+        if (n > 32) quarter(2, _mm512_extracti32x4_epi32(levels, 2));
+        if (n > 48) quarter(3, _mm512_extracti32x4_epi32(levels, 3));
+      });
 }
 
 inline void HalfKey(const KeyLayout& layout, const float* restore, const uint8_t* row, float* out) {

@@ -254,7 +254,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       if (columns[i].stage > 0 || columns[i].slot < 0) continue;
       for (const bool keys : {true, false}) {
         const size_t dim = size_t(keys ? k_dim : v_dim);
-        const uint8_t* row = StageRows(layer, 0, columns[i].slot, keys) + size_t(head) * dim * 2;
+        const uint8_t* row = StageRows(layer, 0, columns[i].slot, keys).of(head);
         for (size_t at = 0; at < dim * 2; at += 64) __builtin_prefetch(row + at, 0, 2);
       }
     }
@@ -308,10 +308,12 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         });
   };
 
-  // Rows that do not lie in runs are copied into some: cell(i) and row(i, keys) of row i of a tile.
+  // Rows that do not lie in runs are copied into some: copy(keys, values) puts those of a tile
+  // where they are given, cell(i) is the one of row i. table: their weights, -1 where they differ.
   const auto attend_copied = [&](int stage, const KeyLayout& key, const ValueLayout& value,
                                  int stream, int head, const Part& part, const uint64_t* all,
-                                 uint64_t any, const Space& space, auto&& cell, auto&& row) {
+                                 uint64_t any, int32_t table, const Space& space, auto&& cell,
+                                 auto&& copy) {
     PackedTile packed;
     for (size_t run = 0; run < kTile / 16; ++run) {
       packed.key[run] = space.rows + run * 16 * key.bytes;
@@ -321,22 +323,21 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     const uint16_t* mask[kBlockTokens];
     uint16_t gathered[kBlockTokens][kTile];
     for (int64_t t = 0; t < part.n; ++t) mask[t] = gathered[t];
+    copy(space.rows, space.rows + kTile * key.bytes);
     ForEachBit(&any, 1, [&](int64_t i) {
-      std::memcpy(space.rows + size_t(i) * key.bytes, row(i, true), key.bytes);
-      std::memcpy(space.rows + kTile * key.bytes + size_t(i) * value.bytes, row(i, false),
-                  value.bytes);
       for (int64_t t = 0; part.block.slope != nullptr && t < part.n; ++t)
         gathered[t][i] = mask_row(stream, part.first + t)[cell(i) - stream_cell];
     });
     uint64_t visible[kBlockTokens];
+    const auto attend_rows = [&](uint16_t id, uint64_t rows) {
+      packed.rows = rows;
+      for (int64_t t = 0; t < part.n; ++t) visible[t] = all[t] & rows;
+      attend_under(FormOf(layer, stage, id, head), value, stream, head, part, visible, mask, space,
+                   &packed);
+    };
+    if (table >= 0 || !key.needs_table()) return attend_rows(uint16_t(std::max(table, 0)), any);
     EachTable(
-        any, [&](int64_t i) { return key.needs_table() ? cells_.table(cell(i)) : uint16_t{0}; },
-        [&](uint16_t id, uint64_t rows) {
-          packed.rows = rows;
-          for (int64_t t = 0; t < part.n; ++t) visible[t] = all[t] & rows;
-          attend_under(FormOf(layer, stage, id, head), value, stream, head, part, visible, mask,
-                       space, &packed);
-        });
+        any, [&](int64_t i) { return cells_.table(cell(i)); }, attend_rows);
   };
 
   const auto attend_apart = [&](int stream, int head, int64_t first, int64_t n, int64_t tile_begin,
@@ -346,10 +347,16 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
               [&](int64_t w, const Part& part, const uint64_t* visible, uint64_t any) {
                 const auto cell = [&](int64_t i) { return cells[size_t(w * kTile + i)]; };
                 attend_copied(layout_.n_stages(), layer.key, layer.value, stream, head, part,
-                              visible, any, space, cell, [&](int64_t i, bool keys) {
-                                return packed_.data() +
-                                       (keys ? layout_.key_at(layer, head, cell(i))
-                                             : layout_.value_at(layer, head, cell(i)));
+                              visible, any, -1, space, cell, [&](uint8_t* keys, uint8_t* values) {
+                                ForEachBit(&any, 1, [&](int64_t i) {
+                                  std::memcpy(keys + size_t(i) * layer.key.bytes,
+                                              packed_.data() + layout_.key_at(layer, head, cell(i)),
+                                              layer.key.bytes);
+                                  std::memcpy(
+                                      values + size_t(i) * layer.value.bytes,
+                                      packed_.data() + layout_.value_at(layer, head, cell(i)),
+                                      layer.value.bytes);
+                                });
                               });
               });
   };
@@ -403,53 +410,66 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     if (n_rows > 0) attend_tile(n_rows);
   };
 
-  const auto each_tile_of = [&](int stage, int stream, int head, int64_t first, int64_t n,
-                                const Space& space, const AttentionState& state, auto&& body) {
-    const View::Tiles& tiles = view_.stages[size_t(stage)];
-    each_tile(tiles, 0, int64_t(tiles.words), stream, head, first, n, space, state,
-              [&](int64_t w, const Part& part, const uint64_t* visible, uint64_t any) {
-                body(view_.columns[size_t(stream)].data() + w * kTile, part, visible, any);
-              });
-  };
-
   const auto attend_window = [&](int stream, int head, int64_t first, int64_t n, const Space& space,
                                  const AttentionState& state) {
     const int64_t stream_cell = (args.first_stream + stream) * layout_.cells_per_stream;
     const uint16_t* mask[kBlockTokens];
     uint16_t gathered[kBlockTokens][kTile];
     DenseTile dense;
-    each_tile_of(
-        0, stream, head, first, n, space, state,
-        [&](const Column* tile, const Part& part, const uint64_t* visible, uint64_t any) {
-          dense.rows = any;
-          for (int64_t t = 0; t < part.n; ++t) mask[t] = gathered[t];
-          ForEachBit(&any, 1, [&](int64_t i) {
-            dense.key[i] = WindowNumbers(layer, tile[i], true) + size_t(head) * size_t(k_dim);
-            dense.value[i] = WindowNumbers(layer, tile[i], false) + size_t(head) * size_t(v_dim);
-            for (int64_t t = 0; part.block.slope != nullptr && t < part.n; ++t)
-              gathered[t][i] = mask_row(stream, part.first + t)[tile[i].cell - stream_cell];
-          });
-          prepare(FormOf(layer, 0, 0, head), stream, head, part, space);
-          ops_->attend_dense(part.block, dense, visible, mask, space.scratch, part.state);
-        });
+    const View::Tiles& tiles = view_.stages[0];
+    each_tile(tiles, 0, int64_t(tiles.words), stream, head, first, n, space, state,
+              [&](int64_t w, const Part& part, const uint64_t* visible, uint64_t any) {
+                const Column* tile = view_.columns[size_t(stream)].data() + w * kTile;
+                dense.rows = any;
+                for (int64_t t = 0; t < part.n; ++t) mask[t] = gathered[t];
+                ForEachBit(&any, 1, [&](int64_t i) {
+                  dense.key[i] = WindowNumbers(layer, tile[i], true) + size_t(head) * size_t(k_dim);
+                  dense.value[i] =
+                      WindowNumbers(layer, tile[i], false) + size_t(head) * size_t(v_dim);
+                  for (int64_t t = 0; part.block.slope != nullptr && t < part.n; ++t)
+                    gathered[t][i] = mask_row(stream, part.first + t)[tile[i].cell - stream_cell];
+                });
+                prepare(FormOf(layer, 0, 0, head), stream, head, part, space);
+                ops_->attend_dense(part.block, dense, visible, mask, space.scratch, part.state);
+              });
   };
 
   // Rows of a later stage lie in slots.
   const auto attend_recent = [&](int stage, int stream, int head, int64_t first, int64_t n,
                                  const Space& space, const AttentionState& state) {
     const StageLayout& layout = layer.stages[size_t(stage)];
-    each_tile_of(stage, stream, head, first, n, space, state,
-                 [&](const Column* tile, const Part& part, const uint64_t* visible, uint64_t any) {
-                   attend_copied(
-                       stage, layout.key, layout.value, stream, head, part, visible, any, space,
-                       [&](int64_t i) { return tile[i].cell; },
-                       [&](int64_t i, bool keys) {
-                         const int32_t slot =
-                             tile[i].stage == stage ? tile[i].slot : tile[i].coded[size_t(stage)];
-                         return StageRows(layer, stage, slot, keys) +
-                                size_t(head) * (keys ? layout.key.bytes : layout.value.bytes);
-                       });
-                 });
+    const View::Tiles& tiles = view_.stages[size_t(stage)];
+    const auto row = [&](const View::Piece& piece, bool keys) {
+      return StageRows(layer, stage, piece.slot, keys).of(head);
+    };
+    each_tile(tiles, 0, int64_t(tiles.words), stream, head, first, n, space, state,
+              [&](int64_t w, const Part& part, const uint64_t* visible, uint64_t any) {
+                const auto copy = [&](uint8_t* keys, uint8_t* values) {
+                  for (const View::Piece& piece : tiles.PiecesOf(stream, w)) {
+                    if ((any >> piece.at & ((uint64_t{1} << piece.n) - 1)) == 0) continue;
+                    std::memcpy(keys + piece.at * layout.key.bytes, row(piece, true),
+                                piece.n * layout.key.bytes);
+                    std::memcpy(values + piece.at * layout.value.bytes, row(piece, false),
+                                piece.n * layout.value.bytes);
+                  }
+                  if (w + 1 == int64_t(tiles.words)) return;
+                  // Pieces are too short for hardware that looks ahead.
+                  for (const View::Piece& piece : tiles.PiecesOf(stream, w + 1)) {
+                    for (const bool next_keys : {true, false}) {
+                      const uint8_t* next = row(piece, next_keys);
+                      const size_t bytes =
+                          piece.n * (next_keys ? layout.key.bytes : layout.value.bytes);
+                      for (size_t at = 0; at < bytes + 63; at += 64)
+                        __builtin_prefetch(next + at, 0, 2);
+                    }
+                  }
+                };
+                const Column* tile = view_.columns[size_t(stream)].data() + w * kTile;
+                attend_copied(
+                    stage, layout.key, layout.value, stream, head, part, visible, any,
+                    tiles.table[size_t(stream) * (tiles.words + 1) + size_t(w)], space,
+                    [&](int64_t i) { return tile[i].cell; }, copy);
+              });
   };
 
   const auto attend_stages = [&](int stream, int head, int64_t first, int64_t n, const Space& space,

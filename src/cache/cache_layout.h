@@ -15,7 +15,7 @@ namespace sparkv {
 // arithmetic, and memory grows with tokens, a few pages at a time, whatever the number of layers.
 inline constexpr int64_t kGroupCells = 16;
 
-// Rows of a stage in its slots: key rows of all heads, then value rows.
+// Rows of a stage in its slots.
 struct StageLayout {
   KeyLayout key;
   ValueLayout value;

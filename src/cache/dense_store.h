@@ -71,10 +71,10 @@ class DenseStore {
     end_ = used_ = high_ = 0;
     region_.Release(0, region_.size() + 4096);
   }
-  // The `layer_bytes` bytes from `layer_at` of a slot on, which the group keeps together.
-  uint8_t* rows(int32_t slot, size_t layer_at, size_t layer_bytes) const {
+  // What the slots of the group hold of a layer, whose rows begin at byte `layer_at` of a slot.
+  uint8_t* rows(int32_t slot, size_t layer_at) const {
     return region_.data() + size_t(slot / kGroupSlots) * group_bytes_ +
-           layer_at * size_t(kGroupSlots) + size_t(slot % kGroupSlots) * layer_bytes;
+           layer_at * size_t(kGroupSlots);
   }
   int64_t used() const { return used_; }
   size_t committed() const { return region_.committed(); }

@@ -24,13 +24,12 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   if (NeedsChannels(c->baseline_)) c->config_.group = SPARKV_GROUP_ENERGY;  // ThinK's mean of q^2
   c->ops_ = CpuOps(sparkv_simd(config.simd));
   if (c->ops_ == nullptr) {
-    return Status::Unsupported(std::string("simd: this CPU has no ") +
-                               (config.simd == SPARKV_SIMD_AVX512
-                                    ? "avx512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI)"
-                                : config.simd == SPARKV_SIMD_AMX
-                                    ? "amx (TILE, BF16, allowed by the kernel, beside avx512)"
-                                : config.simd == SPARKV_SIMD_NEON ? "neon"
-                                                                  : "avx2"));
+    return Status::Unsupported(
+        std::string("simd: this CPU has no ") +
+        (config.simd == SPARKV_SIMD_AVX512 ? "avx512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI)"
+         : config.simd == SPARKV_SIMD_AMX ? "amx (TILE, BF16, allowed by the kernel, beside avx512)"
+         : config.simd == SPARKV_SIMD_NEON ? "neon"
+                                           : "avx2"));
   }
   const int32_t n_model_layers = ModelLayers({&shape, 1});
   CacheLayout& l = c->layout_;
@@ -338,10 +337,10 @@ void KvCache::PackBatch(const ValueLayout& value, bool keys, RowBatch* batch) co
   batch->Clear();
 }
 
-// row: f16 of all heads; coded: the same rows in the form of a stage. Stages behind the window need
+// row: f16 of all heads; coded: where they go in the form of a stage. Stages behind the window need
 // the weights: ExpandTables(layer) was called.
 void KvCache::Code(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
-                   const uint16_t* row, uint8_t* coded) const {
+                   const uint16_t* row, const HeadRows& coded) const {
   const StageLayout& rows = layer.stages[size_t(stage)];
   RowBatch batch;
   AddCodedRow(layer, stage, table_id, keys, row, coded, &batch);
@@ -349,27 +348,24 @@ void KvCache::Code(const LayerLayout& layer, int stage, uint16_t table_id, bool 
 }
 
 void KvCache::AddCodedRow(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
-                          const uint16_t* row, uint8_t* coded, RowBatch* batch) const {
-  const StageLayout& rows = layer.stages[size_t(stage)];
+                          const uint16_t* row, const HeadRows& coded, RowBatch* batch) const {
   const size_t dim = size_t(keys ? layer.k_dim() : layer.v_dim());
-  const size_t bytes = keys ? rows.key.bytes : rows.value.bytes;
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     batch->Add(keys ? FormOf(layer, stage, table_id, h) : KeyForm{}, row + size_t(h) * dim,
-               coded + size_t(h) * bytes);
+               coded.of(h));
   }
 }
 
 void KvCache::Decode(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
-                     const uint8_t* coded, uint16_t* row) const {
+                     const HeadRows& coded, uint16_t* row) const {
   const StageLayout& rows = layer.stages[size_t(stage)];
   for (int h = 0; h < layer.n_kv_heads; ++h) {
     if (keys) {
       const KeyForm form = FormOf(layer, stage, table_id, h);
-      ops_->unpack_key(*form.layout, form.weights, coded + size_t(h) * rows.key.bytes,
+      ops_->unpack_key(*form.layout, form.weights, coded.of(h),
                        row + size_t(h) * size_t(layer.k_dim()));
     } else {
-      ops_->unpack_value(rows.value, coded + size_t(h) * rows.value.bytes,
-                         row + size_t(h) * size_t(layer.v_dim()));
+      ops_->unpack_value(rows.value, coded.of(h), row + size_t(h) * size_t(layer.v_dim()));
     }
   }
 }

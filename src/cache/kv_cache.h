@@ -8,6 +8,7 @@
 #include <deque>
 #include <memory>
 #include <set>
+#include <span>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -159,15 +160,33 @@ class KvCache {
     struct Seers {
       uint8_t begin = 0, end = 0;
     };
+    // Rows at .. at + n - 1 of a tile, side by side in a group of slots.
+    struct Piece {
+      int32_t slot;
+      uint8_t at, n;
+    };
     // Rows in tiles of 64, and who sees which of them.
     struct Tiles {
       size_t words = 0;            // tiles of a stream
       std::vector<uint64_t> bits;  // [n_streams * n_tokens][words]
       std::vector<Seers> seers;    // [n_streams][blocks][words]
+      // Of a stage behind the window (FindPieces), tile by tile. [n_streams][words + 1]: the first
+      // of each, and the weights of its rows, -1 where they differ.
+      std::vector<Piece> pieces;
+      std::vector<uint32_t> first_piece;
+      std::vector<int32_t> table;
       void FindSeers(int64_t n_streams, int64_t n_tokens, int64_t block_tokens);
       // Adds up how many queries see each tile, and the squares of that.
       void Count(int64_t n_streams, int64_t n_tokens, double* reads, double* squares) const;
-      size_t memory() const { return bits.capacity() * 8 + seers.capacity() * sizeof(Seers); }
+      std::span<const Piece> PiecesOf(int stream, int64_t tile) const {
+        const uint32_t* first = &first_piece[size_t(stream) * (words + 1) + size_t(tile)];
+        return {pieces.data() + first[0], first[1] - first[0]};
+      }
+      size_t memory() const {
+        return bits.capacity() * 8 + seers.capacity() * sizeof(Seers) +
+               pieces.capacity() * sizeof(Piece) + first_piece.capacity() * 4 +
+               table.capacity() * 4;
+      }
     };
     int64_t block_tokens = kBlockTokens;  // queries that read a tile together
     Tiles packed;                         // packed cells as they lie
@@ -222,6 +241,7 @@ class KvCache {
                 const std::vector<std::vector<TokenPlan>>& tokens);
   void ForgetView();
   void MapColumns(const std::vector<Column>& columns);
+  void FindPieces(int stage);
   void OrderBySeer(const sparkv_attend_args& args, int stream_index, const Words& seen);
   void CollectApart(const sparkv_attend_args& args);
   void ResolveRanks(const uint64_t* seen, int64_t base);
@@ -301,16 +321,35 @@ class KvCache {
   void JoinDense(int64_t cell);
   void RemoveDense(int64_t cell);
   Status TakeSlot(int64_t cell, int stage = 0);
-  // Key or value rows of all heads in a slot.
-  uint8_t* StageRows(const LayerLayout& layer, int stage, int32_t slot, bool keys) const {
+  // A key or value row of each head of a token.
+  struct HeadRows {
+    uint8_t* first;
+    size_t stride;  // bytes from head to head
+    uint8_t* of(int head) const { return first + size_t(head) * stride; }
+  };
+  // Those in a slot. In the window they lie side by side, as in the arena. Behind it the rows of a
+  // head in the slots of a group do, keys and then values, for those who read one head.
+  HeadRows StageRows(const LayerLayout& layer, int stage, int32_t slot, bool keys) const {
     const StageLayout& rows = layer.stages[size_t(stage)];
-    return stores_[size_t(stage)].rows(slot, rows.at, rows.bytes(layer.n_kv_heads)) +
-           (keys ? 0 : size_t(layer.n_kv_heads) * rows.key.bytes);
+    const size_t bytes = keys ? rows.key.bytes : rows.value.bytes;
+    uint8_t* group = stores_[size_t(stage)].rows(slot, rows.at);
+    const size_t place = size_t(slot % kGroupSlots);
+    if (stage == 0) {
+      return {group + place * rows.bytes(layer.n_kv_heads) +
+                  (keys ? 0 : size_t(layer.n_kv_heads) * rows.key.bytes),
+              bytes};
+    }
+    return {group + (keys ? 0 : size_t(kGroupSlots) * rows.key.bytes) + place * bytes,
+            size_t(kGroupSlots) * rows.bytes(1)};
+  }
+  // f16 rows of all heads, side by side.
+  uint16_t* WindowRow(const LayerLayout& layer, int32_t slot, bool keys) const {
+    return reinterpret_cast<uint16_t*>(StageRows(layer, 0, slot, keys).first);
   }
   void Code(const LayerLayout& layer, int stage, uint16_t table_id, bool keys, const uint16_t* row,
-            uint8_t* coded) const;
+            const HeadRows& coded) const;
   void AddCodedRow(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
-                   const uint16_t* row, uint8_t* coded, RowBatch* batch) const;
+                   const uint16_t* row, const HeadRows& coded, RowBatch* batch) const;
   void AddPackedRow(const LayerLayout& layer, int64_t cell, uint16_t table_id, bool keys,
                     const uint16_t* row, RowBatch* batch) const;
   void PackBatch(const ValueLayout& value, bool keys, RowBatch* batch) const;
@@ -332,7 +371,7 @@ class KvCache {
     for (int64_t i = 0; i < n_chunks; ++i) chunk(i, 0);
   }
   void Decode(const LayerLayout& layer, int stage, uint16_t table_id, bool keys,
-              const uint8_t* coded, uint16_t* row) const;
+              const HeadRows& coded, uint16_t* row) const;
   void UnpackKey(const LayerLayout& layer, int head, int64_t cell, uint16_t table_id,
                  uint16_t* key) const;
   void ReadCell(bool keys, const LayerLayout& layer, int64_t cell, uint16_t* out) const;

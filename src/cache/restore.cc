@@ -77,8 +77,7 @@ Status KvCache::DecideRestored(int layer_index, int64_t cell, const uint16_t* ro
   AddPacked(cell);
   for (const auto& [index, keys] : restore_.rows) {
     const LayerLayout& layer = layout_.layers[size_t(index)];
-    const auto* dense =
-        reinterpret_cast<const uint16_t*>(StageRows(layer, 0, cells_.slot(cell), keys));
+    const auto* dense = WindowRow(layer, cells_.slot(cell), keys);
     PackRow(layer, cell, 0, keys ? dense : nullptr, keys ? nullptr : dense);
   }
   SealRestored(cell);
@@ -102,8 +101,7 @@ Status KvCache::EnterStage(const LayerLayout& layer, int64_t cell, const uint16_
     if (Status s = TakeSlot(cell, stage); !s.ok()) return s;
     for (const auto& [index, keys] : restore_.rows) {
       const LayerLayout& before = layout_.layers[size_t(index)];
-      Code(before, stage, 0, keys,
-           reinterpret_cast<const uint16_t*>(StageRows(before, 0, slot, keys)),
+      Code(before, stage, 0, keys, WindowRow(before, slot, keys),
            StageRows(before, stage, cells_.slot(cell), keys));
     }
     stores_[0].Free(slot);
@@ -197,8 +195,7 @@ void KvCache::EndRestore() {
       // Values that do not pack to themselves were never packed: a plain state file, free to be
       // packed.
       bool raw = false;
-      const auto* values =
-          reinterpret_cast<const uint16_t*>(StageRows(layer, 0, cells_.slot(cell), false));
+      const auto* values = WindowRow(layer, cells_.slot(cell), false);
       for (int h = 0; h < layer.n_kv_heads && !raw && layer.value.rotated(); ++h) {
         const uint16_t* v = values + size_t(h) * size_t(layer.v_dim());
         uint8_t* to = packed.data();
@@ -285,9 +282,10 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
     } else if (cells_.state(a) == CellState::kDense) {
       const int stage = cells_.stage(a);
       const StageLayout& rows = layer.stages[size_t(stage)];
-      std::memcpy(StageRows(layer, stage, cells_.slot(b), keys),
-                  StageRows(layer, stage, cells_.slot(a), keys),
-                  size_t(layer.n_kv_heads) * (keys ? rows.key.bytes : rows.value.bytes));
+      const HeadRows to = StageRows(layer, stage, cells_.slot(b), keys),
+                     from_row = StageRows(layer, stage, cells_.slot(a), keys);
+      for (int h = 0; h < layer.n_kv_heads; ++h)
+        std::memcpy(to.of(h), from_row.of(h), keys ? rows.key.bytes : rows.value.bytes);
     }
   }
   return Status::Ok();

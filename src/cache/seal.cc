@@ -18,7 +18,7 @@ const uint16_t* KvCache::WindowNumbers(const LayerLayout& layer, const Column& c
     return keys ? flight_keys_.data() + size_t(column.flight) * layer.k_row()
                 : flight_values_.data() + size_t(column.flight) * layer.v_row();
   }
-  return reinterpret_cast<const uint16_t*>(StageRows(layer, 0, column.slot, keys));
+  return WindowRow(layer, column.slot, keys);
 }
 
 void KvCache::ReadColumn(const LayerLayout& layer, const Column& column, bool keys,
@@ -163,14 +163,16 @@ void KvCache::SealLayer(int layer_index) {
       for (int64_t i = 0; i < count; ++i) ReadColumn(layer, columns[i], keys, row_at(i));
       for (int stage = 1; stage < n_stages; ++stage) {
         const StageLayout& coded_rows = layer.stages[size_t(stage)];
-        const size_t bytes = coded_rows.bytes(layer.n_kv_heads);
-        passed.resize(size_t(count) * bytes);
+        const size_t bytes = keys ? coded_rows.key.bytes : coded_rows.value.bytes;
+        const size_t n_heads = size_t(layer.n_kv_heads);
+        passed.resize(size_t(count) * bytes * n_heads);
         const auto enters = [&](const Column& c) {
           return stage > c.stage && (c.sealing || c.enters >> stage != 0);
         };
         const auto coded = [&](int64_t i) {
           const int32_t slot = columns[i].coded[size_t(stage)];
-          return slot < 0 ? passed.data() + size_t(i) * bytes : StageRows(layer, stage, slot, keys);
+          return slot < 0 ? HeadRows{passed.data() + size_t(i) * bytes * n_heads, bytes}
+                          : StageRows(layer, stage, slot, keys);
         };
         for (int64_t i = 0; i < count; ++i) {
           if (enters(columns[i]))
@@ -226,9 +228,9 @@ void KvCache::KeepDense(int layer_index) {
     const int64_t cell = flight_cells_[i];
     if (cell < 0 || cells_.slot(cell) < 0) continue;
     const int32_t slot = cells_.slot(cell);
-    std::memcpy(StageRows(layer, 0, slot, true), flight_keys_.data() + i * layer.k_row(),
+    std::memcpy(WindowRow(layer, slot, true), flight_keys_.data() + i * layer.k_row(),
                 layer.k_row() * 2);
-    std::memcpy(StageRows(layer, 0, slot, false), flight_values_.data() + i * layer.v_row(),
+    std::memcpy(WindowRow(layer, slot, false), flight_values_.data() + i * layer.v_row(),
                 layer.v_row() * 2);
   }
 }

@@ -300,7 +300,7 @@ void KvCache::CountDistinct(const sparkv_attend_args& args, const uint64_t* seen
     if (const auto flight = flight_at_.find(cell); flight != flight_at_.end())
       return flight_values_.data() + size_t(flight->second) * layer.v_row();
     if (cells_.state(cell) != CellState::kDense || cells_.stage(cell) > 0) return nullptr;
-    return reinterpret_cast<const uint16_t*>(StageRows(layer, 0, cells_.slot(cell), false));
+    return WindowRow(layer, cells_.slot(cell), false);
   };
   bool repeats = false;
   if (layer.number == 0 && arena_layer_ == args.layer) {
@@ -575,6 +575,35 @@ void KvCache::View::Tiles::Count(int64_t n_streams, int64_t n_tokens, double* re
   }
 }
 
+void KvCache::FindPieces(int stage) {
+  View::Tiles& tiles = view_.stages[size_t(stage)];
+  tiles.pieces.clear();
+  tiles.first_piece.clear();
+  tiles.table.clear();
+  for (const std::vector<Column>& columns : view_.columns) {
+    for (size_t w = 0; w <= tiles.words; ++w) {
+      tiles.first_piece.push_back(uint32_t(tiles.pieces.size()));
+      int32_t& table = tiles.table.emplace_back(-1);
+      int32_t next = -1;  // slot that the last piece would go on with
+      bool first = true;
+      for (size_t c = w * kTile; c < std::min(columns.size(), (w + 1) * kTile); ++c) {
+        const Column& column = columns[c];
+        const int32_t slot = column.stage == stage ? column.slot : column.coded[size_t(stage)];
+        if (slot >= 0 && slot == next && slot % kGroupSlots != 0) {
+          ++tiles.pieces.back().n;
+        } else if (slot >= 0) {
+          tiles.pieces.push_back({slot, uint8_t(c % kTile), 1});
+        }
+        next = slot < 0 ? -1 : slot + 1;
+        if (slot < 0) continue;
+        const int32_t own = cells_.table(column.cell);
+        table = first || table == own ? own : -1;
+        first = false;
+      }
+    }
+  }
+}
+
 // Bits of what each query sees packed and what it sees dense.
 void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
                        const std::vector<std::vector<TokenPlan>>& tokens) {
@@ -625,6 +654,7 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
       }
     }
   }
+  for (int stage = 1; stage < layout_.n_stages(); ++stage) FindPieces(stage);
   CollectApart(args);
   std::vector<View::Tiles*> all = {&view_.packed, &view_.apart};
   for (View::Tiles& stage : view_.stages) all.push_back(&stage);

@@ -397,34 +397,33 @@ TEST_P(EvictPreset, CellsThatAreUsedAgainForgetWhatWasKept) {
 
 // The newest of them was read by one query, the first by all: sums would not do them justice.
 TEST(Evict, TokensWhoseQueriesChooseStayThemselves) {
-  for (const char* evict : {"snapkv:60", "pyramidkv:60"}) {
-    Model model = Evicting("exact", evict);
-    model.set[1].second = "8";
-    Host host(model);
-    host.Feed(0, 1, 0, kPrompt, {128});
-    host.Feed(0, 1, kPrompt, 1, {1});
-    const std::vector<std::set<int64_t>> kept = AllKept(host, kPrompt + 1);
-    for (int i = kPrompt - kObserve + 1; i <= kPrompt; ++i) {
-      for (const auto& list : kept) EXPECT_EQ(list.count(i), 1u) << evict << " " << i;
-    }
+  Model model = Evicting("exact", "snapkv:60");
+  model.set[1].second = "8";
+  Host host(model);
+  host.Feed(0, 1, 0, kPrompt, {128});
+  host.Feed(0, 1, kPrompt, 1, {1});
+  for (const auto& kept : AllKept(host, kPrompt + 1)) {
+    for (int i = kPrompt - kObserve + 1; i <= kPrompt; ++i) EXPECT_EQ(kept.count(i), 1u) << i;
   }
 }
 
 TEST(Evict, BalancedTakesAQuarterOfTheBytesOfExactRows) {
-  double bits[2];
+  double bits[2] = {};  // summed over an answer
   for (const int balanced : {0, 1}) {
     Model model;
     model.preset = balanced != 0 ? "balanced" : "exact";
     model.set = {{"evict", "snapkv:512"}};
-    model.layers.assign(8, {3, 64, 64, 3});
+    model.layers.assign(16, {3, 64, 64, 3});
     model.cells = 1024;
     Host host(model);
     host.Feed(0, 1, 0, 800, {400});
-    host.Feed(0, 1, 800, 2, {1});
-    ASSERT_GT(host.Memory().evicted, 600);
-    bits[balanced] = host.Memory().bits;
+    for (int i = 0; i < 128; ++i) {
+      host.Feed(0, 1, 800 + i, 1, {1});
+      if (i > 0) bits[balanced] += host.Memory().bits;
+    }
+    EXPECT_GT(host.Memory().evicted, 600);
   }
-  EXPECT_LE(bits[1], 0.25 * bits[0]);
+  EXPECT_LE(bits[1], 0.25 * bits[0]) << bits[1] / bits[0];
 }
 
 TEST(Evict, AnotherSequenceOfTheStreamKeepsItsRows) {

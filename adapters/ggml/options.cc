@@ -16,10 +16,11 @@ namespace sparkv {
 namespace {
 
 constexpr char kPrefix[] = "SPARKV_";
-constexpr const char* kParameters[] = {"RATIO",   "RECOVER", "GROUP",   "KEPT",   "VALUES",
-                                       "SINKS",   "WINDOW",  "OBSERVE", "SEAL",   "SIMD",
-                                       "THREADS", "LAYERS",  "PROTECT", "BUDGET", "SENSITIVITY",
-                                       "RECENT",  "EVICT",   "BASELINE"};
+// EVICT first: it changes what a preset says of WINDOW and RECENT, and what is set stays.
+constexpr const char* kParameters[] = {"EVICT",       "RATIO",   "RECOVER", "GROUP",   "KEPT",
+                                       "VALUES",      "SINKS",   "WINDOW",  "OBSERVE", "SEAL",
+                                       "SIMD",        "THREADS", "LAYERS",  "PROTECT", "BUDGET",
+                                       "SENSITIVITY", "RECENT",  "BASELINE"};
 constexpr const char* kOthers[] = {"PRESET",      "LOG",       "STATS",     "WEIGHTS", "SALIENCY",
                                    "CALIBRATION", "CALIBRATE", "ALLOW_RPC", "ERRORS"};
 constexpr const char* kLevels[] = {"off", "error", "warn", "info", "debug"};

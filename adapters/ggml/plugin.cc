@@ -157,6 +157,28 @@ std::string FindIsa(const Options& options, std::string* isa) {
   return "";
 }
 
+// Under eviction window and stages are not what the preset's name makes expect.
+void LogAges(const sparkv_config& config) {
+  sparkv_config usual = {};
+  usual.struct_size = sizeof(usual);
+  if (config.evict == SPARKV_EVICT_NONE ||
+      sparkv_config_preset(&usual, config.preset, nullptr) != SPARKV_OK)
+    return;
+  std::string stages;
+  sparkv_config rows = {};
+  rows.struct_size = sizeof(rows);
+  int32_t until = 0, n = 0;
+  for (; sparkv_config_recent(&config, n, &until, &rows, nullptr) == SPARKV_OK; ++n)
+    stages += (n == 0 ? ", stages until " : ", ") + std::to_string(until);
+  if (config.window == usual.window && std::strcmp(config.recent, usual.recent) == 0 &&
+      n == std::count(config.recent, std::end(config.recent), ':'))
+    return;
+  Log(LogLevel::kInfo,
+      "heads that keep %d tokens: window %d%s; without eviction %s has window %d, stages %s",
+      config.evict_tokens, config.window, stages.empty() ? ", no stages" : stages.c_str(),
+      usual.preset, usual.window, usual.recent[0] != '\0' ? usual.recent : "none");
+}
+
 std::string Load(const void* caller, Plugin* plugin) {
   if (std::string reason = ReadOptions(&plugin->options); !reason.empty()) return reason;
   SetLogLevel(plugin->options.log);
@@ -171,6 +193,7 @@ std::string Load(const void* caller, Plugin* plugin) {
   sparkv_config_text(&config, text.data(), text.size());
   plugin->description = std::string("SparK KV cache ") + config.preset + ", " + plugin->isa;
   Log(LogLevel::kInfo, "%s, %s, version %s", text.c_str(), plugin->isa.c_str(), sparkv_version());
+  LogAges(config);
   if (config.baseline[0] != '\0') {
     Log(LogLevel::kWarn,
         "baseline %s is a simulation for comparison: bits are what that codec would store, memory "

@@ -145,7 +145,8 @@ SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char*
 /* Sets one parameter by its name (ratio, recover, group, kept, values, sinks, window, observe,
  * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, recent or
  * "none", evict: "snapkv:512" or "none", baseline) from text. Unknown names and bad values are
- * SPARKV_INVALID and leave `config` as it was. */
+ * SPARKV_INVALID and leave `config` as it was. evict also sets window and recent where they are
+ * still those of "safe" to "tiny": in proportion, below 4,096 tokens. What is set after it stays. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
                                            const char* value, sparkv_error* error);
 /* *out = `config` as it counts for layer `layer` of a model with n_layers, 0..9999. Entries of

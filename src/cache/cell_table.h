@@ -62,6 +62,7 @@ class CellTable {
   uint16_t table(int64_t c) const { return reinterpret_cast<const uint16_t*>(table_.data())[c]; }
   // Place in its sequence, 0 = first token; -1 = not known yet (restored).
   int32_t& rank(int64_t c) { return reinterpret_cast<int32_t*>(rank_.data())[c]; }
+  int32_t rank(int64_t c) const { return reinterpret_cast<const int32_t*>(rank_.data())[c]; }
   // How many tokens of its sequence up to this one differ from all before them; negative: this one
   // repeats one of them; 0: not counted, because its sequence has weights or was restored.
   int32_t& distinct(int64_t c) { return reinterpret_cast<int32_t*>(distinct_.data())[c]; }

@@ -223,7 +223,13 @@ std::vector<float> KvCache::EvictionScores(const sparkv_attend_args& args, const
     }
     AddAttention(logit, int64_t(n_logits), int64_t(n), score.data());
   }
-  if (config_.evict != SPARKV_EVICT_TOVA) PoolScores(&score, kPoolWidth);
+  if (config_.evict == SPARKV_EVICT_TOVA) return score;
+  PoolScores(&score, kPoolWidth);
+  // The observing tokens' own rows were read by fewer of them: they stay [SnapKV].
+  const int32_t observed_from = e.queries.front().first;
+  for (size_t i = 0; i < n; ++i) {
+    if (cells_.rank(cells[i]) >= observed_from) score[i] = std::numeric_limits<float>::infinity();
+  }
   return score;
 }
 

@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cstring>
 #include <span>
+#include <vector>
 
 #include "config/baseline_name.h"
 #include "config/layers.h"
@@ -128,7 +129,51 @@ Status SetRatio(std::string_view value, sparkv_config* config) {
   return Status::Ok();
 }
 
-// "snapkv:512", "none".
+// Chosen by what they lose for their bytes at 4,096 tokens (docs/results.md).
+struct Chosen {
+  std::string_view name, rows;
+  int32_t window;
+  std::string_view recent;
+};
+constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "384:i8+q8"},
+                              {"balanced", "tiers-6321", 32, "128:i8+q8,1024:t7432+t4"},
+                              {"small", "tiers-5321", 32, "64:i8+q8,512:t7432+t4"},
+                              {"tiny", "tiers-4211", 32, "64:i8+q8,256:t7432+t4,1024:t5321+t2"}};
+
+// Window and stages of a named preset. Heads that keep fewer tokens than it was chosen at have them
+// in proportion: else what is recent would be most of what they keep. The row on its way to the
+// next store has its place in the last group of slots (cache/dense_store.h).
+struct Ages {
+  int32_t window;
+  std::string recent;
+};
+constexpr int32_t kChosenTokens = 4096, kSlots = 4;
+
+Ages AgesOf(const Chosen& chosen, const sparkv_config& config) {
+  if (config.evict == SPARKV_EVICT_NONE || config.evict_tokens >= kChosenTokens)
+    return {chosen.window, std::string(chosen.recent)};
+  int32_t n_stores = 1;
+  const auto share = [&](int32_t age) {
+    const int32_t slots = int32_t(int64_t{age} * config.evict_tokens / kChosenTokens / kSlots);
+    return std::max(slots, 1) * kSlots - n_stores;
+  };
+  Ages ages{share(chosen.window), ""};
+  std::vector<RecentStage> stages;
+  if (!ParseRecent(chosen.recent, &stages).ok()) return ages;
+  int32_t last = ages.window;
+  for (const RecentStage& stage : stages) {
+    const int32_t until = share(stage.until) - 1;
+    if (until <= last) continue;
+    last = until;
+    ++n_stores;
+    ages.recent += (ages.recent.empty() ? "" : ",") + std::to_string(until) + ":" +
+                   std::string(NameOf(kKeptNames, stage.kept)) + "+" +
+                   std::string(NameOf(kValuesNames, stage.values));
+  }
+  return ages;
+}
+
+// "snapkv:512", "none". A window or stages that are still those of the preset follow.
 Status SetEvict(std::string_view value, sparkv_config* config) {
   const size_t colon = std::min(value.find(':'), value.size());
   const auto* found = std::find_if(std::begin(kEvictNames), std::end(kEvictNames),
@@ -148,8 +193,20 @@ Status SetEvict(std::string_view value, sparkv_config* config) {
     if (parse == Parse::kOutOfRange || tokens < 1 || tokens > kMostEvictTokens)
       return Status::Invalid(Outside("evict", text.substr(0, 64), "1", "2^24"));
   }
-  config->evict = found->number;
-  config->evict_tokens = tokens;
+  const auto* chosen = std::find_if(std::begin(kChosen), std::end(kChosen), [&](const Chosen& c) {
+    return c.name == TextOf(config->preset);
+  });
+  sparkv_config next = *config;
+  next.evict = found->number;
+  next.evict_tokens = tokens;
+  if (chosen != std::end(kChosen)) {
+    const Ages before = AgesOf(*chosen, *config), after = AgesOf(*chosen, next);
+    if (config->window == before.window) next.window = after.window;
+    if (TextOf(config->recent) == before.recent) {
+      if (Status s = SetRecent(after.recent, &next); !s.ok()) return s;
+    }
+  }
+  *config = next;
   return Status::Ok();
 }
 
@@ -168,17 +225,6 @@ Status CheckEvict(const sparkv_config& config) {
   }
   return Status::Ok();
 }
-
-// Chosen by what they lose for their bytes at 4,096 tokens (docs/results.md).
-struct Chosen {
-  std::string_view name, rows;
-  int32_t window;
-  std::string_view recent;
-};
-constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "384:i8+q8"},
-                              {"balanced", "tiers-6321", 32, "128:i8+q8,1024:t7432+t4"},
-                              {"small", "tiers-5321", 32, "64:i8+q8,512:t7432+t4"},
-                              {"tiny", "tiers-4211", 32, "64:i8+q8,256:t7432+t4,1024:t5321+t2"}};
 
 Status UnknownPreset(std::string_view name, std::string_view why) {
   return Status::Invalid("preset: " + Quote(name) + " " + std::string(why) +

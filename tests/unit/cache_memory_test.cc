@@ -230,5 +230,24 @@ TEST(Cache, AMillionCellsCommitNextToNothing) {
   sparkv_cache_free(cache);
 }
 
+TEST(Cache, BalancedTakesAQuarterOfTheBytesOfExactRowsUnderEviction) {
+  double bits[2] = {};  // summed over an answer
+  for (const int balanced : {0, 1}) {
+    Model model;
+    model.preset = balanced != 0 ? "balanced" : "exact";
+    model.set = {{"evict", "snapkv:512"}};
+    model.layers.assign(6, {2, 128, 128, 1});
+    model.cells = 1024;
+    Host host(model);
+    host.Feed(0, 1, 0, 700, {350});
+    for (int i = 0; i < 128; ++i) {
+      host.Feed(0, 1, 700 + i, 1, {1});
+      if (i > 0) bits[balanced] += host.Memory().bits;
+    }
+    EXPECT_GT(host.Memory().evicted, 500);
+  }
+  EXPECT_LE(bits[1] / bits[0], 0.25);
+}
+
 }  // namespace
 }  // namespace sparkv::test

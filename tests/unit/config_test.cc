@@ -1,8 +1,10 @@
 #include "config/config.h"
+#include "cache/dense_store.h"
 #include "config/recent.h"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -234,6 +236,47 @@ TEST(Config, RecentRowsAreStagesFromYoungToOld) {
   EXPECT_EQ(CheckConfig(Preset("safe")).text, "");
   std::memset(config.recent, 'x', sizeof(config.recent));
   EXPECT_NE(CheckConfig(config).text, "");
+}
+
+// Ages of a preset are for 4,096 tokens. Each store has whole groups of slots, the row on its way
+// to the next one counted.
+TEST(Config, UnderEvictionAgesOfAPresetAreInProportion) {
+  const auto with = [](const char* preset, const char* evict) {
+    sparkv_config config = Preset(preset);
+    EXPECT_EQ(SetParameter("evict", evict, &config).text, "");
+    EXPECT_EQ(CheckConfig(config).text, "");
+    EXPECT_EQ(RecentStages(config).size(), size_t(std::ranges::count(config.recent, ':')));
+    return std::to_string(config.window) + " " + config.recent;
+  };
+  EXPECT_EQ(with("balanced", "snapkv:512"), "3 14:i8+q8,125:t7432+t4");
+  EXPECT_EQ(with("balanced", "tova:2048"), "15 62:i8+q8,509:t7432+t4");
+  EXPECT_EQ(with("balanced", "snapkv:4096"), "32 128:i8+q8,1024:t7432+t4");
+  EXPECT_EQ(with("safe", "snapkv:512"), "7 46:i8+q8");
+  EXPECT_EQ(with("tiny", "snapkv:64"), "3 14:t5321+t2");
+  EXPECT_EQ(with("exact", "snapkv:512"), "32 ");
+  EXPECT_EQ(with("tiers-6321", "snapkv:512"), "96 ");
+  sparkv_config config = Preset("balanced");
+  ASSERT_EQ(SetParameter("evict", "snapkv:512", &config).text, "");
+  for (const int64_t rows : {config.sinks + config.window, 14 - config.window, 125 - 14})
+    EXPECT_EQ((rows + 1) % kGroupSlots, 0) << rows;
+  ASSERT_EQ(SetParameter("evict", "none", &config).text, "");
+  EXPECT_EQ(Text(config), Text(Preset("balanced")));
+}
+
+TEST(Config, WhatTheUserSaysOfAgesStaysUnderEviction) {
+  sparkv_config config = Preset("balanced");
+  ASSERT_EQ(SetParameter("recent", "200:i8+q8", &config).text, "");
+  ASSERT_EQ(SetParameter("evict", "snapkv:512", &config).text, "");
+  EXPECT_EQ(config.window, 3);
+  EXPECT_STREQ(config.recent, "200:i8+q8");
+  ASSERT_EQ(SetParameter("window", "32", &config).text, "");
+  ASSERT_EQ(SetParameter("recent", "128:i8+q8,1024:t7432+t4", &config).text, "");
+  ASSERT_EQ(SetParameter("evict", "snapkv:256", &config).text, "");
+  EXPECT_EQ(config.window, 32);
+  EXPECT_STREQ(config.recent, "128:i8+q8,1024:t7432+t4");
+  ASSERT_EQ(SetParameter("recent", "none", &config).text, "");
+  ASSERT_EQ(SetParameter("evict", "none", &config).text, "");
+  EXPECT_STREQ(config.recent, "");
 }
 
 TEST(Config, EvictionNamesAMethodAndTokens) {

@@ -395,6 +395,18 @@ TEST_P(EvictPreset, CellsThatAreUsedAgainForgetWhatWasKept) {
   EXPECT_EQ(host.Memory().evicted, 0);
 }
 
+// The newest of them was read by one query, the first by all: sums would not do them justice.
+TEST(Evict, TokensWhoseQueriesChooseStayThemselves) {
+  Model model = Evicting("exact", "snapkv:60");
+  model.set[1].second = "8";
+  Host host(model);
+  host.Feed(0, 1, 0, kPrompt, {128});
+  host.Feed(0, 1, kPrompt, 1, {1});
+  for (const auto& kept : AllKept(host, kPrompt + 1)) {
+    for (int i = kPrompt - kObserve + 1; i <= kPrompt; ++i) EXPECT_EQ(kept.count(i), 1u) << i;
+  }
+}
+
 TEST(Evict, AnotherSequenceOfTheStreamKeepsItsRows) {
   Model model = Evicting("exact", "snapkv:90");
   model.cells = 1024;

@@ -104,6 +104,17 @@ class Memory(unittest.TestCase):
         self.assertEqual(sum(memory.values()), stats["resident_bytes"], memory)
         self.assertLess(stats["resident_bytes"], 0.5 * all_rows["resident_bytes"])
 
+    def test_balanced_takes_a_quarter_of_what_evicted_exact_rows_take(self):
+        ours = self.complete(CELLS, "-fa", "on", SPARKV_EVICT="snapkv:512")
+        exact = self.complete(CELLS, "-fa", "on", SPARKV_EVICT="snapkv:512", SPARKV_PRESET="exact")
+        self.assertIn("heads that keep 512 tokens: window 3, stages until 14, 125;", ours.err)
+        self.assertNotIn("heads that keep", exact.err)
+        # The first tokens find holes that the prompt's last batch left: a hundredth more.
+        self.assertLess(ours.stats["bits_per_element"], 0.26 * exact.stats["bits_per_element"])
+        said = self.complete(CELLS, "-fa", "on", SPARKV_EVICT="snapkv:512", SPARKV_WINDOW="32",
+                             SPARKV_RECENT="128:i8+q8,1024:t7432+t4")
+        self.assertIn("heads that keep 512 tokens: window 32, stages until 128;", said.err)
+
 
 if __name__ == "__main__":
     host.main()

@@ -82,8 +82,10 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
                             " cells exceed the address space");
   }
   if (Status s = c->cells_.Map(l.cells()); !s.ok()) return s;
-  for (const size_t slot_bytes : l.slot_bytes) {
-    if (Status s = c->stores_.emplace_back().Map(slot_bytes, l.cells()); !s.ok()) return s;
+  for (size_t stage = 0; stage < l.slot_bytes.size(); ++stage) {
+    const int64_t rows = stage == 0 ? 0 : l.until[stage] - l.until[stage - 1];
+    if (Status s = c->stores_.emplace_back().Map(l.slot_bytes[stage], l.cells(), rows); !s.ok())
+      return s;
   }
   c->in_stage_.assign(l.until.size(), 0);
   if (Status s = c->packed_.Map(l.group_bytes, int64_t(n_groups)); !s.ok()) return s;

@@ -332,15 +332,15 @@ class KvCache {
   HeadRows StageRows(const LayerLayout& layer, int stage, int32_t slot, bool keys) const {
     const StageLayout& rows = layer.stages[size_t(stage)];
     const size_t bytes = keys ? rows.key.bytes : rows.value.bytes;
-    uint8_t* group = stores_[size_t(stage)].rows(slot, rows.at);
-    const size_t place = size_t(slot % kGroupSlots);
+    const DenseStore& store = stores_[size_t(stage)];
+    uint8_t* group = store.rows(slot, rows.at);
+    const size_t n_slots = size_t(store.group_slots()), place = size_t(slot) % n_slots;
     if (stage == 0) {
       return {group + place * rows.bytes(layer.n_kv_heads) +
                   (keys ? 0 : size_t(layer.n_kv_heads) * rows.key.bytes),
               bytes};
     }
-    return {group + (keys ? 0 : size_t(kGroupSlots) * rows.key.bytes) + place * bytes,
-            size_t(kGroupSlots) * rows.bytes(1)};
+    return {group + (keys ? 0 : n_slots * rows.key.bytes) + place * bytes, n_slots * rows.bytes(1)};
   }
   // f16 rows of all heads, side by side.
   uint16_t* WindowRow(const LayerLayout& layer, int32_t slot, bool keys) const {

@@ -577,6 +577,7 @@ void KvCache::View::Tiles::Count(int64_t n_streams, int64_t n_tokens, double* re
 
 void KvCache::FindPieces(int stage) {
   View::Tiles& tiles = view_.stages[size_t(stage)];
+  const int32_t group_slots = stores_[size_t(stage)].group_slots();
   tiles.pieces.clear();
   tiles.first_piece.clear();
   tiles.table.clear();
@@ -589,7 +590,7 @@ void KvCache::FindPieces(int stage) {
       for (size_t c = w * kTile; c < std::min(columns.size(), (w + 1) * kTile); ++c) {
         const Column& column = columns[c];
         const int32_t slot = column.stage == stage ? column.slot : column.coded[size_t(stage)];
-        if (slot >= 0 && slot == next && slot % kGroupSlots != 0) {
+        if (slot >= 0 && slot == next && slot % group_slots != 0) {
           ++tiles.pieces.back().n;
         } else if (slot >= 0) {
           tiles.pieces.push_back({slot, uint8_t(c % kTile), 1});

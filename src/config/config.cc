@@ -50,12 +50,9 @@ constexpr Name kValuesNames[] = {
     {"int8", SPARKV_INT8},   {"int4", SPARKV_INT4}};
 constexpr Name kSealNames[] = {{"stream", SPARKV_SEAL_STREAM},
                                {"prefill-end", SPARKV_SEAL_PREFILL_END}};
-constexpr Name kSimdNames[] = {{"auto", SPARKV_SIMD_AUTO},
-                               {"plain", SPARKV_SIMD_PLAIN},
-                               {"avx2", SPARKV_SIMD_AVX2},
-                               {"avx512", SPARKV_SIMD_AVX512},
-                               {"amx", SPARKV_SIMD_AMX},
-                               {"neon", SPARKV_SIMD_NEON}};
+constexpr Name kSimdNames[] = {{"auto", SPARKV_SIMD_AUTO}, {"plain", SPARKV_SIMD_PLAIN},
+                               {"avx2", SPARKV_SIMD_AVX2}, {"avx512", SPARKV_SIMD_AVX512},
+                               {"amx", SPARKV_SIMD_AMX},   {"neon", SPARKV_SIMD_NEON}};
 
 constexpr Name kEvictNames[] = {
     {"none", SPARKV_EVICT_NONE},           {"streamingllm", SPARKV_EVICT_STREAMINGLLM},
@@ -129,20 +126,20 @@ Status SetRatio(std::string_view value, sparkv_config* config) {
   return Status::Ok();
 }
 
-// Chosen by what they lose for their bytes at 4,096 tokens (docs/results.md).
+// Chosen by what they lose for their bytes at 4,096 tokens (docs/results.md). Stages of many rows,
+// with the one on its way to the next store, fill whole groups of slots (cache/dense_store.h).
 struct Chosen {
   std::string_view name, rows;
   int32_t window;
   std::string_view recent;
 };
-constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "384:i8+q8"},
-                              {"balanced", "tiers-6321", 32, "128:i8+q8,1024:t7432+t4"},
-                              {"small", "tiers-5321", 32, "64:i8+q8,512:t7432+t4"},
-                              {"tiny", "tiers-4211", 32, "64:i8+q8,256:t7432+t4,1024:t5321+t2"}};
+constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "383:i8+q8"},
+                              {"balanced", "tiers-6321", 32, "128:i8+q8,1023:t7432+t4"},
+                              {"small", "tiers-5321", 32, "64:i8+q8,511:t7432+t4"},
+                              {"tiny", "tiers-4211", 32, "64:i8+q8,255:t7432+t4,1022:t5321+t2"}};
 
 // Window and stages of a named preset. Heads that keep fewer tokens than it was chosen at have them
-// in proportion: else what is recent would be most of what they keep. The row on its way to the
-// next store has its place in the last group of slots (cache/dense_store.h).
+// in proportion: else what is recent would be most of what they keep.
 struct Ages {
   int32_t window;
   std::string recent;
@@ -154,8 +151,9 @@ Ages AgesOf(const Chosen& chosen, const sparkv_config& config) {
     return {chosen.window, std::string(chosen.recent)};
   int32_t n_stores = 1;
   const auto share = [&](int32_t age) {
-    const int32_t slots = int32_t(int64_t{age} * config.evict_tokens / kChosenTokens / kSlots);
-    return std::max(slots, 1) * kSlots - n_stores;
+    const int64_t all = int64_t{kChosenTokens} * kSlots;
+    const int64_t groups = (int64_t{age} * config.evict_tokens + all / 2) / all;
+    return int32_t(std::max<int64_t>(groups, 1)) * kSlots - n_stores;
   };
   Ages ages{share(chosen.window), ""};
   std::vector<RecentStage> stages;

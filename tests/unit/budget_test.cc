@@ -101,7 +101,7 @@ TEST(Budget, IsSpentAndNotExceeded) {
   }
   // Stages that are too much are given up, the oldest first.
   EXPECT_STREQ(Solve(Config({{"budget", "3.6bpe"}}), shapes).config.recent,
-               "128:i8+q8,1024:t7432+t4");
+               "128:i8+q8,1023:t7432+t4");
   EXPECT_STREQ(Solve(Config({{"budget", "2.3bpe"}}), shapes).config.recent, "128:i8+q8");
   const Solved all = Solve(Config({{"budget", "17bpe"}}), shapes);
   EXPECT_STREQ(all.config.layers, "0-29=spark-0+f16");

@@ -55,7 +55,7 @@ TEST(Config, NoNameMeansTheDefaultPreset) {
   EXPECT_EQ(
       Text(Preset(nullptr)),
       "balanced ratio 0 recover mean kept t6321 values t3 sinks 4 window 32 seal stream recent "
-      "128:i8+q8,1024:t7432+t4");
+      "128:i8+q8,1023:t7432+t4");
   EXPECT_EQ(Text(Preset("spark-0.5-i5")),
             "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal stream");
 }
@@ -228,7 +228,7 @@ TEST(Config, RecentRowsAreStagesFromYoungToOld) {
             "recent: \"\" is not TOKENS:KEYS+VALUES, as in 256:i8+q8");
   ASSERT_EQ(SetParameter("recent", "none", &config).text, "");
   EXPECT_STREQ(config.recent, "");
-  EXPECT_EQ(std::string(Preset("balanced").recent), "128:i8+q8,1024:t7432+t4");
+  EXPECT_EQ(std::string(Preset("balanced").recent), "128:i8+q8,1023:t7432+t4");
   EXPECT_STREQ(Preset("balanced").preset, "balanced");
   EXPECT_EQ(Preset("balanced").window, 32);
   EXPECT_EQ(CheckConfig(Preset("tiny")).text, "");
@@ -250,7 +250,7 @@ TEST(Config, UnderEvictionAgesOfAPresetAreInProportion) {
   };
   EXPECT_EQ(with("balanced", "snapkv:512"), "3 14:i8+q8,125:t7432+t4");
   EXPECT_EQ(with("balanced", "tova:2048"), "15 62:i8+q8,509:t7432+t4");
-  EXPECT_EQ(with("balanced", "snapkv:4096"), "32 128:i8+q8,1024:t7432+t4");
+  EXPECT_EQ(with("balanced", "snapkv:4096"), "32 128:i8+q8,1023:t7432+t4");
   EXPECT_EQ(with("safe", "snapkv:512"), "7 46:i8+q8");
   EXPECT_EQ(with("tiny", "snapkv:64"), "3 14:t5321+t2");
   EXPECT_EQ(with("exact", "snapkv:512"), "32 ");
@@ -270,10 +270,10 @@ TEST(Config, WhatTheUserSaysOfAgesStaysUnderEviction) {
   EXPECT_EQ(config.window, 3);
   EXPECT_STREQ(config.recent, "200:i8+q8");
   ASSERT_EQ(SetParameter("window", "32", &config).text, "");
-  ASSERT_EQ(SetParameter("recent", "128:i8+q8,1024:t7432+t4", &config).text, "");
+  ASSERT_EQ(SetParameter("recent", "128:i8+q8,1023:t7432+t4", &config).text, "");
   ASSERT_EQ(SetParameter("evict", "snapkv:256", &config).text, "");
   EXPECT_EQ(config.window, 32);
-  EXPECT_STREQ(config.recent, "128:i8+q8,1024:t7432+t4");
+  EXPECT_STREQ(config.recent, "128:i8+q8,1023:t7432+t4");
   ASSERT_EQ(SetParameter("recent", "none", &config).text, "");
   ASSERT_EQ(SetParameter("evict", "none", &config).text, "");
   EXPECT_STREQ(config.recent, "");

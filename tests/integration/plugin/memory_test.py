@@ -112,7 +112,7 @@ class Memory(unittest.TestCase):
         # The first tokens find holes that the prompt's last batch left: a hundredth more.
         self.assertLess(ours.stats["bits_per_element"], 0.26 * exact.stats["bits_per_element"])
         said = self.complete(CELLS, "-fa", "on", SPARKV_EVICT="snapkv:512", SPARKV_WINDOW="32",
-                             SPARKV_RECENT="128:i8+q8,1024:t7432+t4")
+                             SPARKV_RECENT="128:i8+q8,1023:t7432+t4")
         self.assertIn("heads that keep 512 tokens: window 32, stages until 128;", said.err)
 
 

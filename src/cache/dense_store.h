@@ -39,7 +39,10 @@ class DenseStore {
       free_.pop_back();
     }
     const size_t group = size_t(slot / group_slots_);
-    if (in_use_[group]++ == 0) region_.Touch(group * group_bytes_, group_bytes_);
+    if (in_use_[group]++ == 0) {
+      region_.Touch(group * group_bytes_, group_bytes_);
+      ++n_groups_;
+    }
     ++used_;
     high_ = std::max(high_, end_);
     return slot;
@@ -47,9 +50,12 @@ class DenseStore {
   void Free(int32_t slot) {
     free_.push_back(slot);
     std::push_heap(free_.begin(), free_.end(), std::greater<>());
-    --in_use_[size_t(slot / group_slots_)];
+    if (--in_use_[size_t(slot / group_slots_)] == 0) --n_groups_;
     --used_;
   }
+  int32_t lowest_free() const { return free_.empty() ? int32_t(end_) : free_.front(); }
+  // Whether its rows would fit into fewer groups.
+  bool sparse() const { return n_groups_ * group_slots_ - used_ >= group_slots_; }
   // Gives back the pages of empty groups, but for one that the next token is likely to take.
   void Trim() {
     std::sort(free_.begin(), free_.end());  // ascending order is a heap for std::greater
@@ -71,7 +77,7 @@ class DenseStore {
   void Clear() {
     in_use_.assign(in_use_.size(), 0);
     free_.clear();
-    end_ = used_ = high_ = 0;
+    end_ = used_ = high_ = n_groups_ = 0;
     region_.Release(0, region_.size() + 4096);
   }
   // What the slots of the group hold of a layer, whose rows begin at byte `layer_at` of a slot.
@@ -88,7 +94,7 @@ class DenseStore {
   Reserve region_;
   int32_t group_slots_ = 1;
   size_t group_bytes_ = 0;
-  int64_t max_slots_ = 0, used_ = 0;
+  int64_t max_slots_ = 0, used_ = 0, n_groups_ = 0;
   int64_t end_ = 0, high_ = 0;  // slots behind end_ are free; groups behind high_ are not committed
   std::vector<uint8_t> in_use_;  // slots per group
   std::vector<int32_t> free_;

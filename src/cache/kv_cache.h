@@ -219,6 +219,8 @@ class KvCache {
   void BeginStep(const int64_t* cells, int64_t n_rows);
   void FinishStep();
   void FinishEntering(const Column& column, bool complete);
+  void Compact(int stage);
+  void CopySlot(const LayerLayout& layer, int stage, int32_t from, int32_t to, bool keys) const;
   const Column* AgingOf(int64_t cell) const;
   void FlushLayer();
   Status EnsureSlots();

@@ -281,11 +281,7 @@ Status KvCache::CopyStream(bool keys, int layer_index, int from, int to) {
       }
     } else if (cells_.state(a) == CellState::kDense) {
       const int stage = cells_.stage(a);
-      const StageLayout& rows = layer.stages[size_t(stage)];
-      const HeadRows to = StageRows(layer, stage, cells_.slot(b), keys),
-                     from_row = StageRows(layer, stage, cells_.slot(a), keys);
-      for (int h = 0; h < layer.n_kv_heads; ++h)
-        std::memcpy(to.of(h), from_row.of(h), keys ? rows.key.bytes : rows.value.bytes);
+      CopySlot(layer, stage, cells_.slot(a), cells_.slot(b), keys);
     }
   }
   return Status::Ok();

@@ -158,9 +158,43 @@ void KvCache::FinishStep() {
   flight_at_.clear();
   arena_layer_ = -1;
   view_.n_kv = -1;
+  // Rows of a long micro-batch were coded before older ones had gone.
+  for (int stage = 0; stage < layout_.n_stages() && latest_cells_.size() > kFewTokens; ++stage)
+    Compact(stage);
   for (DenseStore& store : stores_) store.Trim();
   NotePeak();
   NoteHighWater();
+}
+
+// Where a group of slots or more could be given back, rows move from the highest slots into holes.
+void KvCache::Compact(int stage) {
+  DenseStore& store = stores_[size_t(stage)];
+  if (!store.sparse()) return;
+  std::vector<std::pair<int32_t, int64_t>> cells;
+  for (const std::vector<int64_t>& of_stream : dense_cells_) {
+    for (const int64_t cell : of_stream) {
+      if (cells_.stage(cell) == stage) cells.emplace_back(cells_.slot(cell), cell);
+    }
+  }
+  std::sort(cells.begin(), cells.end(), std::greater<>());
+  for (const auto& [slot, cell] : cells) {
+    if (store.lowest_free() >= slot) return;
+    const int32_t to = store.Allocate();
+    for (const LayerLayout& layer : layout_.layers) {
+      for (const bool keys : {true, false}) CopySlot(layer, stage, slot, to, keys);
+    }
+    store.Free(slot);
+    cells_.slot(cell) = to;
+  }
+}
+
+void KvCache::CopySlot(const LayerLayout& layer, int stage, int32_t from, int32_t to,
+                       bool keys) const {
+  const StageLayout& rows = layer.stages[size_t(stage)];
+  const HeadRows source = StageRows(layer, stage, from, keys),
+                 target = StageRows(layer, stage, to, keys);
+  for (int h = 0; h < layer.n_kv_heads; ++h)
+    std::memcpy(target.of(h), source.of(h), keys ? rows.key.bytes : rows.value.bytes);
 }
 
 // A row that entered stages in this step stays in the oldest of them, unless it was packed, or the

@@ -249,5 +249,23 @@ TEST(Cache, BalancedTakesAQuarterOfTheBytesOfExactRowsUnderEviction) {
   EXPECT_LE(bits[1] / bits[0], 0.25);
 }
 
+// Rows of a long micro-batch enter a stage before older ones have left it: what holes they leave
+// behind is given back, up to a group of slots in each store.
+TEST(Cache, ALongMicroBatchLeavesAsFewSlotsAsShortOnes) {
+  uint64_t slots[2];
+  for (const int n_tokens : {1, 100}) {
+    Model model;
+    model.preset = "balanced";
+    model.layers.assign(3, {2, 64, 64, 1});
+    model.cells = 2048;
+    Host host(model);
+    host.Feed(0, 1, 0, 1500, {n_tokens});
+    const sparkv_memory memory = host.Memory();
+    slots[n_tokens > 1] = memory.dense_keys + memory.dense_values + memory.slack;
+  }
+  // A row of the second stage: keys of 4 bits with four gains, values of 4 bits with one.
+  EXPECT_LT(slots[1], slots[0] + 16 * 3 * 2 * (36 + 33));
+}
+
 }  // namespace
 }  // namespace sparkv::test

@@ -393,7 +393,7 @@ typedef struct sparkv_memory {
 SPARKV_API void sparkv_cache_memory(const sparkv_cache* cache, sparkv_memory* memory);
 /* The report at the moment of most live tokens so far (after the seal that follows that step). */
 SPARKV_API void sparkv_cache_high_water(const sparkv_cache* cache, sparkv_memory* memory);
-/* The instruction set in use: "plain", "avx2", "avx512", "neon". */
+/* The instruction set in use: "plain", "avx2", "avx512", "amx", "neon". */
 SPARKV_API const char* sparkv_cache_isa(const sparkv_cache* cache);
 /* Rows restored so far that had to stay dense because no known weights reproduce them. */
 SPARKV_API int64_t sparkv_cache_unknown_rows(const sparkv_cache* cache);

@@ -63,8 +63,8 @@ std::vector<std::string> Presets(const std::string& flag, const std::string& tex
 
 std::vector<std::string> SimdOfThisCpu() {
   std::vector<std::string> names;
-  for (const sparkv_simd simd :
-       {SPARKV_SIMD_PLAIN, SPARKV_SIMD_AVX2, SPARKV_SIMD_AVX512, SPARKV_SIMD_AMX, SPARKV_SIMD_NEON}) {
+  for (const sparkv_simd simd : {SPARKV_SIMD_PLAIN, SPARKV_SIMD_AVX2, SPARKV_SIMD_AVX512,
+                                 SPARKV_SIMD_AMX, SPARKV_SIMD_NEON}) {
     if (const OpTable* ops = CpuOps(simd)) names.push_back(ops->name);
   }
   return names;

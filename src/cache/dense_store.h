@@ -53,6 +53,8 @@ class DenseStore {
     if (--in_use_[size_t(slot / group_slots_)] == 0) --n_groups_;
     --used_;
   }
+  // Slots in use; without holes they would be the first ones.
+  int64_t used() const { return used_; }
   int32_t lowest_free() const { return free_.empty() ? int32_t(end_) : free_.front(); }
   // Whether its rows would fit into fewer groups.
   bool sparse() const { return n_groups_ * group_slots_ - used_ >= group_slots_; }
@@ -86,7 +88,6 @@ class DenseStore {
            layer_at * size_t(group_slots_);
   }
   int32_t group_slots() const { return group_slots_; }
-  int64_t used() const { return used_; }
   size_t committed() const { return region_.committed(); }
   size_t bookkeeping() const { return in_use_.size() + region_.bookkeeping(); }
 

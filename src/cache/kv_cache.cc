@@ -35,8 +35,9 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   CacheLayout& l = c->layout_;
   l.cells_per_stream = shape.cells_per_stream;
   l.n_streams = shape.n_streams;
-  const std::vector<RecentStage> recent = RecentStages(config);
-  l.until.push_back(config.window);
+  const std::vector<RecentStage> recent =
+      RecentStages(c->config_);  // a budget may have dropped some
+  l.until.push_back(c->config_.window);
   for (const RecentStage& r : recent) l.until.push_back(r.until);
   l.slot_bytes.assign(l.until.size(), 0);
   for (int i = 0; i < shape.n_layers; ++i) {
@@ -77,7 +78,7 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
   size_t bytes = 0;
   const size_t most = *std::max_element(l.slot_bytes.begin(), l.slot_bytes.end());
   if (__builtin_mul_overflow(l.group_bytes, n_groups, &bytes) ||
-      __builtin_mul_overflow(most, size_t(l.cells()) + kGroupSlots, &bytes)) {
+      __builtin_mul_overflow(most, size_t(l.cells()) + kLongGroupSlots, &bytes)) {
     return Status::NoMemory("cells_per_stream: " + std::to_string(shape.cells_per_stream) +
                             " cells exceed the address space");
   }

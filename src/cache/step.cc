@@ -159,24 +159,28 @@ void KvCache::FinishStep() {
   arena_layer_ = -1;
   view_.n_kv = -1;
   // Rows of a long micro-batch were coded before older ones had gone.
-  for (int stage = 0; stage < layout_.n_stages() && latest_cells_.size() > kFewTokens; ++stage)
-    Compact(stage);
+  if (latest_cells_.size() > kFewTokens) {
+    NotePeak();
+    for (int stage = 0; stage < layout_.n_stages(); ++stage) Compact(stage);
+  }
   for (DenseStore& store : stores_) store.Trim();
   NotePeak();
   NoteHighWater();
 }
 
-// Where a group of slots or more could be given back, rows move from the highest slots into holes.
+// Where a group of slots or more could be given back, rows from behind move into holes.
 void KvCache::Compact(int stage) {
   DenseStore& store = stores_[size_t(stage)];
   if (!store.sparse()) return;
   std::vector<std::pair<int32_t, int64_t>> cells;
   for (const std::vector<int64_t>& of_stream : dense_cells_) {
     for (const int64_t cell : of_stream) {
-      if (cells_.stage(cell) == stage) cells.emplace_back(cells_.slot(cell), cell);
+      if (cells_.stage(cell) == stage && cells_.slot(cell) >= store.used())
+        cells.emplace_back(cells_.slot(cell), cell);
     }
   }
-  std::sort(cells.begin(), cells.end(), std::greater<>());
+  // In their order, so that neighbours stay neighbours.
+  std::sort(cells.begin(), cells.end());
   for (const auto& [slot, cell] : cells) {
     if (store.lowest_free() >= slot) return;
     const int32_t to = store.Allocate();

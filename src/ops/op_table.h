@@ -59,8 +59,8 @@ struct Scratch {
   float* value;     // [64][v_dim padded to 16]
   float* score;     // [kScoreRows][64]
   float* queries;   // queries as prepare_queries left them
-  float* operands;  // rows of a tile as matrix instructions take them: two bf16 for each number, keys
-                    // padded to 32 channels and values to 16
+  float* operands;  // rows of a tile as matrix instructions take them: two bf16 for each number,
+                    // keys padded to 32 channels and values to 16
 };
 inline constexpr int kScoreRows = 8;
 static inline size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }

@@ -79,8 +79,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::vector<uint8_t> hostile_value = input.Take<uint8_t>(value_bytes);
 
   std::vector<uint8_t> first_key, first_value;
-  for (const int simd :
-       {SPARKV_SIMD_PLAIN, SPARKV_SIMD_AVX2, SPARKV_SIMD_AVX512, SPARKV_SIMD_AMX, SPARKV_SIMD_NEON}) {
+  for (const int simd : {SPARKV_SIMD_PLAIN, SPARKV_SIMD_AVX2, SPARKV_SIMD_AVX512, SPARKV_SIMD_AMX,
+                         SPARKV_SIMD_NEON}) {
     config.simd = simd;
     std::vector<uint16_t> back(dim);
     std::vector<uint8_t> key = hostile_key, value = hostile_value;

@@ -1,4 +1,4 @@
-// The kernels for AMX as any machine with AVX-512 can run them.
+// The kernels for AMX as a machine that has AVX-512 with bf16 can run them.
 #define SPARKV_EMULATED_AMX
 #define avx512 avx512_beside_emulated_amx
 #define amx emulated_amx

@@ -1,6 +1,7 @@
 // The matrix registers of AMX: eight of 16 rows of 64 bytes. Included inside a namespace. Assembly,
 // because gcc 12 takes a register's number only as a literal. Where SPARKV_EMULATED_AMX is defined,
-// plain loops do the same, so that tests reach what uses them on any machine.
+// plain loops do the same, so that tests reach what uses them on machines that have AVX-512 with
+// bf16 alone.
 
 // What the registers hold: rows of them, bytes of a row.
 struct alignas(64) AmxShape {

@@ -109,11 +109,12 @@ inline void IntegerKey(const KeyLayout& layout, const float* restore, const uint
           const __mmask16 kept = __mmask16(mask >> (16 * i)),
                           sign = __mmask16(positive >> (16 * i));
           const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), unit);
-          // Masked loads keep off the weights when nothing is pruned and there are
-          // none.
+          // Keys of which nothing is pruned have no weights.
           const __m512 pruned = _mm512_mul_ps(
               _mm512_mask_blend_ps(sign, minus, plus),
-              _mm512_maskz_loadu_ps(__mmask16(other >> (16 * i)), restore + j0 + 16 * i));
+              restore == nullptr
+                  ? _mm512_setzero_ps()
+                  : _mm512_maskz_loadu_ps(__mmask16(other >> (16 * i)), restore + j0 + 16 * i));
           _mm512_storeu_ps(out + j0 + 16 * i, _mm512_mask_mov_ps(pruned, kept, x));
         };
         quarter(0, _mm512_castsi512_si128(levels));

@@ -63,7 +63,8 @@ bool HasAvx512() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
 }
 // Linux gives a process the matrix registers when it asks: they make the state of its threads 8 KiB
-// larger.
+// larger, and alternate signal stacks that would not hold it are refused from then on. So AUTO does
+// not ask.
 bool HasAmx() {
 #if defined(__linux__)
   constexpr int kAskForState = 0x1023,
@@ -89,7 +90,6 @@ const OpTable* CpuOps(sparkv_simd wish) {
   if (wish == SPARKV_SIMD_AVX2) return HasAvx2() ? &avx2::kOps : nullptr;
   if (wish == SPARKV_SIMD_AVX512) return HasAvx512() ? &avx512::kOps : nullptr;
   if (wish == SPARKV_SIMD_AMX) return HasAmx() ? &amx::kOps : nullptr;
-  if (wish == SPARKV_SIMD_AUTO && HasAmx()) return &amx::kOps;
   if (wish == SPARKV_SIMD_AUTO)
     return HasAvx512() ? &avx512::kOps : HasAvx2() ? &avx2::kOps : &plain::kOps;
 #elif defined(__aarch64__)

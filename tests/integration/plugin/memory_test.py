@@ -109,7 +109,7 @@ class Memory(unittest.TestCase):
         exact = self.complete(CELLS, "-fa", "on", SPARKV_EVICT="snapkv:512", SPARKV_PRESET="exact")
         self.assertIn("heads that keep 512 tokens: window 3, stages until 14, 125;", ours.err)
         self.assertNotIn("heads that keep", exact.err)
-        # The first tokens find holes that the prompt's last batch left: a hundredth more.
+        # Slots fill whole groups: a hundredth more.
         self.assertLess(ours.stats["bits_per_element"], 0.26 * exact.stats["bits_per_element"])
         said = self.complete(CELLS, "-fa", "on", SPARKV_EVICT="snapkv:512", SPARKV_WINDOW="32",
                              SPARKV_RECENT="128:i8+q8,1023:t7432+t4")

@@ -11,7 +11,8 @@
 #ifdef SPARKV_EMULATED_AMX
 constexpr int kMatrixRows = 1;
 #else
-constexpr int kMatrixRows = 12;  // with fewer query rows, bytes are faster: less is unpacked
+// A guess: with fewer query rows, what bytes save in unpacking should count for more.
+constexpr int kMatrixRows = 12;
 #endif
 constexpr int kChunk = 32;  // numbers that a row of an operand holds
 

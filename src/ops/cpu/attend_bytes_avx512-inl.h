@@ -276,14 +276,14 @@ inline void ByteScores(const KeyLayout& layout, int row, const KeyBytes& keys, u
     Vec score[R];
     ByteProducts<kDigits, true>(q, n_quads, keys.level + size_t(run) * run_bytes, score);
     const Vec unit = Load(keys.unit + 16 * run);
-    for (int r = 0; r < R; ++r) score[r] *= unit * prepared[r]->q_scale;
+    Unroll<R>([&](auto r) { score[r] *= unit * prepared[r]->q_scale; });
     if (layout.sign_bytes != 0) {
       Vec pruned[R];
       ByteProducts<kDigits, true>(w, n_quads, keys.sign + size_t(run) * run_bytes, pruned);
       const Vec magnitude = Load(keys.magnitude + 16 * run);
-      for (int r = 0; r < R; ++r) score[r] += pruned[r] * (magnitude * prepared[r]->w_scale);
+      Unroll<R>([&](auto r) { score[r] += pruned[r] * (magnitude * prepared[r]->w_scale); });
     }
-    for (int r = 0; r < R; ++r) Store(scratch.score + r * kTile + 16 * run, score[r]);
+    Unroll<R>([&](auto r) { Store(scratch.score + r * kTile + 16 * run, score[r]); });
   }
 }
 
@@ -485,7 +485,7 @@ inline void ByteScores(const KeyLayout& layout, int row, const TierBytes& keys, 
     Vec score[R] = {};
     for (int t = 0; t < kTiers && layout.tier_bits[t] > 0; ++t) {
       QueryDigits q[R];
-      for (int r = 0; r < R; ++r) q[r] = DigitsAt(prepared[r], size_t(t) * per_tier, t);
+      Unroll<R>([&](auto r) { q[r] = DigitsAt(prepared[r], size_t(t) * per_tier, t); });
       Vec sum[R];
       ByteProducts<kDigits, true>(q, int(per_tier) / 4,
                                   keys.level + size_t(run) * run_bytes + 16 * size_t(t) * per_tier,
@@ -495,13 +495,14 @@ inline void ByteScores(const KeyLayout& layout, int row, const TierBytes& keys, 
         Vec low[R];
         ByteProducts<kDigits - 1, false>(q, int(per_tier) / 4,
                                          keys.low + 16 * size_t(run) * per_tier, low);
-        for (int r = 0; r < R; ++r) sum[r] = sum[r] * 8.0f + low[r];
+        Unroll<R>([&](auto r) { sum[r] = sum[r] * 8.0f + low[r]; });
       }
       const Vec unit = Load(keys.unit[t] + 16 * run);
-      for (int r = 0; r < R; ++r) score[r] += sum[r] * unit;
+      Unroll<R>([&](auto r) { score[r] += sum[r] * unit; });
     }
-    for (int r = 0; r < R; ++r)
+    Unroll<R>([&](auto r) {
       Store(scratch.score + r * kTile + 16 * run, score[r] * prepared[r]->q_scale);
+    });
   }
 }
 
@@ -536,6 +537,47 @@ void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes*
               }
             });
       });
+}
+
+// 2^x for x <= 0, to 1e-7; below -126 it gives 2^-126. NaN stays NaN.
+inline __m512 Exp2(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.3264701e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6715149e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5507339e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022243e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314700e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// Scores [64] of one row -> weights e^(s - m), zeros for what it does not see; returns the correction
+// of what the state held before.
+inline float RowWeights(const QueryBlock& block, int g, uint64_t visible, const uint16_t* mask,
+                        float* score, float* m, float* d, __m512 (&p)[4]) {
+  const float scale = PlainScores(block, g, visible, mask, score);
+  const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512 largest = hidden;
+  Unroll<4>([&](auto k) __attribute__((always_inline)) {
+    p[k] = _mm512_mask_mul_ps(hidden, __mmask16(visible >> (16 * k)),
+                              _mm512_loadu_ps(score + 16 * k), _mm512_set1_ps(scale));
+    largest = _mm512_max_ps(p[k], largest);
+  });
+  const float top = std::max(*m, _mm512_reduce_max_ps(largest));
+  const float correction = Correction(*m, top);
+  __m512 sum = _mm512_setzero_ps();
+  const __m512 log2e = _mm512_set1_ps(1.44269504f);
+  Unroll<4>([&](auto k) __attribute__((always_inline)) {
+    p[k] =
+        _mm512_maskz_mov_ps(__mmask16(visible >> (16 * k)),
+                            Exp2(_mm512_mul_ps(_mm512_sub_ps(p[k], _mm512_set1_ps(top)), log2e)));
+    sum = _mm512_add_ps(sum, p[k]);
+  });
+  *d = *d * correction + _mm512_reduce_add_ps(sum);
+  *m = top;
+  return correction;
 }
 
 // Softmax weights of a row times the scales of the value rows: weight = factor * number, a number
@@ -643,7 +685,7 @@ inline void ByteValues(const ValueLayout& layout, const PackedTile& tile,
       }
       sums.Add(weights, g, even, odd);
     }
-    for (int r = 0; r < R; ++r) {
+    Unroll<R>([&](auto r) __attribute__((always_inline)) {
       const float step = weights[r].factor / (kBytes ? 255.0f : 15.0f);
       const __m512 scale = _mm512_set1_ps(2.0f * step),
                    offset = _mm512_set1_ps(weights[r].sum * step * (kBytes ? 1.0f : -15.0f));
@@ -662,7 +704,7 @@ inline void ByteValues(const ValueLayout& layout, const PackedTile& tile,
       Store(to, _mm512_fmadd_ps(Load(to), _mm512_set1_ps(correction[r]), x));
       if (size_t(c) + 16 < o_stride)
         Store(to + 16, _mm512_fmadd_ps(Load(to + 16), _mm512_set1_ps(correction[r]), y));
-    }
+    });
   }
 }
 
@@ -683,7 +725,7 @@ inline void ByteValues(const ValueLayout& layout, uint64_t rows, const ValueByte
             values.level + (size_t(g) * size_t(n_pieces) + size_t(p)) * 256 + 128 * half;
         sums.Add(weights, g, _mm512_load_si512(from), _mm512_load_si512(from + 64));
       }
-      for (int r = 0; r < R; ++r) {
+      Unroll<R>([&](auto r) __attribute__((always_inline)) {
         const __m512 factor = _mm512_set1_ps(weights[r].factor);
         const __m512 x = _mm512_mul_ps(sums.Number(r, 0), factor),
                      y = _mm512_mul_ps(sums.Number(r, 1), factor);
@@ -699,7 +741,7 @@ inline void ByteValues(const ValueLayout& layout, uint64_t rows, const ValueByte
         };
         add_pair(0, _mm512_permutex2var_ps(x, first, y));
         add_pair(32, _mm512_permutex2var_ps(x, second, y));
-      }
+      });
     }
   }
 }
@@ -754,7 +796,18 @@ inline void ByteRows(const KeyLayout& key, const QueryBlock& block, int row, con
   float* o = state.o + size_t(row) * size_t(block.o_stride);
   const size_t o_stride = size_t(block.o_stride);
   const float *score = scratch.score, *d = state.d + row;
-  SoftmaxRows(block, row, R, visible, mask, scratch.score, state, correction);
+  for (int r = 0; r < R; ++r) {
+    const int token = (row + r) / block.group;
+    float* x = scratch.score + r * kTile;
+    correction[r] = 1.0f;
+    __m512 p[4] = {};
+    if (visible[token] != 0) {
+      correction[r] = RowWeights(block, (row + r) % block.group, visible[token],
+                                 mask != nullptr ? mask[token] : nullptr, x, &state.m[row + r],
+                                 &state.d[row + r], p);
+    }
+    Unroll<4>([&](auto k) { _mm512_storeu_ps(x + 16 * k, p[k]); });
+  }
   if (!values.layout.rotated()) {
     const uint64_t rows = values.tile.rows;
     return ValueKernel<R>(score, correction, scratch.value, int(PadTo16(block.v_dim)),

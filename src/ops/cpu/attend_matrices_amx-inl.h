@@ -229,20 +229,6 @@ inline void ValueOperands(const ValueLayout& layout, const PackedTile& tile, con
   }
 }
 
-// 2^x for x <= 0, to 1e-7; below -126 it gives 2^-126. NaN stays NaN.
-inline __m512 Exp2(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(1.3264701e-3f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6715149e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5507339e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022243e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314700e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
-}
-
 // Sixteen query rows of a block on their way through a tile.
 struct MatrixGroup {
   alignas(64) float score[16][kTile];
@@ -274,29 +260,9 @@ inline void MatrixScores(const uint16_t* queries, const Operands& keys, uint64_t
 // of what the state held before.
 inline float MatrixWeights(const QueryBlock& block, int g, uint64_t visible, const uint16_t* mask,
                            const Operands& values, int i, MatrixGroup* group, float* m, float* d) {
-  float* score = group->score[i];
-  const float scale = PlainScores(block, g, visible, mask, score);
   __m512 x[4];
-  __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  Unroll<4>([&](auto k) __attribute__((always_inline)) {
-    x[k] = _mm512_mask_mul_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()),
-                              __mmask16(visible >> (16 * k)), _mm512_load_ps(score + 16 * k),
-                              _mm512_set1_ps(scale));
-    largest = _mm512_max_ps(x[k], largest);
-  });
-  const float top = std::max(*m, _mm512_reduce_max_ps(largest));
-  const float correction = Correction(*m, top);
-  __m512 sum = _mm512_setzero_ps();
-  const __m512 log2e = _mm512_set1_ps(1.44269504f);
-  Unroll<4>([&](auto k) __attribute__((always_inline)) {
-    x[k] =
-        _mm512_maskz_mov_ps(__mmask16(visible >> (16 * k)),
-                            Exp2(_mm512_mul_ps(_mm512_sub_ps(x[k], _mm512_set1_ps(top)), log2e)));
-    sum = _mm512_add_ps(sum, x[k]);
-    x[k] = _mm512_mul_ps(x[k], _mm512_load_ps(values.unit + 16 * k));
-  });
-  *d = *d * correction + _mm512_reduce_add_ps(sum);
-  *m = top;
+  const float correction = RowWeights(block, g, visible, mask, group->score[i], m, d, x);
+  Unroll<4>([&](auto k) { x[k] = _mm512_mul_ps(x[k], _mm512_load_ps(values.unit + 16 * k)); });
   Unroll<2>([&](auto half) {
     SplitRow(x[2 * half], x[2 * half + 1], group->weight[half][0][i], group->weight[half][1][i]);
   });

@@ -251,9 +251,11 @@ template <int kUsed, bool kBias, int R>
   }
   Unroll<R>([&](auto r) {
     // 256 times 512 products of 127 and 127 are below 2^31.
-    const Vec high =
+    const __m512 high =
         _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[r][0], 8), sum[r][1]));
-    out[r] = high * 256.0f;
+    // Times 256 by its exponent, because the multipliers have the products to do: 0 becomes 2^-119.
+    out[r] = _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(high), _mm512_set1_epi32(8 << 23)));
     if constexpr (kUsed == kDigits) out[r] += _mm512_cvtepi32_ps(sum[r][2]);
   });
 }
@@ -553,64 +555,138 @@ inline __m512 Exp2(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// Scores [64] of one row -> weights e^(s - m), zeros for what it does not see; returns the correction
-// of what the state held before.
-inline float RowWeights(const QueryBlock& block, int g, uint64_t visible, const uint16_t* mask,
-                        float* score, float* m, float* d, __m512 (&p)[4]) {
-  const float scale = PlainScores(block, g, visible, mask, score);
+// Lane r: of all lanes of x[r], by op.
+template <int R, typename Op>
+inline __m128 ReduceRows(const __m512 (&x)[R], Op&& op) {
+  static_assert(R <= 4);
+  const auto pair = [&](int a, int b) {
+    const __m512 y = x[a < R ? a : R - 1], z = x[b < R ? b : R - 1];
+    return _mm512_castps_pd(op(_mm512_unpacklo_ps(y, z), _mm512_unpackhi_ps(y, z)));
+  };
+  const __m512d first = pair(0, 1), second = pair(2, 3);
+  const __m512 rows = op(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+  const __m256 half = op(_mm512_castps512_ps256(rows), _mm512_extractf32x8_ps(rows, 1));
+  return op(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+constexpr auto kLargest = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto kSum = [](auto a, auto b) { return a + b; };
+
+// Scores [R][64] of query rows row .. row + R - 1 -> weights e^(s - m), zeros for what a row does
+// not see; correction [R]: what the sums so far have to be multiplied with. Returns whether a row
+// is heavy: has a token with more than an eighth of d, the sum of all its weights so far.
+template <int R>
+inline bool RowWeights(const QueryBlock& block, int row, const uint64_t* visible,
+                       const uint16_t* const* mask, float* score, const AttentionState& state,
+                       __m512 (&p)[R][4], float* correction) {
   const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 largest = hidden;
-  Unroll<4>([&](auto k) __attribute__((always_inline)) {
-    p[k] = _mm512_mask_mul_ps(hidden, __mmask16(visible >> (16 * k)),
-                              _mm512_loadu_ps(score + 16 * k), _mm512_set1_ps(scale));
-    largest = _mm512_max_ps(p[k], largest);
+  uint64_t seen[R];
+  __m512 largest[R];
+  int token = row / block.group, g = row % block.group;
+  Unroll<R>([&](auto r) __attribute__((always_inline)) {
+    seen[r] = visible[token];
+    const float scale =
+        PlainScores(block, g, seen[r], mask != nullptr ? mask[token] : nullptr, score + r * kTile);
+    largest[r] = hidden;
+    Unroll<4>([&](auto k) __attribute__((always_inline)) {
+      p[r][k] =
+          _mm512_mask_mul_ps(hidden, __mmask16(seen[r] >> (16 * k)),
+                             _mm512_loadu_ps(score + r * kTile + 16 * k), _mm512_set1_ps(scale));
+      // A score that is no number does not count.
+      largest[r] = _mm512_max_ps(p[r][k], largest[r]);
+    });
+    if (++g == block.group) g = 0, ++token;
   });
-  const float top = std::max(*m, _mm512_reduce_max_ps(largest));
-  const float correction = Correction(*m, top);
-  __m512 sum = _mm512_setzero_ps();
+  constexpr __mmask8 kLanes = (1 << R) - 1;
+  const __m128 tile_top = ReduceRows(largest, kLargest);
+  const __m128 before = _mm_maskz_loadu_ps(kLanes, state.m + row);
+  const __m128 top = _mm_max_ps(tile_top, before);
+  _mm_mask_storeu_ps(state.m + row, kLanes, top);
   const __m512 log2e = _mm512_set1_ps(1.44269504f);
-  Unroll<4>([&](auto k) __attribute__((always_inline)) {
-    p[k] =
-        _mm512_maskz_mov_ps(__mmask16(visible >> (16 * k)),
-                            Exp2(_mm512_mul_ps(_mm512_sub_ps(p[k], _mm512_set1_ps(top)), log2e)));
-    sum = _mm512_add_ps(sum, p[k]);
+  // e^(before - top), and the largest weights behind it.
+  const __m256 both = _mm512_castps512_ps256(
+      Exp2(_mm512_mul_ps(_mm512_castps256_ps512(_mm256_sub_ps(_mm256_set_m128(tile_top, before),
+                                                              _mm256_set_m128(top, top))),
+                         log2e)));
+  const __m128 change = _mm_mask_mov_ps(
+      _mm256_castps256_ps128(both), _mm_cmp_ps_mask(before, top, _CMP_EQ_OQ), _mm_set1_ps(1.0f));
+  _mm_mask_storeu_ps(correction, kLanes, change);
+  alignas(16) float tops[4];
+  _mm_store_ps(tops, top);
+  __m512 sum[R];
+  Unroll<R>([&](auto r) __attribute__((always_inline)) {
+    sum[r] = _mm512_setzero_ps();
+    Unroll<4>([&](auto k) __attribute__((always_inline)) {
+      const __m512 x = _mm512_mul_ps(_mm512_sub_ps(p[r][k], _mm512_set1_ps(tops[r])), log2e);
+      p[r][k] = _mm512_maskz_mov_ps(__mmask16(seen[r] >> (16 * k)), Exp2(x));
+      sum[r] = _mm512_add_ps(sum[r], p[r][k]);
+    });
   });
-  *d = *d * correction + _mm512_reduce_add_ps(sum);
-  *m = top;
-  return correction;
+  const __m128 d =
+      _mm_fmadd_ps(_mm_maskz_loadu_ps(kLanes, state.d + row), change, ReduceRows(sum, kSum));
+  _mm_mask_storeu_ps(state.d + row, kLanes, d);
+  return (_mm_cmp_ps_mask(_mm_mul_ps(_mm256_extractf128_ps(both, 1), _mm_set1_ps(8.0f)), d,
+                          _CMP_GT_OQ) &
+          kLanes) != 0;
 }
 
 // Softmax weights of a row times the scales of the value rows: weight = factor * number, a number
 // being kParts bytes, the highest first.
 template <int kParts>
 struct WeightBytes {
+  // Of tokens 16 k + 4 i .. 16 k + 4 i + 3: word 4 i + k.
   alignas(64) uint8_t part[kParts][kTile];
   float factor, sum;  // sum of the numbers
+  [[gnu::always_inline]] int32_t Word(int part_index, int k, int i) const {
+    return reinterpret_cast<const int32_t*>(part[part_index])[4 * i + k];
+  }
 };
 
-template <int kParts>
-inline void SplitWeights(const float* p, const float* unit, float poison, WeightBytes<kParts>* w) {
+// p [R]: weights; d [R]: their sums so far. The sum of the numbers is made if `sums`.
+template <int R, int kParts>
+inline void SplitWeights(__m512 (&p)[R][4], const float* unit, const float* d, bool sums,
+                         WeightBytes<kParts> (&w)[R]) {
   constexpr float kTop = kParts == 2 ? 65535.0f : 65535.0f * 256.0f;
-  __m512 x[4];
-  __m512 largest = _mm512_setzero_ps();
-  for (int i = 0; i < 4; ++i) {
-    x[i] = _mm512_mul_ps(_mm512_loadu_ps(p + 16 * i), _mm512_load_ps(unit + 16 * i));
-    largest = _mm512_max_ps(largest, x[i]);
-  }
-  const float most = _mm512_reduce_max_ps(largest);
-  const bool any = most > 1e-30f;
-  w->factor = (any ? most / kTop : 0.0f) + poison;
-  const __m512 inverse = _mm512_set1_ps(any ? kTop / most : 0.0f);
-  __m512i sum = _mm512_setzero_si512();
-  for (int i = 0; i < 4; ++i) {
-    const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse));
-    sum = _mm512_add_epi32(sum, n);
-    Unroll<kParts>([&](auto k) {
-      _mm_store_si128(reinterpret_cast<__m128i*>(w->part[k] + 16 * i),
-                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(n, 8 * (kParts - 1 - k))));
+  constexpr __mmask8 kLanes = (1 << R) - 1;
+  __m512 largest[R];
+  Unroll<R>([&](auto r) __attribute__((always_inline)) {
+    largest[r] = _mm512_setzero_ps();
+    Unroll<4>([&](auto k) __attribute__((always_inline)) {
+      p[r][k] = _mm512_mul_ps(p[r][k], _mm512_load_ps(unit + 16 * k));
+      largest[r] = _mm512_max_ps(largest[r], p[r][k]);
     });
-  }
-  w->sum = float(_mm512_reduce_add_epi32(sum));
+  });
+  const __m128 most = ReduceRows(largest, kLargest);
+  const __mmask8 any = _mm_cmp_ps_mask(most, _mm_set1_ps(1e-30f), _CMP_GT_OQ);
+  alignas(16) float factor[4], inverse[4];
+  // A sum that is no number makes the factor none.
+  const __m128 poison = _mm_mul_ps(_mm_maskz_loadu_ps(kLanes, d), _mm_setzero_ps());
+  _mm_store_ps(factor, _mm_add_ps(_mm_maskz_mul_ps(any, most, _mm_set1_ps(1.0f / kTop)), poison));
+  _mm_store_ps(inverse, _mm_maskz_div_ps(any, _mm_set1_ps(kTop), most));
+  Unroll<R>([&](auto r) __attribute__((always_inline)) {
+    __m512i n[4];
+    Unroll<4>([&](auto k) __attribute__((always_inline)) {
+      n[k] = _mm512_cvtps_epi32(_mm512_mul_ps(p[r][k], _mm512_set1_ps(inverse[r])));
+    });
+    w[r].factor = factor[r];
+    if (sums) {
+      w[r].sum = float(_mm512_reduce_add_epi32(
+          _mm512_add_epi32(_mm512_add_epi32(n[0], n[1]), _mm512_add_epi32(n[2], n[3]))));
+    }
+    if constexpr (kParts == 3) {
+      const auto third = [&](int k) { return _mm512_srli_epi32(n[k], 16); };
+      _mm512_store_si512(w[r].part[0],
+                         _mm512_packus_epi16(_mm512_packus_epi32(third(0), third(1)),
+                                             _mm512_packus_epi32(third(2), third(3))));
+      Unroll<4>([&](auto k) { n[k] = _mm512_and_si512(n[k], _mm512_set1_epi32(0xffff)); });
+    }
+    const __m512i x = _mm512_packus_epi32(n[0], n[1]), y = _mm512_packus_epi32(n[2], n[3]);
+    const __m512i low = _mm512_set1_epi16(255);
+    _mm512_store_si512(w[r].part[kParts - 2],
+                       _mm512_packus_epi16(_mm512_srli_epi16(x, 8), _mm512_srli_epi16(y, 8)));
+    _mm512_store_si512(w[r].part[kParts - 1],
+                       _mm512_packus_epi16(_mm512_and_si512(x, low), _mm512_and_si512(y, low)));
+  });
 }
 
 // Sums over tokens of the bytes of R rows' weights times values, for two vectors of channels.
@@ -621,17 +697,17 @@ struct WeightedSums {
     Unroll<R * kParts * 2>(
         [&](auto i) { sum[i / 2 / kParts][i / 2 % kParts][i % 2] = _mm512_setzero_si512(); });
   }
-  // x, y: values of tokens 4 g .. 4 g + 3, a channel per lane.
-  [[gnu::always_inline]] void Add(const WeightBytes<kParts>* weights, int g, __m512i x, __m512i y) {
-    Unroll<R * kParts>([&](auto i) {
-      const __m512i w = _mm512_set1_epi32(
-          reinterpret_cast<const int32_t*>(weights[i / kParts].part[i % kParts])[g]);
-      __m512i(&to)[2] = sum[i / kParts][i % kParts];
+  // x, y: values of tokens 16 k + 4 i .. 16 k + 4 i + 3, a channel per lane.
+  [[gnu::always_inline]] void Add(const WeightBytes<kParts>* weights, int k, int i, __m512i x,
+                                  __m512i y) {
+    Unroll<R * kParts>([&](auto j) __attribute__((always_inline)) {
+      const __m512i w = _mm512_set1_epi32(weights[j / kParts].Word(j % kParts, k, i));
+      __m512i(&to)[2] = sum[j / kParts][j % kParts];
       to[0] = AddProducts(to[0], w, x);
       to[1] = AddProducts(to[1], w, y);
     });
   }
-  __m512 Number(int r, int i) const {
+  [[gnu::always_inline]] __m512 Number(int r, int i) const {
     const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sum[r][0][i], 8), sum[r][1][i]);
     if constexpr (kParts == 2) return _mm512_cvtepi32_ps(high);
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f),
@@ -683,7 +759,7 @@ inline void ByteValues(const ValueLayout& layout, const PackedTile& tile,
         even = _mm512_and_si512(four, nibble);
         odd = _mm512_and_si512(_mm512_srli_epi16(four, 4), nibble);
       }
-      sums.Add(weights, g, even, odd);
+      sums.Add(weights, g / 4, g % 4, even, odd);
     }
     Unroll<R>([&](auto r) __attribute__((always_inline)) {
       const float step = weights[r].factor / (kBytes ? 255.0f : 15.0f);
@@ -723,7 +799,7 @@ inline void ByteValues(const ValueLayout& layout, uint64_t rows, const ValueByte
         if ((rows >> (4 * g) & 15) == 0) continue;
         const int8_t* from =
             values.level + (size_t(g) * size_t(n_pieces) + size_t(p)) * 256 + 128 * half;
-        sums.Add(weights, g, _mm512_load_si512(from), _mm512_load_si512(from + 64));
+        sums.Add(weights, g / 4, g % 4, _mm512_load_si512(from), _mm512_load_si512(from + 64));
       }
       Unroll<R>([&](auto r) __attribute__((always_inline)) {
         const __m512 factor = _mm512_set1_ps(weights[r].factor);
@@ -755,13 +831,15 @@ struct TileValues {
   alignas(64) float unit[kTile];  // what weights are multiplied with first; not for f16
 };
 
-// The same for any rotated values. p [R][64]: softmax weights; d [R]: their sums so far.
+// The same for any rotated values. p [R]: softmax weights; d [R]: their sums so far. Where no row
+// is heavy, 64 weights of two bytes, each off by 1 / 131070 of the largest at most, are together
+// off by 6e-5 of d.
 template <int R, int kParts>
-inline void ByteValues(const TileValues& values, const float* p, const float* d,
+inline void ByteValues(const TileValues& values, __m512 (&p)[R][4], const float* d,
                        const float* correction, float* o, size_t o_stride) {
   const ValueLayout& layout = values.layout;
   WeightBytes<kParts> weights[R];
-  for (int r = 0; r < R; ++r) SplitWeights(p + r * kTile, values.unit, d[r] * 0.0f, &weights[r]);
+  SplitWeights<R>(p, values.unit, d, !layout.trellis(), weights);
   if (layout.trellis()) {
     ByteValues<R>(layout, values.tile.rows, values.levels, weights, correction, o, o_stride);
   } else if (layout.number == SPARKV_INT8) {
@@ -771,54 +849,32 @@ inline void ByteValues(const TileValues& values, const float* p, const float* d,
   }
 }
 
-// Whether a token of the tile has more than an eighth of d, the sum of all weights so far; none has
-// more than 1. Where none is heavy, 64 weights of two bytes, each off by 1 / 131070 of the largest
-// at most, are together off by 6e-5 of d.
-inline bool Heavy(const float* p, float d) {
-  if (d >= 8.0f) return false;
-  const __m512 limit = _mm512_set1_ps(d / 8.0f);
-  unsigned over = 0;
-  for (int i = 0; i < 4; ++i)
-    over |= _mm512_cmp_ps_mask(_mm512_loadu_ps(p + 16 * i), limit, _CMP_GT_OQ);
-  return over != 0;
-}
-
 // Rows row .. row + R - 1 of the block, keys unpacked: KeyBytes or TierBytes.
 template <int R, typename Keys>
 inline void ByteRows(const KeyLayout& key, const QueryBlock& block, int row, const Keys& keys,
                      const TileValues& values, const uint64_t* visible, const uint16_t* const* mask,
                      const Scratch& scratch, const AttentionState& state) {
   uint64_t any = 0;
-  for (int r = 0; r < R; ++r) any |= visible[(row + r) / block.group];
+  for (int t = row / block.group, end = (row + R - 1) / block.group; t <= end; ++t)
+    any |= visible[t];
   if (any == 0) return;
   ByteScores<R>(key, row, keys, any, scratch);
   float correction[R];
+  __m512 p[R][4];
+  const bool heavy = RowWeights<R>(block, row, visible, mask, scratch.score, state, p, correction);
   float* o = state.o + size_t(row) * size_t(block.o_stride);
   const size_t o_stride = size_t(block.o_stride);
-  const float *score = scratch.score, *d = state.d + row;
-  for (int r = 0; r < R; ++r) {
-    const int token = (row + r) / block.group;
-    float* x = scratch.score + r * kTile;
-    correction[r] = 1.0f;
-    __m512 p[4] = {};
-    if (visible[token] != 0) {
-      correction[r] = RowWeights(block, (row + r) % block.group, visible[token],
-                                 mask != nullptr ? mask[token] : nullptr, x, &state.m[row + r],
-                                 &state.d[row + r], p);
-    }
-    Unroll<4>([&](auto k) { _mm512_storeu_ps(x + 16 * k, p[k]); });
-  }
   if (!values.layout.rotated()) {
+    Unroll<4 * R>([&](auto i) { _mm512_storeu_ps(scratch.score + 16 * i, p[i / 4][i % 4]); });
     const uint64_t rows = values.tile.rows;
-    return ValueKernel<R>(score, correction, scratch.value, int(PadTo16(block.v_dim)),
+    return ValueKernel<R>(scratch.score, correction, scratch.value, int(PadTo16(block.v_dim)),
                           std::countr_zero(rows), 64 - std::countl_zero(rows), o, block.o_stride);
   }
-  bool heavy = false;
-  for (int r = 0; r < R; ++r) heavy |= Heavy(score + r * kTile, d[r]);
+  const float* d = state.d + row;
   if (heavy) {
-    ByteValues<R, 3>(values, score, d, correction, o, o_stride);
+    ByteValues<R, 3>(values, p, d, correction, o, o_stride);
   } else {
-    ByteValues<R, 2>(values, score, d, correction, o, o_stride);
+    ByteValues<R, 2>(values, p, d, correction, o, o_stride);
   }
 }
 

@@ -256,17 +256,23 @@ inline void MatrixScores(const uint16_t* queries, const Operands& keys, uint64_t
   Unroll<4>([&](auto run) { AmxStore<run>(group->score[0] + 16 * run, sizeof(group->score[0])); });
 }
 
-// Scores of row i of the group -> its weights times the units of the values; returns the correction
-// of what the state held before.
-inline float MatrixWeights(const QueryBlock& block, int g, uint64_t visible, const uint16_t* mask,
-                           const Operands& values, int i, MatrixGroup* group, float* m, float* d) {
-  __m512 x[4];
-  const float correction = RowWeights(block, g, visible, mask, group->score[i], m, d, x);
-  Unroll<4>([&](auto k) { x[k] = _mm512_mul_ps(x[k], _mm512_load_ps(values.unit + 16 * k)); });
-  Unroll<2>([&](auto half) {
-    SplitRow(x[2 * half], x[2 * half + 1], group->weight[half][0][i], group->weight[half][1][i]);
+// Scores of rows i .. i + R - 1 of the group, the first being row `row` of the block -> their
+// weights times the units of the values; correction [R]: of what the state held before.
+template <int R>
+inline void MatrixWeights(const QueryBlock& block, int row, const uint64_t* visible,
+                          const uint16_t* const* mask, const Operands& values, int i,
+                          MatrixGroup* group, const AttentionState& state, float* correction) {
+  __m512 p[R][4];
+  RowWeights<R>(block, row + i, visible, mask, group->score[i], state, p, correction);
+  Unroll<R>([&](auto r) __attribute__((always_inline)) {
+    Unroll<4>([&](auto k) __attribute__((always_inline)) {
+      p[r][k] = _mm512_mul_ps(p[r][k], _mm512_load_ps(values.unit + 16 * k));
+    });
+    Unroll<2>([&](auto half) __attribute__((always_inline)) {
+      SplitRow(p[r][2 * half], p[r][2 * half + 1], group->weight[half][0][i + r],
+               group->weight[half][1][i + r]);
+    });
   });
-  return correction;
 }
 
 // o += weights . values, for up to four blocks of 16 channels at a time.
@@ -317,20 +323,14 @@ inline void AttendOperands(const QueryBlock& block, const Operands& operands, ui
     if (!sees(row, n)) continue;
     MatrixGroup& group = groups[row / 16 % 2];
     float* o = state.o + size_t(row) * o_stride;
+    float correction[16];
+    InParts<4>(n, [&](int i, auto count) {
+      MatrixWeights<count()>(block, row, visible, mask, operands, i, &group, state, correction + i);
+    });
     for (int i = 0; i < n; ++i) {
-      const int r = row + i, token = r / block.group;
-      float correction = 1.0f;
-      if (visible[token] == 0) {
-        for (auto& half : group.weight)
-          std::memset(half[0][i], 0, 64), std::memset(half[1][i], 0, 64);
-      } else {
-        correction = MatrixWeights(block, r % block.group, visible[token],
-                                   mask != nullptr ? mask[token] : nullptr, operands, i, &group,
-                                   &state.m[r], &state.d[r]);
-      }
-      if (correction == 1.0f) continue;
+      if (correction[i] == 1.0f) continue;
       for (size_t j = 0; j < o_stride; j += 16)
-        Store(o + size_t(i) * o_stride + j, Load(o + size_t(i) * o_stride + j) * correction);
+        Store(o + size_t(i) * o_stride + j, Load(o + size_t(i) * o_stride + j) * correction[i]);
     }
     amx.SetRows(n);
     size_t b = 0;

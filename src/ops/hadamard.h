@@ -10,7 +10,7 @@ namespace sparkv {
 
 using SixteenFloats [[gnu::vector_size(64)]] = float;
 
-// Sums and differences of numbers kHalf apart, of sixteen: b - a is b + -a, to the bit.
+// Sums and differences of numbers kHalf apart, of sixteen: a - b is a + -b, to the bit.
 template <int kHalf, int... kLane>
 [[gnu::always_inline]] static inline void SumsAndDifferences(SixteenFloats* x,
                                                              std::integer_sequence<int, kLane...>) {

@@ -273,6 +273,7 @@ class Command(unittest.TestCase):
             (["--kv-sinks", "-1"], ["inspect", "-m", self.model, "--kv-sinks=-1"]),
             (["--kv-layers", "preset", "\"x\""], ["inspect", "-m", self.model, "--kv-layers=2=x"]),
             (["--kv-protect", "mid:1"], ["inspect", "-m", self.model, "--kv-protect=mid:1"]),
+            (["--kv-evict", "names no tokens"], ["eval", "-m", self.model, "--kv-preset=exact+tova"]),
             (["--kv-colour"], ["run", "-m", self.model, "--kv-colour", "red"]),
             (["--kv-preset"], ["bench", "-m", self.model, "--kv-preset", "exact,,exact"]),
             (["--kv-preset", "'q8_0'"], ["check", "-m", self.model, "--kv-preset", "q8_0"]),
@@ -540,6 +541,71 @@ class Command(unittest.TestCase):
         self.assertEqual((env["SPARKV_PRESET"], env["SPARKV_WINDOW"]), ("exact", "96"))
         self.assertEqual(env["SPARKV_BASELINE"], "kivi-2")
 
+    def test_where_heads_evict_all_readings_let_tokens_come_alone(self):
+        words = ["--questions", "1", "--kv-preset", "exact+snapkv:512,exact,balanced+tova:256"]
+        report = self.eval_tasks(*words)
+        self.assertEqual(report["alone_every"], 128)
+        self.assertEqual(
+            [row["cache"] for row in report["results"]],
+            ["f16", "exact+snapkv:512", "exact", "balanced+tova:256"],
+        )
+        readings = [c for c in self.calls() if c["name"] == "llama-perplexity"]
+        settings = [(c["env"].get("SPARKV_PRESET"), c["env"].get("SPARKV_EVICT")) for c in readings]
+        self.assertEqual(
+            settings[3:],  # behind the base and the noise floor
+            [(None, None), ("exact", "snapkv:512"), ("exact", None), ("balanced", "tova:256")],
+        )
+
+        def sizes(name):
+            args = [c["args"] for c in self.calls() if c["name"] == name]
+            return {(a[a.index("-b") + 1], a[a.index("-ub") + 1]) for a in args}
+
+        self.assertEqual(sizes("llama-perplexity"), {("128", "127")})
+        self.assertEqual(sizes("llama-server"), {("512", "128")})  # prompts end by themselves
+        results = self.write("eval.json", json.dumps(report))
+        table = str(self.folder / "table.csv")
+        self.succeeds("report", results, "-o", str(self.folder / "x.html"), "--csv", table)
+        self.assertIn("\nbalanced+tova:256,sparkv,", pathlib.Path(table).read_text())
+
+        words = ["eval", "-m", self.model, "--questions", "0", "--ubatch-size", "64"]
+        said = "; heads evict: every 64th token comes alone\n"
+        self.assertIn(said, self.succeeds(*words, "--kv-evict", "snapkv:512"))
+        self.assertIn(said, self.succeeds(*words, SPARKV_EVICT="snapkv:512"))
+        (self.folder / "calls").unlink()
+        self.assertNotIn("alone", self.succeeds(*words))
+        self.assertEqual(sizes("llama-perplexity"), {("512", "64")})
+
+    def test_eval_says_when_heads_evict_too_late_to_be_scored(self):
+        words = ["eval", "-m", self.model, "--questions", "0", "--kv-preset"]
+        late = self.run_sparkv(*words, "exact+snapkv:512,exact+snapkv:1000")
+        self.assertNotIn("heads evict", late.stderr)
+        late = self.run_sparkv(*words, "exact+snapkv:1024")
+        self.assertIn(
+            "sparkv: exact+snapkv:1024: heads evict from token 1152 on, those from 1024 to 2048",
+            late.stderr,
+        )
+
+    def test_check_judges_a_cache_that_has_evicted(self):
+        self.check(0, "--kv-evict", "snapkv:256")
+        args = [c["args"] for c in self.calls() if c["name"] == "llama-perplexity"]
+        self.assertEqual({a[a.index("-ub") + 1] for a in args}, {"127"})
+
+    def test_eval_scores_what_the_heads_of_the_demo_model_keep(self):
+        model = self.use_demo_model()
+        words = ["--questions", "0", "-c", "512", "--chunks", "1", "--ubatch-size", "64"]
+        words += ["--kv-preset", "exact,exact+snapkv:128,balanced+snapkv:128"]
+        report = json.loads(
+            self.succeeds("eval", "-m", model, "--json", "--baselines", "f16", *words)
+        )
+        f16, exact, evicted, packed = report["results"]
+        self.assertLess(exact["mean_kld"], 3 * f16["mean_kld"] + 1e-3)
+        self.assertGreater(evicted["mean_kld"], 3 * exact["mean_kld"])
+        # Of 512 tokens 128 stay, and up to 127 may come before the next eviction.
+        share = evicted["bits_per_element"] / exact["bits_per_element"]
+        self.assertGreater(share, 0.24)
+        self.assertLess(share, 0.5)
+        self.assertLess(packed["bits_per_element"], 0.5 * evicted["bits_per_element"])
+
     def test_eval_measures_its_noise_floor_with_two_exact_runs(self):
         words = ["eval", "-m", self.model, "--questions", "0", "--baselines", "f32"]
         report = json.loads(self.succeeds(*words, "--json"))
@@ -729,6 +795,7 @@ class Command(unittest.TestCase):
             ("ask \"after\", not \"before\"", ["--ask", "before"]),
             ("text", ["-f", other_text]),
             ("kv options", ["--kv-window", "32"]),
+            ("a token alone every 0, not 128", ["--kv-evict", "snapkv:512"]),
         ):
             with self.subTest(field=field):
                 self.refuses(2, ["--resume", str(file), "with " + field], *words, *args)
@@ -988,15 +1055,18 @@ class Command(unittest.TestCase):
         self.assertEqual(report["weights"], "requantised to F32")
         self.assertIn("llama-quantize", [call["name"] for call in self.calls()])
 
-    def test_check_passes_on_the_demo_model(self):
+    def use_demo_model(self):
         folder = pathlib.Path(SPARKV).resolve().parent
         model = folder.parent / "models" / "smollm2-135m-instruct-q4_1.gguf"
         if not model.exists() or not (folder / "llama-perplexity").exists():
             self.skipTest("no demo model or no llama.cpp beside " + SPARKV)
         for name in ("SPARKV_LLAMA_BIN", "SPARKV_PLUGIN"):
             self.environment.pop(name)
+        return model
+
+    def test_check_passes_on_the_demo_model(self):
         self.assertRegex(
-            self.succeeds("check", "-m", model),
+            self.succeeds("check", "-m", self.use_demo_model()),
             r"^passes: --kv-preset balanced at [45]\.\d\d bits/element, KL median 0\.00\d+, ",
         )
 

@@ -125,6 +125,7 @@ int Check(Settings settings) {
   RequireModel(settings.model);
   const ModelShape shape = ReadModelShape(settings.model);
   CheckCalibration(cache, shape);
+  LetHeadsEvict({cache}, &settings);
   Json report = {{"model", settings.model},
                  {"weights", WeightsName(shape, settings.requantize)},
                  {"context", settings.context},

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <stdlib.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <optional>
 
@@ -72,7 +73,13 @@ Json ReadText(const Reading& reading, const Cache& cache, const std::string& lab
               const std::vector<std::string>& flags, const TemporaryFolder& folder) {
   std::vector<std::string> args = {
       "-m", reading.model, "-f", folder.File("text.txt"), "-c", fmt::format("{}", reading.context)};
-  const auto sizes = reading.SizeFlags();
+  Reading cut = reading;
+  if (reading.alone_every > 0) {
+    // llama.cpp cuts batches into micro-batches: the last token of a batch is left over.
+    cut.batch = reading.alone_every;
+    cut.ubatch = std::max(1, reading.alone_every - 1);
+  }
+  const auto sizes = cut.SizeFlags();
   args.insert(args.end(), sizes.begin(), sizes.end());
   args.insert(args.end(), {"--chunks", fmt::format("{}", reading.chunks), "--kl-divergence-base",
                            folder.File("base.kld")});
@@ -126,6 +133,18 @@ void ChooseWeights(const ModelShape& shape, bool requantize, std::string* model)
   Note(
       "the weights are quantised: equally valid runs differ, see the noise floor; "
       "--requantize-f32 removes it");
+}
+
+void LetHeadsEvict(const std::vector<Cache>& caches, Reading* reading) {
+  for (const Cache& cache : caches) {
+    if (!cache.Evicts()) continue;
+    const int every = reading->alone_every = reading->ubatch;
+    const int first = (cache.config.evict_tokens / every + 1) * every;
+    if (first <= reading->context / 2) continue;
+    Note(
+        fmt::format("{}: heads evict from token {} on, those from {} to {} are scored; -c is small",
+                    cache.name, first, reading->context / 2, reading->context));
+  }
 }
 
 void WriteBase(const Reading& reading, const TemporaryFolder& folder) {

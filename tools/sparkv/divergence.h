@@ -18,7 +18,8 @@ const char* BuiltinText();
 struct Reading {
   std::string model;
   int context = 2048, batch = 512, ubatch = 128, chunks = -1, threads = 0;
-  bool heads = false;  // what each head of a packed cache loses is measured, too
+  bool heads = false;   // what each head of a packed cache loses is measured, too
+  int alone_every = 0;  // tokens from one that comes alone to the next, 0: none does
 
   std::vector<std::string> SizeFlags() const;  // for any llama.cpp program
 };
@@ -28,6 +29,11 @@ std::string WeightsName(const ModelShape& shape, bool requantize);
 // Quantised weights: with `requantize` `*model` becomes one with F32 weights, made once and kept in
 // the user's cache folder; without, a note says what that means for the numbers.
 void ChooseWeights(const ModelShape& shape, bool requantize, std::string* model);
+
+// Heads evict when a token comes alone. Where one of `caches` evicts, the last of every `ubatch`
+// tokens does in all readings, so that they stay comparable. Notes which caches begin to evict only
+// after the first scored token.
+void LetHeadsEvict(const std::vector<Cache>& caches, Reading* reading);
 
 // Reads text.txt of `folder` with an f32 cache and -fa off, and leaves there what Judge needs.
 void WriteBase(const Reading& reading, const TemporaryFolder& folder);

@@ -200,9 +200,12 @@ void CompareWithF16(const Json& tasks, std::vector<Json>* rows) {
 }
 
 void PrintTable(const Json& report) {
-  fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off{}\n\n",
+  fmt::print("{}, {} weights; text {}, -c {}; KL to an f32 cache with -fa off{}{}\n\n",
              report["model"].get<std::string>(), report["weights"].get<std::string>(),
              report["text"].get<std::string>(), report["context"].get<int>(),
+             report["alone_every"] == 0 ? ""
+                                        : fmt::format("; heads evict: every {}th token comes alone",
+                                                      report["alone_every"].get<int>()),
              report["tasks"].empty()
                  ? ""
                  : fmt::format("; questions asked {} the text", report["ask"].get<std::string>()));
@@ -258,6 +261,7 @@ Json ResumeSettings(const Settings& settings, const std::vector<Cache>& caches,
           {"ctx-size", settings.context},
           {"batch-size", settings.batch},
           {"ubatch-size", settings.ubatch},
+          {"a token alone every", settings.alone_every},
           {"chunks", settings.chunks},
           {"threads", settings.threads},
           {"tasks", tasks},
@@ -280,13 +284,14 @@ int Eval(Settings settings) {
       MakeTasks(settings.tasks, prose, settings.task_words, settings.questions, settings.seed);
   const ModelShape shape = ReadModelShape(settings.model);
   for (const Cache& cache : caches) CheckCalibration(cache, shape);
+  LetHeadsEvict(caches, &settings);
 
   Json report = {
       {"model", settings.model},     {"text", settings.file.empty() ? "built in" : settings.file},
       {"context", settings.context}, {"batch", settings.batch},
-      {"ubatch", settings.ubatch},   {"seed", settings.seed},
-      {"ask", settings.ask},         {"machine", Machine()},
-      {"tasks", Json::array()}};
+      {"ubatch", settings.ubatch},   {"alone_every", settings.alone_every},
+      {"seed", settings.seed},       {"ask", settings.ask},
+      {"machine", Machine()},        {"tasks", Json::array()}};
   std::vector<std::string> numbers;
   for (const Column& column : kColumns) numbers.push_back(fmt::format("/{}", column.field));
   for (const Task& task : tasks) {
@@ -348,7 +353,8 @@ std::function<int()> AddEval(CLI::App* app) {
   app->add_option("-b,--batch-size", settings->batch, "logical batch")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  app->add_option("--ubatch-size", settings->ubatch, "physical batch (-ub)")
+  app->add_option("--ubatch-size", settings->ubatch,
+                  "physical batch (-ub); with an eviction its last token comes alone")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   app->add_option("--chunks", settings->chunks, "chunks of the text, -1: all")
@@ -389,6 +395,8 @@ std::function<int()> AddEval(CLI::App* app) {
   app->footer(
       "--kv-preset takes a list here. The base of all KL divergences is an f32 cache with -fa "
       "off.\n"
+      "Heads evict when a token comes alone: with an eviction, the last of every --ubatch-size "
+      "tokens does, in\nall caches and the base; bits are those at the end of a chunk.\n"
       "Tasks, each a text that is read and packed before its questions are asked, one by one "
       "(--ask after):\n"
       "  passcode   passcodes spread over the text of -f\n"
@@ -407,6 +415,8 @@ std::function<int()> AddEval(CLI::App* app) {
       "  sparkv eval -m model.gguf -f book.txt -c 4096 --baselines q8_0,q5_1,q8_0/q4_0 --json\n"
       "  sparkv eval -m model.gguf --requantize-f32 --baselines q4_0,kivi-4,turboquant-4 "
       "--questions 0\n"
+      "  sparkv eval -m model.gguf -f book.txt --questions 0 "
+      "--kv-preset exact+snapkv:512,exact+snapkv:128,balanced+snapkv:512\n"
       "  sparkv eval -m model.gguf -f book.txt --tasks passcode,variables --task-words 12000 "
       "--resume so-far.json");
   return [=] { return Eval(*settings); };

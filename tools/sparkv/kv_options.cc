@@ -133,7 +133,8 @@ void AddKvOptions(CLI::App* app, KvOptions* options) {
   const std::string group = "Packed cache";
   app->add_option("--kv-preset", options->preset,
                   "the default is balanced; also spark-R or spark-R-iB for any R and B tiers-7543, "
-                  "-7432, -6321, -5321, -4211; f16: llama.cpp without sparkv")
+                  "-7432, -6321, -5321, -4211; f16: llama.cpp without sparkv; balanced+snapkv:512: "
+                  "with an eviction of its own")
       ->type_name("safe|balanced|small|tiny|exact|spark-0.8|spark-0.5-i5|f16")
       ->envname(VariableOf("preset"))
       ->group(group);
@@ -156,7 +157,7 @@ std::vector<std::string> Cache::Flags() const {
   return {"-dev", "none", "-fa", "on", "-ctk", keys, "-ctv", values};
 }
 
-Cache MakeCache(const std::string& name, const KvOptions& options) {
+Cache MakeCache(const std::string& name, const KvOptions& given) {
   Cache cache;
   cache.name = name;
   if (IsHostCache(name)) {
@@ -164,13 +165,17 @@ Cache MakeCache(const std::string& name, const KvOptions& options) {
     if (keys == values) cache.name = keys;
     return cache;
   }
+  const size_t plus = name.find('+');
+  KvOptions options = given;
+  if (plus != std::string::npos) options.values["evict"] = name.substr(plus + 1);
   cache.packed = true;
   cache.config.struct_size = sizeof(cache.config);
   sparkv_error error = {};
-  if (sparkv_config_preset(&cache.config, name.c_str(), &error) != SPARKV_OK)
+  if (sparkv_config_preset(&cache.config, name.substr(0, plus).c_str(), &error) != SPARKV_OK)
     Refuse("preset", error.text);
+  cache.environment.push_back(std::string("SPARKV_PRESET=") + cache.config.preset);
   cache.name = cache.config.preset;
-  cache.environment.push_back("SPARKV_PRESET=" + cache.name);
+  if (plus != std::string::npos) cache.name += name.substr(plus);
   for (const auto& [key, value] : options.values) {
     if (key == "calibration") continue;
     if (sparkv_config_set(&cache.config, key.c_str(), value.c_str(), &error) != SPARKV_OK)

@@ -20,7 +20,7 @@ struct KvOptions {
 void AddKvOptions(CLI::App* app, KvOptions* options);
 
 // One way to keep the cache: a type of llama.cpp's own (f16, q8_0, q4_0, ..., or q8_0/q4_0 for keys
-// and values apart) or a sparkv preset.
+// and values apart) or a sparkv preset, alone or with an eviction of its own: balanced+snapkv:512.
 struct Cache {
   std::string name;
   bool packed = false;                     // needs the plugin
@@ -28,6 +28,7 @@ struct Cache {
   std::vector<std::string> environment;    // "SPARKV_...=...", when packed
   std::string calibrated_for;              // the model of --kv-calibration; empty: any
   std::vector<std::string> Flags() const;  // for any llama.cpp program
+  bool Evicts() const { return packed && config.evict != SPARKV_EVICT_NONE; }
 };
 
 // As a calibration names a model, from its file.

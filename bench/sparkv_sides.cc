@@ -10,6 +10,7 @@
 #include "bench.h"
 #include "cache/weight_tables.h"
 #include "config/config.h"
+#include "config/recent.h"
 #include "ops/op_table.h"
 
 namespace sparkv::bench {
@@ -28,6 +29,12 @@ sparkv_config MakeConfig(const Case& c) {
   Check(sparkv_config_preset(&config, c.side.c_str(), &error), error);
   Check(sparkv_config_set(&config, "simd", c.simd.c_str(), &error), error);
   return config;
+}
+
+// Rows that are older than this are packed.
+int32_t OldestRecent(const sparkv_config& config) {
+  const std::vector<RecentStage> stages = RecentStages(config);
+  return stages.empty() ? config.window : stages.back().until;
 }
 
 // `spare` cells follow those of the case in each stream.
@@ -82,6 +89,12 @@ class AttendSide : public Side {
     memory.struct_size = sizeof(memory);
     sparkv_cache_memory(cache_.get(), &memory);
     bytes_ = memory.bits / 16.0 * double(memory.f16_bytes);
+    const sparkv_config config = MakeConfig(c);
+    const int64_t recent = int64_t{c.sequences} * (OldestRecent(config) + config.sinks);
+    if (memory.tokens - memory.sealed > recent)
+      Fail(1, c.side + ": " + std::to_string(memory.sealed) + " of " +
+                  std::to_string(memory.tokens) + " rows are packed, all but " +
+                  std::to_string(recent) + " should be");
   }
 
   void Prepare(const Case& c) override {
@@ -113,9 +126,11 @@ class AttendSide : public Side {
   double bytes() const override { return bytes_; }
 
  private:
-  // A query sees the 256 tokens before it, so that filling takes time linear in the tokens.
+  // A query sees few tokens before it, so that filling takes time linear in the tokens, but also
+  // the oldest that is not packed: a row is packed by a query that sees it.
   void Fill(const Case& c) {
-    constexpr int64_t kBatch = 128, kSees = 256;
+    constexpr int64_t kBatch = 128;
+    const int64_t sees = OldestRecent(MakeConfig(c)) + 2 * kBatch;
     const std::vector<uint16_t> keys = Rows(c.shape, c.tokens, true),
                                 values = Rows(c.shape, c.tokens, false);
     std::vector<float> q = Queries(c.shape, kBatch), out(q.size());
@@ -135,7 +150,7 @@ class AttendSide : public Side {
       for (int64_t t = 0; t < n; ++t) cells[size_t(t)] = base + c.CellOf(s, first + t);
       mask.assign(size_t(n * n_kv), kHidden);
       for (int64_t t = 0; t < n; ++t) {
-        for (int64_t i = std::max<int64_t>(0, first + t + 1 - kSees); i <= first + t; ++i)
+        for (int64_t i = std::max<int64_t>(0, first + t + 1 - sees); i <= first + t; ++i)
           mask[size_t(t * n_kv + c.CellOf(s, i))] = 0;
       }
       const size_t at = size_t(first) * c.shape.row();

@@ -256,10 +256,10 @@ inline void AttendRows(const QueryBlock& block, int row, const uint64_t* visible
                  end_row, state.o + size_t(row) * size_t(block.o_stride), block.o_stride);
 }
 
+// All query rows over a tile that is unpacked.
 inline void AttendTile(const QueryBlock& block, uint64_t rows, const uint64_t* visible,
                        const uint16_t* const* mask, const Scratch& scratch,
                        const AttentionState& state) {
-  Transpose(scratch.key_rows, int(PadTo16(block.k_dim)), scratch.key_cols);
   const int first_row = std::countr_zero(rows), end_row = 64 - std::countl_zero(rows);
   InParts<kRows>(block.n_rows, [&](int row, auto n) {
     AttendRows<n()>(block, row, visible, mask, scratch, first_row, end_row, state);
@@ -300,9 +300,8 @@ inline void ClearHoles(uint64_t rows, float* value, size_t v_stride) {
 
 // unpack(t, k, v) puts row t into f32; false when its value is not finite.
 template <typename Unpack>
-inline void AttendUnpacked(const QueryBlock& block, uint64_t rows, const uint64_t* visible,
-                           const uint16_t* const* mask, const Scratch& scratch,
-                           const AttentionState& state, Unpack&& unpack) {
+inline void UnpackTile(const QueryBlock& block, uint64_t rows, const Scratch& scratch,
+                       Unpack&& unpack) {
   const size_t k_stride = PadTo16(block.k_dim), v_stride = PadTo16(block.v_dim);
   for (uint64_t left = rows; left != 0; left &= left - 1) {
     const size_t t = size_t(std::countr_zero(left));
@@ -311,7 +310,7 @@ inline void AttendUnpacked(const QueryBlock& block, uint64_t rows, const uint64_
     if (!unpack(t, k, v)) Poison(k, block.k_dim, v, block.v_dim);
   }
   ClearHoles(rows, scratch.value, v_stride);
-  AttendTile(block, rows, visible, mask, scratch, state);
+  Transpose(scratch.key_rows, int(k_stride), scratch.key_cols);
 }
 
 // Queries as tiered keys meet them: q . k = (R P q / w) . (R P w k), P the order of the channels
@@ -349,15 +348,20 @@ void AttendPacked(const KeyLayout& key, const ValueLayout& value, const QueryBlo
     KeyRow(key, tile.table, tile.key[t / 16] + t % 16 * key.bytes, k);
     return ValueRow(value, tile.value[t / 16] + t % 16 * value.bytes, v);
   };
-  AttendUnpacked(block, tile.rows, visible, mask, scratch, state, unpack);
+  UnpackTile(block, tile.rows, scratch, unpack);
+  AttendTile(block, tile.rows, visible, mask, scratch, state);
+}
+
+inline void UnpackHalves(const QueryBlock& block, const DenseTile& tile, const Scratch& scratch) {
+  UnpackTile(block, tile.rows, scratch, [&](size_t t, float* k, float* v) {
+    HalfRow(tile.key[t], block.k_dim, k);
+    return HalfRow(tile.value[t], block.v_dim, v);
+  });
 }
 
 void AttendDenseRows(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
                      const uint16_t* const* mask, const Scratch& scratch,
                      const AttentionState& state) {
-  const auto unpack = [&](size_t t, float* k, float* v) {
-    HalfRow(tile.key[t], block.k_dim, k);
-    return HalfRow(tile.value[t], block.v_dim, v);
-  };
-  AttendUnpacked(block, tile.rows, visible, mask, scratch, state, unpack);
+  UnpackHalves(block, tile, scratch);
+  AttendTile(block, tile.rows, visible, mask, scratch, state);
 }

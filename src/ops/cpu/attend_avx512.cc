@@ -276,9 +276,14 @@ inline bool ValueRow(const ValueLayout& layout, const uint8_t* row, float* out) 
 
 #include "ops/cpu/attend_bytes_avx512-inl.h"
 
+#include "ops/cpu/attend_halves_avx512-inl.h"
+
 void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const QueryBlock& block,
                       const PackedTile& tile, const uint64_t* visible, const uint16_t* const* mask,
                       const Scratch& scratch, const AttentionState& state) {
+  if (key.number == SPARKV_F16 && key.pruned == 0 && value.number == SPARKV_F16 &&
+      block.n_rows <= kFewHalves)
+    return AttendPackedHalves(key, value, block, tile, visible, mask, scratch, state);
   if (key.number == SPARKV_F16 || (key.tiered() && !TiersByBytes(key)))
     return AttendPacked(key, value, block, tile, visible, mask, scratch, state);
   if (key.tiered()) {
@@ -288,11 +293,12 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
   WithInteger(key.number, [&](auto number) {
     AttendBytes<KeyBytes>(key, value, block, tile, visible, mask, scratch, state,
                           [&](KeyBytes* keys) {
+                            const RowHeads heads(tile.key, key.bytes, tile.rows);
                             for (int run = 0; run < kTile / 16; ++run) {
                               const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
                               if (rows == 0) continue;
                               PrefetchNext(tile, run, 0);
-                              UnpackRun<number()>(key, tile.key[run], rows, run, keys);
+                              UnpackRun<number()>(key, tile.key[run], rows, heads, run, keys);
                             }
                           });
   });
@@ -300,7 +306,8 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
 
 void AttendDense(const QueryBlock& block, const DenseTile& tile, const uint64_t* visible,
                  const uint16_t* const* mask, const Scratch& scratch, const AttentionState& state) {
-  AttendDenseRows(block, tile, visible, mask, scratch, state);
+  if (block.n_rows > kFewHalves) return AttendDenseRows(block, tile, visible, mask, scratch, state);
+  AttendHalves(block, tile, visible, mask, scratch, state, [](int, int) {});
 }
 
 #include "ops/cpu/amx-inl.h"

@@ -137,13 +137,22 @@ inline __m512 GridValues(__m512i e) {
   return value(_mm512_mask_mov_ps(a, upper, b));
 }
 
-// Scale words at the head of 16 rows, zero for rows that are not there.
-inline __m512i ScaleWords(const uint8_t* row, size_t bytes, unsigned rows) {
-  alignas(32) uint16_t words[16];
-  for (int i = 0; i < 16; ++i) std::memcpy(&words[i], row + size_t(i) * bytes, 2);
-  return _mm512_maskz_cvtepu16_epi32(__mmask16(rows),
-                                     _mm256_load_si256(reinterpret_cast<const __m256i*>(words)));
-}
+// The first four bytes of the rows of a tile, where scales and gains are. To be made well before
+// they are wanted: a vector of words that were stored one by one waits until the last is written.
+struct RowHeads {
+  alignas(64) uint32_t word[kTile];
+  RowHeads(const uint8_t* const* runs, size_t bytes, uint64_t rows) {
+    for (int run = 0; run < kTile / 16; ++run) {
+      if ((rows >> (16 * run) & 0xffff) == 0) continue;
+      for (int i = 0; i < 16; ++i)
+        std::memcpy(&word[16 * run + i], runs[run] + size_t(i) * bytes, 4);
+    }
+  }
+  // Of 16 rows, zero for those that are not there.
+  __m512i Of(int run, unsigned rows) const {
+    return _mm512_maskz_load_epi32(__mmask16(rows), word + 16 * run);
+  }
+};
 
 // Keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
 struct KeyBytes {
@@ -154,8 +163,8 @@ struct KeyBytes {
 };
 
 template <sparkv_number kNumber>
-inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows, int run,
-                      KeyBytes* out) {
+inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned rows,
+                      const RowHeads& heads, int run, KeyBytes* out) {
   const int n = layout.head_dim, n_pieces = (n + 63) / 64;
   alignas(64) uint8_t level[kMaxHeadDim / 64][16][64];
   alignas(64) uint64_t kept[kMaxHeadDim / 64][16], plus[kMaxHeadDim / 64][16];
@@ -207,7 +216,7 @@ inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned r
     half(_mm512_permutex2var_epi32(k0, even, k1), _mm512_permutex2var_epi32(p0, even, p1), to);
     half(_mm512_permutex2var_epi32(k0, odd, k1), _mm512_permutex2var_epi32(p0, odd, p1), to + 512);
   }
-  const __m512i words = ScaleWords(rows16, layout.bytes, rows);
+  const __m512i words = _mm512_and_si512(heads.Of(run, rows), _mm512_set1_epi32(0xffff));
   const __m512i e = _mm512_and_si512(words, _mm512_set1_epi32(1023));
   const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kKeyScaleNotFinite));
   const __m512 largest = GridValues<32, 16>(e);
@@ -315,12 +324,32 @@ struct CodeTables {
 };
 constexpr CodeTables kCodes;
 
-// table [256] at the codes of 64 numbers.
-inline __m512i LookUp256(const uint8_t* table, __m512i code) {
+// table [2 << kBits] at the codes of 64 numbers of 6 or 7 bits.
+template <int kBits>
+inline __m512i LookUp(const uint8_t* table, __m512i code) {
   const auto half = [&](const uint8_t* at) {
     return _mm512_permutex2var_epi8(_mm512_load_si512(at), code, _mm512_load_si512(at + 64));
   };
+  if constexpr (kBits == 6) return half(table);
   return _mm512_mask_mov_epi8(half(table), _mm512_movepi8_mask(code), half(table + 128));
+}
+
+// Gains of tiers by their code.
+struct GainTable {
+  alignas(64) float gain[64] = {};
+  constexpr GainTable() {
+    for (int e = 0; e < kTierGainNotFinite; ++e) gain[e] = TierGainGrid::Value(e);
+    gain[kTierGainNotFinite] = std::numeric_limits<float>::quiet_NaN();
+  }
+};
+constexpr GainTable kGains;
+
+inline __m512 TierGains(__m512i code) {
+  const auto half = [&](const float* at) {
+    return _mm512_permutex2var_ps(_mm512_load_ps(at), code, _mm512_load_ps(at + 16));
+  };
+  return _mm512_mask_mov_ps(half(kGains.gain), _mm512_test_epi32_mask(code, _mm512_set1_epi32(32)),
+                            half(kGains.gain + 32));
 }
 
 // The codes of 64 trellis-coded numbers, first .. first + 63, of 16 rows. Bits of a code lie in
@@ -425,6 +454,7 @@ inline bool WideTier(const KeyLayout& layout, int tier) {
 }
 
 void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out) {
+  const RowHeads heads(tile.key, layout.bytes, tile.rows);
   const int per_tier = layout.per_tier(), n_pieces = (layout.head_dim + 63) / 64;
   EachPieceOfRuns(
       layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
@@ -442,12 +472,17 @@ void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out)
           const int bits = layout.tier_bits[t];
           const int begin = std::max(0, t * per_tier - 64 * p) / 4,
                     end = std::min(64, (t + 1) * per_tier - 64 * p) / 4;
-          if (bits > kByteBits) {
+          const auto wide = [&](auto b) {
             for (int c = begin; c < end; ++c) {
-              _mm512_store_si512(to + 64 * c, LookUp256(kCodes.high[bits - 6], codes(c)));
+              _mm512_store_si512(to + 64 * c, LookUp<b()>(kCodes.high[b - 6], codes(c)));
               _mm512_store_si512(out->low + 16 * (run * per_tier + 64 * p + 4 * c),
-                                 LookUp256(kCodes.low[bits - 6], codes(c)));
+                                 LookUp<b()>(kCodes.low[b - 6], codes(c)));
             }
+          };
+          if (bits == 7) {
+            wide(std::integral_constant<int, 7>());
+          } else if (bits == 6) {
+            wide(std::integral_constant<int, 6>());
           } else {
             const __m512i levels = _mm512_load_si512(kCodes.centred[bits]);
             for (int c = begin; c < end; ++c)
@@ -458,19 +493,14 @@ void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out)
   for (int run = 0; run < kTile / 16; ++run) {
     const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
     if (rows == 0) continue;
-    alignas(64) uint32_t gains[16];
-    for (int i = 0; i < 16; ++i)
-      std::memcpy(&gains[i], tile.key[run] + size_t(i) * layout.bytes, 4);
-    const __m512i words = _mm512_maskz_load_epi32(__mmask16(rows), gains);
+    const __m512i words = heads.Of(run, rows);
     for (int t = 0; t < kTiers; ++t) {
-      const __m512i e =
+      const __m512i code =
           _mm512_and_si512(_mm512_srli_epi32(words, unsigned(6 * t)), _mm512_set1_epi32(63));
-      const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kTierGainNotFinite));
-      const __m512 unit = _mm512_mul_ps(
-          GridValues<4, 8>(e), _mm512_set1_ps(kTrellisLevels[layout.tier_bits[t]].inverse_top));
       _mm512_store_ps(
           out->unit[t] + 16 * run,
-          _mm512_mask_mov_ps(unit, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN())));
+          _mm512_mul_ps(TierGains(code),
+                        _mm512_set1_ps(kTrellisLevels[layout.tier_bits[t]].inverse_top)));
     }
   }
 }
@@ -878,20 +908,17 @@ inline void ByteRows(const KeyLayout& key, const QueryBlock& block, int row, con
   }
 }
 
-// Units of 16 value rows; returns those that are not finite.
-inline __mmask16 ValueUnits(const ValueLayout& layout, const uint8_t* rows16, unsigned rows,
-                            float* unit) {
+// Units of 16 value rows, whose first bytes are given; returns those that are not finite.
+inline __mmask16 ValueUnits(const ValueLayout& layout, __m512i heads, float* unit) {
   __mmask16 nan;
   __m512 x;
   if (layout.trellis()) {
-    const __m512i e =
-        _mm512_and_si512(ScaleWords(rows16, layout.bytes, rows), _mm512_set1_epi32(255));
+    const __m512i e = _mm512_and_si512(heads, _mm512_set1_epi32(255));
     nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kValueGainNotFinite));
     x = _mm512_mul_ps(GridValues<4, 40>(e),
                       _mm512_set1_ps(kTrellisLevels[TrellisBits(layout.number)].inverse_top));
   } else {
-    const __m512i e =
-        _mm512_and_si512(ScaleWords(rows16, layout.bytes, rows), _mm512_set1_epi32(4095));
+    const __m512i e = _mm512_and_si512(heads, _mm512_set1_epi32(4095));
     nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(kValueScaleNotFinite));
     x = GridValues<64, 32>(e);
   }
@@ -908,6 +935,7 @@ inline void AttendBytes(const KeyLayout& key, const ValueLayout& value, const Qu
   Keys keys;
   ValueBytes levels;
   TileValues values{value, tile, levels, {}};
+  const RowHeads heads(tile.value, value.bytes, value.rotated() ? tile.rows : 0);
   unpack_keys(&keys);
   for (int run = 0; run < 4; ++run) {
     const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
@@ -916,7 +944,7 @@ inline void AttendBytes(const KeyLayout& key, const ValueLayout& value, const Qu
     // A value that is not finite gives no number: its key does, to those who see it.
     unsigned nan = 0;
     if (value.rotated()) {
-      nan = ValueUnits(value, tile.value[run], rows, values.unit + 16 * run);
+      nan = ValueUnits(value, heads.Of(run, rows), values.unit + 16 * run);
     } else {
       for (unsigned left = rows; left != 0; left &= left - 1) {
         const int i = std::countr_zero(left);

@@ -364,13 +364,14 @@ inline void AttendMatrices(const KeyLayout& key, const ValueLayout& value, const
   Operands operands(block.k_dim, block.v_dim, scratch);
   uint64_t nan = 0;
   if (value.trellis()) {
+    const RowHeads heads(tile.value, value.bytes, tile.rows);
     for (int run = 0; run < kTile / 16; ++run) {
       const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
       float* unit = operands.unit + 16 * run;
       if (rows == 0) {
         _mm512_store_ps(unit, _mm512_setzero_ps());
       } else {
-        nan |= uint64_t{ValueUnits(value, tile.value[run], rows, unit)} << (16 * run);
+        nan |= uint64_t{ValueUnits(value, heads.Of(run, rows), unit)} << (16 * run);
       }
     }
     ValueOperands(value, tile, operands);

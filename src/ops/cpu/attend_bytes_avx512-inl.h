@@ -456,6 +456,9 @@ inline bool WideTier(const KeyLayout& layout, int tier) {
 void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out) {
   const RowHeads heads(tile.key, layout.bytes, tile.rows);
   const int per_tier = layout.per_tier(), n_pieces = (layout.head_dim + 63) / 64;
+  int8_t quad_bits[kMaxHeadDim / 4 + 16] = {};  // of four numbers; behind the last one anything
+  for (int t = 0; t < kTiers; ++t)
+    std::fill_n(quad_bits + t * per_tier / 4, per_tier / 4, int8_t(layout.tier_bits[t]));
   EachPieceOfRuns(
       layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
         if (p == 0) PrefetchNext(tile, run, 0);
@@ -466,29 +469,25 @@ void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out)
               block[i] = _mm512_castsi512_ps(codes);
             });
         TransposeStage<1>(block);
-        const auto codes = [&](int c) { return _mm512_castps_si512(block[c]); };
         uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
-        for (int t = 0; t < kTiers && layout.tier_bits[t] > 0; ++t) {
-          const int bits = layout.tier_bits[t];
-          const int begin = std::max(0, t * per_tier - 64 * p) / 4,
-                    end = std::min(64, (t + 1) * per_tier - 64 * p) / 4;
-          const auto wide = [&](auto b) {
-            for (int c = begin; c < end; ++c) {
-              _mm512_store_si512(to + 64 * c, LookUp<b()>(kCodes.high[b - 6], codes(c)));
-              _mm512_store_si512(out->low + 16 * (run * per_tier + 64 * p + 4 * c),
-                                 LookUp<b()>(kCodes.low[b - 6], codes(c)));
-            }
+        uint8_t* low = out->low + 16 * (run * per_tier + 64 * p);
+        // Codes stay in registers: which one is looked up where must not depend on a variable.
+        Unroll<16>([&](auto c) __attribute__((always_inline)) {
+          const __m512i code = _mm512_castps_si512(block[c]);
+          const int bits = quad_bits[16 * p + c];
+          const auto wide = [&](auto b) __attribute__((always_inline)) {
+            _mm512_store_si512(to + 64 * c, LookUp<b()>(kCodes.high[b - 6], code));
+            _mm512_store_si512(low + 64 * c, LookUp<b()>(kCodes.low[b - 6], code));
           };
           if (bits == 7) {
             wide(std::integral_constant<int, 7>());
           } else if (bits == 6) {
             wide(std::integral_constant<int, 6>());
           } else {
-            const __m512i levels = _mm512_load_si512(kCodes.centred[bits]);
-            for (int c = begin; c < end; ++c)
-              _mm512_store_si512(to + 64 * c, _mm512_permutexvar_epi8(codes(c), levels));
+            _mm512_store_si512(to + 64 * c, _mm512_permutexvar_epi8(
+                                                code, _mm512_load_si512(kCodes.centred[bits])));
           }
-        }
+        });
       });
   for (int run = 0; run < kTile / 16; ++run) {
     const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;

@@ -14,6 +14,7 @@ namespace sparkv {
 // each layer and KV head, 16 key rows and then 16 value rows. So a cell's row is found by
 // arithmetic, and memory grows with tokens, a few pages at a time, whatever the number of layers.
 inline constexpr int64_t kGroupCells = 16;
+inline constexpr int32_t kTogether = 4;  // tokens whose rows are trellis-coded at once
 
 // Rows of a stage in its slots.
 struct StageLayout {
@@ -67,6 +68,8 @@ struct CacheLayout {
   int n_streams = 0;
   size_t group_bytes = 0;
   std::vector<int32_t> until;      // per stage: rows of it are less than that many tokens old
+  std::vector<int32_t> together;   // per stage: how many tokens leave it at once
+  int32_t sinks = 0;               // tokens of a sequence that stay in the first
   std::vector<size_t> slot_bytes;  // per stage
   size_t heads = 0;                // KV heads of all layers
   size_t channels = 0;             // of an observation row
@@ -74,10 +77,14 @@ struct CacheLayout {
 
   int64_t cells() const { return cells_per_stream * n_streams; }
   int n_stages() const { return int(until.size()); }
-  // Of a row that is `age` tokens old and not packed.
-  int StageOf(int32_t age) const {
+  // The stage in which the query of token `query` of a sequence finds the row of its token `rank`,
+  // n_stages(): packed. Tokens that leave a stage together are as old as the first of them.
+  int StageOf(int32_t query, int32_t rank) const {
     int s = 0;
-    while (s + 1 < n_stages() && age >= until[size_t(s)]) ++s;
+    for (; rank >= sinks && s < n_stages(); ++s) {
+      const int32_t first = rank - (rank - sinks) % together[size_t(s)];
+      if (query - first < until[size_t(s)]) break;
+    }
     return s;
   }
   int64_t groups_per_stream() const { return (cells_per_stream + kGroupCells - 1) / kGroupCells; }

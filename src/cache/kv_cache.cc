@@ -39,6 +39,13 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
       RecentStages(c->config_);  // a budget may have dropped some
   l.until.push_back(c->config_.window);
   for (const RecentStage& r : recent) l.until.push_back(r.until);
+  // Trellis-coded rows are packed side by side, so several take hardly longer than one; keys of a
+  // baseline are coded together once the last of them is old enough.
+  for (const RecentStage& r : recent)
+    l.together.push_back(TierBits(r.kept, 0) + TrellisBits(r.values) > 0 ? kTogether : 1);
+  l.together.push_back(c->key_block_);
+  l.until.back() += c->key_block_ - 1;
+  l.sinks = c->config_.sinks;
   l.slot_bytes.assign(l.until.size(), 0);
   for (int i = 0; i < shape.n_layers; ++i) {
     const sparkv_layer_shape& s = shape.layers[i];
@@ -72,6 +79,7 @@ Status KvCache::Create(const sparkv_config& config, const sparkv_shape& shape,
     l.channels += layer.k_row();
     l.table_numbers += layer.has_table ? layer.k_row() : 0;
     c->needs_weights_ |= layer.has_table;
+    if (layer.key.tiered() || layer.value.trellis()) l.together.back() = kTogether;
     l.layers.push_back(layer);
   }
   const size_t n_groups = size_t(l.groups_per_stream()) * size_t(l.n_streams);

@@ -295,7 +295,6 @@ class KvCache {
   Status TellModel();
 
   // seal_baseline.cc
-  int32_t PackedFrom(int32_t rank) const;
   void MakeChannels(const LayerLayout& layer, const NewTable& table, const float* u);
   void SealBaseline(const LayerLayout& layer);
   void CountBaseline(sparkv_memory* m) const;

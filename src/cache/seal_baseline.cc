@@ -18,12 +18,6 @@ void ToHalves(const std::vector<float>& x, size_t from, size_t n, uint16_t* out)
 
 }  // namespace
 
-// The first rank of its sequence whose queries see row `rank` packed.
-int32_t KvCache::PackedFrom(int32_t rank) const {
-  const int32_t in_block = (rank - config_.sinks) % key_block_;
-  return rank + layout_.until.back() + key_block_ - 1 - in_block;
-}
-
 // ThinK's channels by the queries and keys of the tokens that make the weights, 1 as f16 for those
 // that are kept. u: [k_row]
 void KvCache::MakeChannels(const LayerLayout& layer, const NewTable& table, const float* u) {

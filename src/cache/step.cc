@@ -470,8 +470,8 @@ void KvCache::PlanSeals(const sparkv_attend_args& args, int stream_index, const 
     for (int64_t t = 0; t < args.n_tokens; ++t) {
       const TokenPlan& plan = tokens[size_t(t)];
       const bool ready = needs_weights_ ? plan.table != 0 : !prefill_end || plan.alone;
-      const bool packed = plan.rank >= PackedFrom(column.rank);
-      const int stage = layout_.StageOf(plan.rank - column.rank);
+      const int stage = layout_.StageOf(plan.rank, column.rank);
+      const bool packed = stage == layout_.n_stages();
       if (!ready || (!packed && stage <= column.stage)) continue;
       if (!HasBit(&seen[size_t(stream_index * args.n_tokens + t) * view_.packed.words], i))
         continue;
@@ -677,12 +677,11 @@ void KvCache::MarkBits(const sparkv_attend_args& args, const Words& seen,
         const Column& column = columns[c];
         // A row packed in this step is still dense for the queries that have it in their window,
         // and for those that come before their sequence has weights.
-        if (column.sealing && plan.rank >= PackedFrom(column.rank) &&
-            (plan.table != 0 || column.table == 0))
-          return;
-        packed[i / 64] &= ~(uint64_t{1} << (i % 64));
         int stage =
-            plan.table != 0 || column.table == 0 ? layout_.StageOf(plan.rank - column.rank) : 0;
+            plan.table != 0 || column.table == 0 ? layout_.StageOf(plan.rank, column.rank) : 0;
+        if (column.sealing && stage == layout_.n_stages()) return;
+        packed[i / 64] &= ~(uint64_t{1} << (i % 64));
+        stage = std::min(stage, layout_.n_stages() - 1);
         while (stage > column.stage && column.coded[size_t(stage)] < 0) --stage;
         view_.stages[size_t(std::max(stage, column.stage))].bits[row * dense_words + c / 64] |=
             uint64_t{1} << (c % 64);

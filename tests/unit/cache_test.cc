@@ -441,7 +441,8 @@ TEST(Cache, TokensThatRepeatHaveNoSayInTheWeights) {
     }
     // Nothing but one token: packed by its weights after 512, for lack of better ones.
     Host alike(model);
-    for (const auto& [n, packed] : {std::pair(512, 0), std::pair(40, 552 - 8 - 1)}) {
+    const bool fours = TierBits(sparkv_number(alike.config.kept), 0) > 0;
+    for (const auto& [n, packed] : {std::pair(512, 0), std::pair(40, 552 - 8 - (fours ? 0 : 1))}) {
       for (int i = 0; i < n; i += 8) alike.Decode(Batch(8, {0, Content(5, 0)}));
       EXPECT_EQ(alike.Memory().sealed, packed) << preset;
     }

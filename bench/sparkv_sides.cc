@@ -90,8 +90,9 @@ class AttendSide : public Side {
     sparkv_cache_memory(cache_.get(), &memory);
     bytes_ = memory.bits / 16.0 * double(memory.f16_bytes);
     const sparkv_config config = MakeConfig(c);
-    const int64_t recent = int64_t{c.sequences} * (OldestRecent(config) + config.sinks);
-    if (memory.tokens - memory.sealed > recent)
+    const int64_t recent =
+        int64_t{c.sequences} * std::min(c.tokens, OldestRecent(config) + config.sinks);
+    if (memory.tokens - memory.sealed != recent)
       Fail(1, c.side + ": " + std::to_string(memory.sealed) + " of " +
                   std::to_string(memory.tokens) + " rows are packed, all but " +
                   std::to_string(recent) + " should be");
@@ -126,45 +127,56 @@ class AttendSide : public Side {
   double bytes() const override { return bytes_; }
 
  private:
-  // A query sees few tokens before it, so that filling takes time linear in the tokens, but also
-  // the oldest that is not packed: a row is packed by a query that sees it.
+  // Sequence after sequence or, interleaved, all together, token by token: where recent rows lie
+  // depends on who came when. Most queries see few tokens, so that filling takes time linear in the
+  // tokens. The last one of a micro-batch also sees the oldest row that is not packed: a row is
+  // packed by a query that sees it.
   void Fill(const Case& c) {
-    constexpr int64_t kBatch = 128;
-    const int64_t sees = OldestRecent(MakeConfig(c)) + 2 * kBatch;
+    constexpr int64_t kBatch = 128, kNear = 2 * kBatch;
+    const int64_t far = OldestRecent(MakeConfig(c)) + kNear, row = int64_t(c.shape.row());
     const std::vector<uint16_t> keys = Rows(c.shape, c.tokens, true),
                                 values = Rows(c.shape, c.tokens, false);
-    std::vector<float> q = Queries(c.shape, kBatch), out(q.size());
-    std::vector<uint16_t> mask;
-    std::vector<int64_t> cells(kBatch);
-    const int64_t batches = (c.tokens + kBatch - 1) / kBatch;
-    int64_t n_kv = 0;  // of a stream that sequences share: what lies behind it is gone
-    for (int64_t turn = 0; turn < c.sequences * batches; ++turn) {
-      const bool together = c.streams == "interleaved";
-      const int s = int(together ? turn % c.sequences : turn / batches);
-      const int64_t first = (together ? turn / c.sequences : turn % batches) * kBatch;
-      const int64_t n = std::min<int64_t>(kBatch, c.tokens - first);
-      // Of its stream, which follows those of the sequences before.
+    const int together = c.streams == "interleaved" ? c.sequences : 1;
+    const int64_t batch = std::max<int64_t>(1, kBatch / together);  // tokens of each
+    std::vector<float> q = Queries(c.shape, int(batch * together)), out(q.size());
+    std::vector<uint16_t> mask, batch_keys, batch_values;
+    std::vector<int64_t> cells;
+    int64_t n_kv = 0;
+    for (int s = 0; s < c.sequences; s += together) {
+      // Of its stream, which follows those of the sequences before. What lies behind n_kv is gone.
       const int64_t base = c.unified() ? 0 : int64_t{s} * c.tokens;
-      const int64_t end = c.CellOf(s, first + n - 1) + 1;
-      n_kv = c.unified() ? std::max(n_kv, end) : end;
-      for (int64_t t = 0; t < n; ++t) cells[size_t(t)] = base + c.CellOf(s, first + t);
-      mask.assign(size_t(n * n_kv), kHidden);
-      for (int64_t t = 0; t < n; ++t) {
-        for (int64_t i = std::max<int64_t>(0, first + t + 1 - sees); i <= first + t; ++i)
-          mask[size_t(t * n_kv + c.CellOf(s, i))] = 0;
+      if (!c.unified()) n_kv = 0;
+      for (int64_t first = 0; first < c.tokens; first += batch) {
+        const int64_t end = std::min<int64_t>(c.tokens, first + batch),
+                      n = (end - first) * together;
+        n_kv = std::max(n_kv, c.CellOf(s + together - 1, end - 1) + 1);
+        cells.clear();
+        batch_keys.clear();
+        batch_values.clear();
+        mask.assign(size_t(n * n_kv), kHidden);
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t t = first + i / together;
+          const int of = s + int(i % together);
+          cells.push_back(base + c.CellOf(of, t));
+          batch_keys.insert(batch_keys.end(), &keys[size_t(t * row)], &keys[size_t(t * row)] + row);
+          batch_values.insert(batch_values.end(), &values[size_t(t * row)],
+                              &values[size_t(t * row)] + row);
+          const int64_t sees = t + 1 == end ? far : kNear;
+          for (int64_t seen = std::max<int64_t>(0, t + 1 - sees); seen <= t; ++seen)
+            mask[size_t(i * n_kv + c.CellOf(of, seen))] = 0;
+        }
+        cache_.Write(cells.data(), n, batch_keys.data(), batch_values.data(), SPARKV_ROW_F16);
+        sparkv_attend_args args{};
+        args.first_stream = c.unified() ? 0 : s;
+        args.n_streams = 1;
+        args.n_kv = n_kv;
+        args.n_tokens = n;
+        args.q = q.data();
+        args.mask = mask.data();
+        args.mask_token_stride = size_t(n_kv) * sizeof(uint16_t);
+        args.out = out.data();
+        cache_.Attend(args);
       }
-      const size_t at = size_t(first) * c.shape.row();
-      cache_.Write(cells.data(), n, keys.data() + at, values.data() + at, SPARKV_ROW_F16);
-      sparkv_attend_args args{};
-      args.first_stream = c.unified() ? 0 : s;
-      args.n_streams = 1;
-      args.n_kv = n_kv;
-      args.n_tokens = n;
-      args.q = q.data();
-      args.mask = mask.data();
-      args.mask_token_stride = size_t(n_kv) * sizeof(uint16_t);
-      args.out = out.data();
-      cache_.Attend(args);
     }
   }
 

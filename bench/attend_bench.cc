@@ -111,7 +111,7 @@ int Main(int argc, char** argv) {
       std::unique_ptr<Side>& side = sides[DataKey(c)];
       if (side == nullptr) side = MakeSide(c);
       side->Prepare(c);
-      report.SetBytes(row, side->bytes());
+      report.SetData(row, side->bytes(), side->packed());
       for (auto _ : state) side->Step();
     })->UseRealTime();
   }

@@ -54,6 +54,8 @@ class Side {
   virtual void Step() = 0;
   // What a step has to read and write of cached rows.
   virtual double bytes() const = 0;
+  // Rows that it finds packed, -1: none of ours. Window and stages have the others.
+  virtual int64_t packed() const { return -1; }
 };
 
 // sparkv_sides.cc

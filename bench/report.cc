@@ -51,7 +51,8 @@ void Report::PrintTable() const {
   size_t repetitions = 0;
   for (const Row& row : rows_) repetitions = std::max(repetitions, row.seconds.size());
   std::printf(
-      "%s, load %.2f before, %.2f after. One layer, head size %d, %d KV heads, group %d.\n"
+      "%s, load %.2f before, %.2f after. One layer, head size %d, %d KV heads, group %d; each step "
+      "looks at the mask, which one layer of a model does for all.\n"
       "Medians of %zu; spread: between the quartiles. Bound: what the bytes (b, from memory, not "
       "from a CPU's cache) or the f32 multiply-adds (m) take\n",
       Machine().c_str(), load_at_start_, Load(), shape.dim, shape.kv_heads, shape.group,
@@ -62,25 +63,27 @@ void Report::PrintTable() const {
                 threads, threads == 1 ? "thread" : "threads", limits.bytes_per_second / 1e9,
                 limits.multiply_adds_per_second / 1e9);
   }
-  std::printf(".\n\n%-8s %-14s %-7s %7s %5s %7s %14s %10s %7s %10s   %8s %8s %11s\n", "what",
-              "side", "simd", "tokens", "rows", "threads", "sequences", "median us", "spread",
-              "bound us", "x bound", "ggml-f16", "rows/s");
+  std::printf(".\n\n%-8s %-14s %-7s %7s %7s %5s %7s %14s %10s %7s %10s   %8s %8s %11s\n", "what",
+              "side", "simd", "tokens", "packed", "rows", "threads", "sequences", "median us",
+              "spread", "bound us", "x bound", "ggml-f16", "rows/s");
   for (const Row& row : rows_) {
     if (row.seconds.empty()) continue;
     const Case& c = row.c;
     const Bound bound = BoundOf(row);
     const double most = std::max(bound.bytes, bound.multiply_adds), against = AgainstGgml(row);
-    std::string sequences = std::to_string(c.sequences), against_text = "-";
+    std::string sequences = std::to_string(c.sequences), against_text = "-", packed = "-";
+    if (row.packed >= 0)
+      packed = std::to_string(100 * row.packed / (int64_t{c.tokens} * c.sequences)) + " %";
     if (c.sequences > 1) sequences += " " + c.streams;
     if (against > 0.0) {
       char text[16];
       std::snprintf(text, sizeof(text), "%.2fx", against);
       against_text = text;
     }
-    std::printf("%-8s %-14s %-7s %7s %5d %7d %14s %10.1f %5.1f %% %10.2f %c %8.1f %8s %11.0f\n",
+    std::printf("%-8s %-14s %-7s %7s %7s %5d %7d %14s %10.1f %5.1f %% %10.2f %c %8.1f %8s %11.0f\n",
                 c.what.c_str(), c.side.c_str(), c.simd.empty() ? "-" : c.simd.c_str(),
-                c.attends() ? std::to_string(c.tokens).c_str() : "-", c.queries, c.threads,
-                sequences.c_str(), row.At(0.5) * 1e6, 100.0 * row.spread(), most * 1e6,
+                c.attends() ? std::to_string(c.tokens).c_str() : "-", packed.c_str(), c.queries,
+                c.threads, sequences.c_str(), row.At(0.5) * 1e6, 100.0 * row.spread(), most * 1e6,
                 bound.bytes >= bound.multiply_adds ? 'b' : 'm', row.At(0.5) / most,
                 against_text.c_str(), row.rows_per_second());
   }
@@ -121,6 +124,7 @@ void Report::WriteJson() const {
                             {"times_us", times},
                             {"rows_per_s", row.rows_per_second()},
                             {"bytes", row.bytes},
+                            {"packed", row.packed},
                             {"multiply_adds", c.multiply_adds()},
                             {"byte_bound_us", bound.bytes * 1e6},
                             {"multiply_add_bound_us", bound.multiply_adds * 1e6}});

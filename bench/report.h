@@ -19,8 +19,11 @@ class Report : public benchmark::BenchmarkReporter {
       : options_(options), limits_(std::move(limits)), load_at_start_(Load()) {}
 
   // The rows of the table keep this order, whatever order they are measured in.
-  void Add(const Case& c) { rows_.push_back({c, 0.0, {}}); }
-  void SetBytes(size_t row, double bytes) { rows_[row].bytes = bytes; }
+  void Add(const Case& c) { rows_.push_back({c, 0.0, -1, {}}); }
+  void SetData(size_t row, double bytes, int64_t packed) {
+    rows_[row].bytes = bytes;
+    rows_[row].packed = packed;
+  }
 
   bool ReportContext(const Context&) override { return true; }
   void ReportRuns(const std::vector<Run>& runs) override;
@@ -31,6 +34,7 @@ class Report : public benchmark::BenchmarkReporter {
   struct Row {
     Case c;
     double bytes;
+    int64_t packed;
     std::vector<double> seconds;  // sorted, one per repetition
 
     double At(double share) const;  // 0.5: the median

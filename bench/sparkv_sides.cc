@@ -88,7 +88,10 @@ class AttendSide : public Side {
     sparkv_memory memory{};
     memory.struct_size = sizeof(memory);
     sparkv_cache_memory(cache_.get(), &memory);
-    bytes_ = memory.bits / 16.0 * double(memory.f16_bytes);
+    bytes_ =
+        double(memory.key_masks + memory.key_signs + memory.key_scales + memory.key_kept +
+               memory.value_scales + memory.value_codes + memory.dense_keys + memory.dense_values);
+    packed_ = memory.sealed;
     const sparkv_config config = MakeConfig(c);
     const int64_t recent =
         int64_t{c.sequences} * std::min(c.tokens, OldestRecent(config) + config.sinks);
@@ -125,6 +128,7 @@ class AttendSide : public Side {
   }
   void Step() override { cache_.Attend(args_); }
   double bytes() const override { return bytes_; }
+  int64_t packed() const override { return packed_; }
 
  private:
   // Sequence after sequence or, interleaved, all together, token by token: where recent rows lie
@@ -185,6 +189,7 @@ class AttendSide : public Side {
   std::vector<float> q_, out_;
   std::vector<uint16_t> mask_;
   double bytes_ = 0.0;
+  int64_t packed_ = 0;
 };
 
 // Packs the rows that leave the window when a micro-batch arrives, in chunks like the cache.

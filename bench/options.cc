@@ -121,7 +121,8 @@ void PrintHelp() {
   std::cout <<
       R"(attend_bench: kernels alone, beside ggml's where it was built. Lists make every combination a row.
   --what=decode,prefill,seal,append   decode: a token per sequence attends; prefill: --queries tokens
-                                      attend; seal: --queries rows are packed; append: 1 and
+                                      attend to all that is cached, none of them new; seal:
+                                      --queries rows pass all stages and are packed; append: 1 and
                                       --queries rows are written
   --tokens=8192      cached per sequence (list)
   --threads=1        (list)

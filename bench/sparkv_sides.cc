@@ -8,6 +8,7 @@
 #include "base/half.h"
 #include "base/thread_pool.h"
 #include "bench.h"
+#include "cache/cache_layout.h"
 #include "cache/weight_tables.h"
 #include "config/config.h"
 #include "config/recent.h"
@@ -192,7 +193,8 @@ class AttendSide : public Side {
   int64_t packed_ = 0;
 };
 
-// Packs the rows that leave the window when a micro-batch arrives, in chunks like the cache.
+// What becomes of the rows of a micro-batch until they are packed: coded by each stage on their way
+// and read back for the next one, in chunks like the cache.
 class SealSide : public Side {
  public:
   explicit SealSide(const Case& c)
@@ -202,14 +204,17 @@ class SealSide : public Side {
         values_(Rows(c.shape, n_, false)) {
     const sparkv_config config = MakeConfig(c);
     ops_ = CpuOps(sparkv_simd(config.simd));
-    key_ = KeyLayout::Make(shape_.dim, KeptChannels(config.ratio, shape_.dim),
-                           sparkv_number(config.kept), sparkv_recover(config.recover));
-    value_ = ValueLayout::Make(shape_.dim, sparkv_number(config.values));
+    KeyLayout key = KeyLayout::Make(shape_.dim, KeptChannels(config.ratio, shape_.dim),
+                                    sparkv_number(config.kept), sparkv_recover(config.recover));
+    const ValueLayout value = ValueLayout::Make(shape_.dim, sparkv_number(config.values));
+    for (const RecentStage& stage : RecentStages(config))
+      forms_.push_back({StageKey(stage, key), StageValue(stage, value), {}});
+    forms_.push_back({key, value, {}});
     std::vector<float> u = Queries(shape_, 1);
     for (float& x : u) x = std::abs(x);
     std::vector<uint16_t> restore(size_t(shape_.dim));
     table_.resize(size_t(kWeightParts * shape_.dim + 16));
-    if (key_.tiered()) {
+    if (key.tiered()) {
       // Channels as unlike as those of the rows (Rows).
       std::vector<float> keys(u.size());
       for (size_t i = 0; i < keys_.size(); ++i) {
@@ -218,48 +223,70 @@ class SealSide : public Side {
       }
       for (float& x : u) x *= x;
       MakeTierTable(u.data(), keys.data(), shape_.dim, restore.data());
-      key_ = key_.Under(restore.data());
     } else {
-      MakeTable(key_.recover, u.data(), shape_.dim, restore.data());
+      MakeTable(key.recover, u.data(), shape_.dim, restore.data());
     }
     ExpandTable(restore.data(), shape_.dim, table_.data());
-    packed_.resize(rows() * row_bytes() + 128);
+    for (Form& form : forms_) {
+      if (form.key.tiered()) form.key = form.key.Under(restore.data());
+      form.rows.resize(rows() * form.row_bytes() + 128);
+    }
     pool_.Resize(c.threads);
   }
   void Step() override {
     constexpr size_t kChunk = 16;
     pool_.ParallelFor(int64_t((rows() + kChunk - 1) / kChunk), [&](int64_t chunk, int) {
-      const size_t first = size_t(chunk) * kChunk, end = std::min(rows(), first + kChunk);
+      const size_t first = size_t(chunk) * kChunk, n = std::min(rows() - first, kChunk),
+                   dim = size_t(shape_.dim);
+      uint16_t key_space[kChunk * kMaxHeadDim], value_space[kChunk * kMaxHeadDim];
       const float* tables[kChunk];
       const uint16_t *keys[kChunk], *values[kChunk];
       uint8_t *to_key[kChunk], *to_value[kChunk];
-      for (size_t i = first; i < end; ++i) {
-        tables[i - first] = key_.needs_table() ? table_.data() : nullptr;
-        keys[i - first] = &keys_[i * size_t(shape_.dim)];
-        values[i - first] = &values_[i * size_t(shape_.dim)];
-        to_key[i - first] = packed_.data() + i * row_bytes();
-        to_value[i - first] = to_key[i - first] + key_.bytes;
+      for (size_t i = 0; i < n; ++i) {
+        keys[i] = &keys_[(first + i) * dim];
+        values[i] = &values_[(first + i) * dim];
       }
-      ops_->pack_keys(key_, int(end - first), tables, keys, to_key);
-      ops_->pack_values(value_, int(end - first), values, to_value);
+      for (Form& form : forms_) {
+        for (size_t i = 0; i < n; ++i) {
+          tables[i] = form.key.needs_table() ? table_.data() : nullptr;
+          to_key[i] = form.rows.data() + (first + i) * form.row_bytes();
+          to_value[i] = to_key[i] + form.key.bytes;
+        }
+        ops_->pack_keys(form.key, int(n), tables, keys, to_key);
+        ops_->pack_values(form.value, int(n), values, to_value);
+        if (&form == &forms_.back()) break;
+        for (size_t i = 0; i < n; ++i) {
+          ops_->unpack_key(form.key, tables[i], to_key[i], key_space + i * dim);
+          ops_->unpack_value(form.value, to_value[i], value_space + i * dim);
+          keys[i] = key_space + i * dim;
+          values[i] = value_space + i * dim;
+        }
+      }
     });
   }
+  // Rows of stages are written and read.
   double bytes() const override {
-    return double(rows() * row_bytes() + (keys_.size() + values_.size()) * sizeof(uint16_t));
+    size_t bytes = (keys_.size() + values_.size()) * sizeof(uint16_t);
+    for (const Form& form : forms_)
+      bytes += rows() * form.row_bytes() * (&form == &forms_.back() ? 1 : 2);
+    return double(bytes);
   }
 
  private:
+  struct Form {
+    KeyLayout key;
+    ValueLayout value;
+    std::vector<uint8_t> rows;
+    size_t row_bytes() const { return key.bytes + value.bytes; }
+  };
   size_t rows() const { return size_t(n_) * size_t(shape_.kv_heads); }  // of one head
-  size_t row_bytes() const { return key_.bytes + value_.bytes; }
 
   Shape shape_;
   int n_;
   std::vector<uint16_t> keys_, values_;
   const OpTable* ops_;
-  KeyLayout key_;
-  ValueLayout value_;
+  std::vector<Form> forms_;  // packed rows last
   std::vector<float> table_;
-  std::vector<uint8_t> packed_;
   ThreadPool pool_;
 };
 

@@ -67,7 +67,7 @@ std::vector<std::string> GgmlNames();
 std::unique_ptr<Side> GgmlAttend(const Case& c);
 std::unique_ptr<Side> GgmlAppend(const Case& c);
 
-// input.cc: f16 rows that look like keys (a few channels are much larger) or values, and queries.
+// input.cc: f16 rows that look like keys (channels differ) or values, and queries.
 std::vector<uint16_t> Rows(const Shape& shape, int n, bool keys);
 std::vector<float> ToFloats(const std::vector<uint16_t>& rows);
 std::vector<float> Queries(const Shape& shape, int n);  // [n][n_heads][dim]

@@ -210,19 +210,17 @@ class SealSide : public Side {
     for (const RecentStage& stage : RecentStages(config))
       forms_.push_back({StageKey(stage, key), StageValue(stage, value), {}});
     forms_.push_back({key, value, {}});
-    std::vector<float> u = Queries(shape_, 1);
-    for (float& x : u) x = std::abs(x);
-    std::vector<uint16_t> restore(size_t(shape_.dim));
+    // Queries use all channels alike (Queries).
+    const std::vector<float> u(size_t(shape_.dim), 1.0f);
+    std::vector<uint16_t> restore(u.size());
     table_.resize(size_t(kWeightParts * shape_.dim + 16));
     if (key.tiered()) {
-      // Channels as unlike as those of the rows (Rows).
-      std::vector<float> keys(u.size());
+      std::vector<float> energy(u.size());
       for (size_t i = 0; i < keys_.size(); ++i) {
         const float k = HalfToFloat(keys_[i]);
-        keys[i % keys.size()] += k * k;
+        energy[i % energy.size()] += k * k;
       }
-      for (float& x : u) x *= x;
-      MakeTierTable(u.data(), keys.data(), shape_.dim, restore.data());
+      MakeTierTable(u.data(), energy.data(), shape_.dim, restore.data());
     } else {
       MakeTable(key.recover, u.data(), shape_.dim, restore.data());
     }

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <iostream>
+#include <new>
 
 #include "bench.h"
 #include "machine.h"
@@ -28,7 +29,7 @@ std::vector<Case> CasesOf(const Options& o) {
     }
     c.simd.clear();
     if (c.what == "seal") return;  // ggml packs while it writes: append
-    for (const std::string& name : GgmlNames()) {
+    for (const std::string& name : GgmlNames(o.shape)) {
       c.side = name;
       cases.push_back(c);
     }
@@ -124,4 +125,10 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace sparkv::bench
 
-int main(int argc, char** argv) { return sparkv::bench::Main(argc, argv); }
+int main(int argc, char** argv) {
+  try {
+    return sparkv::bench::Main(argc, argv);
+  } catch (const std::bad_alloc&) {
+    sparkv::bench::Fail(1, "no memory for these rows");
+  }
+}

@@ -62,8 +62,9 @@ class Side {
 std::unique_ptr<Side> SparkvAttend(const Case& c);
 std::unique_ptr<Side> SparkvSeal(const Case& c);
 std::unique_ptr<Side> SparkvAppend(const Case& c);
-// ggml_sides.cc; no names where ggml was not built.
-std::vector<std::string> GgmlNames();
+// ggml_sides.cc; no names where ggml was not built, none of types whose blocks a head does not
+// fill.
+std::vector<std::string> GgmlNames(const Shape& shape);
 std::unique_ptr<Side> GgmlAttend(const Case& c);
 std::unique_ptr<Side> GgmlAppend(const Case& c);
 

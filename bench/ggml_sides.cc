@@ -40,7 +40,10 @@ class Graph {
   void operator=(const Graph&) = delete;
 
   void Add(ggml_tensor* result) { ggml_build_forward_expand(graph_, result); }
-  void Allocate() { buffer_ = ggml_backend_alloc_ctx_tensors(context, backend_); }
+  void Allocate() {
+    buffer_ = ggml_backend_alloc_ctx_tensors(context, backend_);
+    if (buffer_ == nullptr) Fail(1, "ggml: no memory for its rows");
+  }
   void SetThreads(int n) { ggml_backend_cpu_set_n_threads(backend_, n); }
   void Compute() {
     if (ggml_backend_graph_compute(backend_, graph_) != GGML_STATUS_SUCCESS)
@@ -158,9 +161,11 @@ class AppendSide : public Side {
 
 }  // namespace
 
-std::vector<std::string> GgmlNames() {
+std::vector<std::string> GgmlNames(const Shape& shape) {
   std::vector<std::string> names;
-  for (const ggml_type type : kTypes) names.push_back(NameOf(type));
+  for (const ggml_type type : kTypes) {
+    if (shape.dim % ggml_blck_size(type) == 0) names.push_back(NameOf(type));
+  }
   return names;
 }
 std::unique_ptr<Side> GgmlAttend(const Case& c) { return std::make_unique<AttendSide>(c); }
@@ -171,7 +176,7 @@ std::unique_ptr<Side> GgmlAppend(const Case& c) { return std::make_unique<Append
 
 namespace sparkv::bench {
 
-std::vector<std::string> GgmlNames() { return {}; }
+std::vector<std::string> GgmlNames(const Shape&) { return {}; }
 std::unique_ptr<Side> GgmlAttend(const Case&) { return nullptr; }
 std::unique_ptr<Side> GgmlAppend(const Case&) { return nullptr; }
 

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <fstream>
 #include <iostream>
+#include <set>
 #include <string_view>
 
 #include "ops/op_table.h"
@@ -30,10 +31,18 @@ int Number(const std::string& flag, const std::string& text, int most) {
   return number;
 }
 
+// A row that is there twice would have the times of both.
+template <typename T>
+std::vector<T> Distinct(const std::string& flag, const std::string& text, std::vector<T> list) {
+  const std::set<T> distinct(list.begin(), list.end());
+  if (distinct.size() != list.size()) Fail(2, flag + ": '" + text + "' has something twice");
+  return list;
+}
+
 std::vector<int> Numbers(const std::string& flag, const std::string& text, int most) {
   std::vector<int> numbers;
   for (const std::string& part : Split(text)) numbers.push_back(Number(flag, part, most));
-  return numbers;
+  return Distinct(flag, text, numbers);
 }
 
 std::vector<std::string> Names(const std::string& flag, const std::string& text,
@@ -45,7 +54,7 @@ std::vector<std::string> Names(const std::string& flag, const std::string& text,
     for (const std::string& one : known) list += (list.empty() ? "" : ", ") + one;
     Fail(2, flag + ": '" + name + "' is none of " + list);
   }
-  return names;
+  return Distinct(flag, text, names);
 }
 
 std::vector<std::string> Presets(const std::string& flag, const std::string& text) {
@@ -58,7 +67,7 @@ std::vector<std::string> Presets(const std::string& flag, const std::string& tex
     if (sparkv_config_preset(&config, name.c_str(), &error) != SPARKV_OK)
       Fail(2, flag + ": " + error.text);
   }
-  return names;
+  return Distinct(flag, text, names);
 }
 
 std::vector<std::string> SimdOfThisCpu() {
@@ -83,7 +92,7 @@ Options ParseOptions(int argc, char** argv) {
       Fail(2, "'" + arg + "' is unknown or lacks its =value (--help lists what there is)");
     const std::string flag = arg.substr(0, equals), text = arg.substr(equals + 1);
     if (flag == "--what") {
-      o.what = Names(flag, text, o.what);
+      o.what = Names(flag, text, Options().what);
     } else if (flag == "--presets") {
       o.presets = Presets(flag, text);
     } else if (flag == "--simd") {
@@ -129,7 +138,7 @@ void PrintHelp() {
   --sequences=1      that decode together (list)
   --streams=split,unified   a stream per sequence; one stream and a mask, sequences behind each
                       other or token by token (interleaved)
-  --presets=exact,spark-0.5,spark-0.5-i8,spark-0.5-i5,spark-0.8-i4
+  --presets=exact,balanced,spark-0.5,spark-0.5-i8,spark-0.5-i5,spark-0.8-i4
   --simd=auto        list; all: every one that this CPU has
   --queries=512 --dim=64 --kv-heads=3 --group=3
   --out=file.json    the table for scripts

@@ -11,8 +11,8 @@ namespace sparkv::bench {
 // Lists make every combination a row.
 struct Options {
   std::vector<std::string> what = {"decode", "prefill", "seal", "append"};
-  std::vector<std::string> presets = {"exact", "spark-0.5", "spark-0.5-i8", "spark-0.5-i5",
-                                      "spark-0.8-i4"};
+  std::vector<std::string> presets = {"exact",        "balanced",     "spark-0.5",
+                                      "spark-0.5-i8", "spark-0.5-i5", "spark-0.8-i4"};
   std::vector<std::string> simd;  // names of what this CPU has
   std::vector<std::string> streams = {"split", "unified"};
   std::vector<int> tokens = {8192}, threads = {1}, sequences = {1};

@@ -50,6 +50,7 @@ void Report::PrintTable() const {
   const Shape& shape = options_.shape;
   size_t repetitions = 0;
   for (const Row& row : rows_) repetitions = std::max(repetitions, row.seconds.size());
+  if (repetitions == 0) return;  // rows were listed
   std::printf(
       "%s, load %.2f before, %.2f after. One layer, head size %d, %d KV heads, group %d; each step "
       "looks at the mask, which one layer of a model does for all.\n"

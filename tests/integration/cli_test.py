@@ -497,6 +497,13 @@ class Command(unittest.TestCase):
         self.assertEqual(len(lines), 5)
         self.assertEqual({len(line.split(",")) for line in lines}, {len(lines[0].split(","))})
 
+    def test_bench_says_what_waits_for_the_first_token_generated(self):
+        words = ["bench", "-m", self.model, "-r", "1"]
+        for option, word in (("--kv-evict=snapkv:512", "evicts"), ("--kv-seal=prefill-end", "packs")):
+            done = self.run_sparkv(*words, option)
+            self.assertIn(f" {word} at the first token that is generated", done.stderr)
+        self.assertNotIn("at the first token", self.run_sparkv(*words).stderr)
+
     def test_eval_compares_all_caches_against_one_base(self):
         report = json.loads(
             self.succeeds("eval", "-m", self.model, "--json", "--kv-preset", "spark-0.5-i8,exact")

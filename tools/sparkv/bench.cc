@@ -117,6 +117,20 @@ void PrintTable(const Json& report) {
   table.PrintMarkdown();
 }
 
+// llama-bench fills a cache with whole micro-batches. What happens when a prompt has ended happens
+// at the first token that comes alone.
+void NoteWhatWaits(const std::vector<Cache>& caches, const std::vector<Test>& tests) {
+  if (std::none_of(tests.begin(), tests.end(), [](const Test& t) { return t.n_depth > 0; })) return;
+  for (const Cache& cache : caches) {
+    const bool packs = cache.packed && cache.config.seal == SPARKV_SEAL_PREFILL_END;
+    if (!packs && !cache.Evicts()) continue;
+    Note(
+        fmt::format("{} {} at the first token that is generated, whose time has it; prompts at a "
+                    "depth (pp) find nothing {}",
+                    cache.name, packs ? "packs" : "evicts", packs ? "packed" : "evicted"));
+  }
+}
+
 int Bench(const Settings& settings) {
   const std::vector<Cache> caches = MakeCaches(settings.baselines, settings.kv);
   RequireModel(settings.model);
@@ -149,6 +163,7 @@ int Bench(const Settings& settings) {
     Record(results, cache.name, &tests);
   }
   progress.Done();
+  NoteWhatWaits(caches, tests);
   for (const Test& test : tests) {
     for (const auto& row : Report(test, caches, common)) report["results"].push_back(row);
   }

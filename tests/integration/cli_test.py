@@ -31,7 +31,11 @@ env = {k: v for k, v in os.environ.items() if k.startswith(("SPARKV_", "GGML_", 
 def tell(call):
     with open(os.environ["CALLS"], "a") as calls:
         calls.write(json.dumps(call) + "\n")
-tell({"name": name, "args": args, "env": env})
+tell({"name": name, "args": args, "env": env, "pid": os.getpid()})
+if name == "llama-perplexity" and "OTHER_RUN" in os.environ:
+    so_far = json.load(open(os.environ["OTHER_RUN"]))
+    so_far["results"]["of another run"] = {}
+    json.dump(so_far, open(os.environ["OTHER_RUN"], "w"))
 def solve(text):
     # The answer to the last question, found in the text by other means than the generator's.
     text, _, question = text.partition("\n\nQuestion: ")
@@ -440,6 +444,63 @@ class Command(unittest.TestCase):
         self.assertIn(process.wait(), (0, 1))
         self.assertLess(time.monotonic() - started, 10)
         process.stdout.close()
+
+    def start_and_wait(self, **options):
+        """A run that its program makes last; the program's own process, too."""
+        (self.folder / "tmp").mkdir(exist_ok=True)
+        (self.folder / "calls").unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [SPARKV, "run", "-m", self.model, "-p", "x", "--json", "--wait"],
+            env={**self.environment, "TMPDIR": str(self.folder / "tmp")},
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.kill)
+        for _ in range(200):
+            running = [call for call in self.calls() if "--help" not in call["args"]]
+            if running:
+                return process, running[0]["pid"]
+            time.sleep(0.05)
+        self.fail("the program never started")
+
+    def assertEnds(self, pid):
+        for _ in range(200):
+            try:
+                stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+            except OSError:
+                return
+            if stat.rpartition(")")[2].split()[0] == "Z":  # nobody waits for an orphan here
+                return
+            time.sleep(0.05)
+        os.kill(pid, signal.SIGKILL)
+        self.fail("the program outlives the command")
+
+    def test_nothing_is_left_when_a_terminal_is_closed(self):
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            process, program = self.start_and_wait()
+            process.send_signal(number)
+            self.assertEqual(process.wait(timeout=20), 1)
+            self.assertEqual(process.stderr.read().splitlines()[-1], "sparkv: interrupted")
+            self.assertEnds(program)
+            self.assertEqual(list((self.folder / "tmp").iterdir()), [])
+
+    def test_no_program_outlives_a_command_that_was_killed(self):
+        process, program = self.start_and_wait()
+        process.kill()
+        process.wait()
+        self.assertEnds(program)
+
+    def test_signals_that_are_to_be_ignored_are(self):
+        process, _ = self.start_and_wait(
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        )
+        process.send_signal(signal.SIGHUP)
+        with self.assertRaises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        process.terminate()
+        self.assertEqual(process.wait(timeout=20), 1)
 
     def test_serve_listens_here_only_and_keeps_weights_beside_the_slots(self):
         self.run_sparkv("serve", "-m", self.model, "--slot-save-path", self.folder, "--fail")

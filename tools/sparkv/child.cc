@@ -4,9 +4,9 @@
 #include <fmt/format.h>
 #include <poll.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -32,11 +32,14 @@ void OnSignal(int number, siginfo_t* info, void*) {
 
 void InstallHandlers() {
   static const bool once = [] {
-    struct sigaction action = {};
+    struct sigaction action = {}, before = {};
     action.sa_sigaction = OnSignal;
     action.sa_flags = SA_SIGINFO;
-    sigaction(SIGINT, &action, nullptr);
-    sigaction(SIGTERM, &action, nullptr);
+    for (int number : {SIGINT, SIGTERM, SIGHUP}) {
+      sigaction(number, nullptr, &before);
+      // nohup, and a shell that starts a job in the background, want some to be ignored.
+      if (before.sa_handler != SIG_IGN) sigaction(number, &action, nullptr);
+    }
     signal(SIGPIPE, SIG_IGN);
     return true;
   }();
@@ -54,50 +57,60 @@ void MakePipe(int ends[2]) {
   if (pipe2(ends, O_CLOEXEC) != 0) throw Error(kRuntime, fmt::format("pipe: {}", strerror(errno)));
 }
 
+// In the child, before the program: system calls alone. posix_spawn cannot ask for the signal that
+// ends a server whose parent was killed.
+bool Prepare(pid_t parent, int in, int out, int err) {
+  return prctl(PR_SET_PDEATHSIG, SIGTERM) == 0 && getppid() == parent &&
+         signal(SIGPIPE, SIG_DFL) != SIG_ERR && (in < 0 || dup2(in, STDIN_FILENO) >= 0) &&
+         (out < 0 || dup2(out, STDOUT_FILENO) >= 0) && (err < 0 || dup2(err, STDERR_FILENO) >= 0);
+}
+
 }  // namespace
 
 Child::Child(const Command& command, Output output)
     : name_(std::filesystem::path(command.program).filename()) {
   InstallHandlers();
-  int out[2] = {-1, -1}, err[2] = {-1, -1};
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  if (output != Output::kInherit)
-    posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
+  int out[2] = {-1, -1}, err[2] = {-1, -1}, failure[2];
+  MakePipe(failure);
   if (output == Output::kCapture) {
     MakePipe(out);
     MakePipe(err);
-    posix_spawn_file_actions_adddup2(&actions, out[1], STDOUT_FILENO);
-    posix_spawn_file_actions_adddup2(&actions, err[1], STDERR_FILENO);
-  } else if (output == Output::kSilent) {
-    posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0);
-    posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, "/dev/null", O_WRONLY, 0);
   }
-  posix_spawnattr_t attributes;
-  posix_spawnattr_init(&attributes);
-  sigset_t defaults;
-  sigemptyset(&defaults);
-  for (int number : {SIGINT, SIGTERM, SIGPIPE}) sigaddset(&defaults, number);
-  posix_spawnattr_setsigdefault(&attributes, &defaults);
-  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF);
-
+  const int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+  const bool silent = output == Output::kSilent;
   std::vector<std::string> words = {command.program};
   words.insert(words.end(), command.args.begin(), command.args.end());
-  const int failed = posix_spawn(&pid_, command.program.c_str(), &actions, &attributes,
-                                 Pointers(words).data(), Pointers(command.environment).data());
-  posix_spawnattr_destroy(&attributes);
-  posix_spawn_file_actions_destroy(&actions);
-  if (out[1] >= 0) close(out[1]);
-  if (err[1] >= 0) close(err[1]);
+  const std::vector<char*> args = Pointers(words), environment = Pointers(command.environment);
+  const pid_t parent = getpid();
+  pid_ = fork();
+  if (pid_ == 0) {
+    if (Prepare(parent, output == Output::kInherit ? -1 : null, silent ? null : out[1],
+                silent ? null : err[1])) {
+      execve(words[0].c_str(), args.data(), environment.data());
+    }
+    const int why = errno;
+    (void)!write(failure[1], &why, sizeof(why));
+    _exit(127);
+  }
+  int failed = pid_ < 0 ? errno : 0;
+  for (int fd : {out[1], err[1], null, failure[1]}) {
+    if (fd >= 0) close(fd);
+  }
   out_.fd = out[0];
   err_.fd = err[0];
+  while (read(failure[0], &failed, sizeof(failed)) < 0 && errno == EINTR) {
+  }
+  close(failure[0]);
   if (failed) {
+    while (pid_ > 0 && waitpid(pid_, &status_, 0) < 0 && errno == EINTR) {
+    }
     pid_ = -1;
     CloseAll();
     throw Error(kRuntime,
                 fmt::format("{}: cannot be started: {}", command.program, strerror(failed)));
   }
   running_child = pid_;
+  if (interrupted) kill(pid_, SIGTERM);  // the signal came while there was no child to pass it to
 }
 
 Child::~Child() {

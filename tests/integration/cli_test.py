@@ -502,6 +502,19 @@ class Command(unittest.TestCase):
         process.terminate()
         self.assertEqual(process.wait(timeout=20), 1)
 
+    def test_what_a_full_disk_does_not_take_is_no_success(self):
+        for words in (["fit", "--memory", "1GiB"], ["inspect", "--json"]):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run(
+                    [SPARKV, *words, "-m", self.model],
+                    env=self.environment,
+                    stdout=full,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            self.assertEqual(done.returncode, 1)
+            self.assertRegex(done.stderr, r"^sparkv: stdout: .+\n$")
+
     def test_serve_listens_here_only_and_keeps_weights_beside_the_slots(self):
         self.run_sparkv("serve", "-m", self.model, "--slot-save-path", self.folder, "--fail")
         (call,) = self.calls()

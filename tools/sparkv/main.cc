@@ -3,6 +3,9 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -100,7 +103,11 @@ int Main(std::vector<std::string> words) {
 
 int main(int argc, char** argv) {
   try {
-    return sparkv::Main({argv + 1, argv + argc});
+    const int code = sparkv::Main({argv + 1, argv + argc});
+    // What a full disk has not taken must not look like success.
+    if (std::fflush(stdout) != 0)
+      throw sparkv::Error(sparkv::kRuntime, fmt::format("stdout: {}", std::strerror(errno)));
+    return code;
   } catch (const sparkv::Error& error) {
     fmt::print(stderr, "sparkv: {}\n", error.what());
     return error.code();

@@ -515,6 +515,17 @@ class Command(unittest.TestCase):
             self.assertEqual(done.returncode, 1)
             self.assertRegex(done.stderr, r"^sparkv: stdout: .+\n$")
 
+    def test_what_is_no_file_is_not_read_as_an_empty_one(self):
+        for what in (self.folder, "/dev/full"):
+            for code, words in (
+                (1, ["eval", "-m", self.model, "-f"]),
+                (1, ["eval", "-m", self.model, "--resume"]),
+                (1, ["report"]),
+                (2, ["run", "-m", self.model, "-p", "x", "--kv-calibration"]),
+            ):
+                with self.subTest(what=what, words=words):
+                    self.refuses(code, [str(what), "not a file"], *words, what)
+
     def test_serve_listens_here_only_and_keeps_weights_beside_the_slots(self):
         self.run_sparkv("serve", "-m", self.model, "--slot-save-path", self.folder, "--fail")
         (call,) = self.calls()
@@ -861,6 +872,21 @@ class Command(unittest.TestCase):
         self.assertEqual(more["results"][0]["tasks"], whole["results"][0]["tasks"])
         self.assertEqual(list(self.folder.glob("*.partial")), [])
 
+    def test_two_evaluations_may_fill_one_file(self):
+        file, words = self.resumable("--baselines", "f16", "--questions", "0")
+        self.succeeds(*words, OTHER_RUN=str(file))
+        names = ["balanced", "f16", "noise floor", "of another run"]
+        self.assertEqual(sorted(json.loads(file.read_text())["results"]), names)
+
+    def test_results_so_far_may_be_behind_a_link(self):
+        file, words = self.resumable("--baselines", "f16", "--questions", "0")
+        self.succeeds(*words)
+        file.rename(self.folder / "elsewhere.json")
+        file.symlink_to("elsewhere.json")
+        self.succeeds(*words, "--kv-preset", "exact")
+        self.assertTrue(file.is_symlink())
+        self.assertIn("exact", json.loads(file.read_text())["results"])
+
     def test_eval_never_mixes_results_of_other_settings(self):
         file, words = self.resumable("--baselines", "f16", "--kv-preset", "exact")
         self.succeeds(*words)
@@ -999,6 +1025,15 @@ class Command(unittest.TestCase):
         self.assertIn("layers 2-3 are left out", done.stderr)
         expected = calibration([(i, 3, 64) for i in range(4)], "llama ", "0-1:1.00")
         self.assertEqual(output.read_bytes(), expected)
+
+    def test_calibrate_knows_a_place_that_cannot_be_written_before_it_works(self):
+        for place in ("/no/folder/x", str(self.folder)):
+            words = ["calibrate", "-m", self.model, "-o", place]
+            self.refuses(1, [place, "cannot be written"], *words)
+        before = pathlib.Path(self.model).read_bytes()
+        self.refuses(2, ["-o", self.model], "calibrate", "-m", self.model, "-o", self.model)
+        self.assertEqual(pathlib.Path(self.model).read_bytes(), before)
+        self.assertEqual(self.calls(), [])
 
     def test_calibrate_without_a_measurement_writes_nothing(self):
         for parts in ([b"\0"], [calibration([(0, 3, 64)])[:-1]]):
@@ -1210,6 +1245,18 @@ class Command(unittest.TestCase):
         },
     }
 
+    def test_a_cache_that_breaks_is_kept_and_reported(self):
+        file, words = self.resumable("--baselines", "f16", "--kv-preset", "exact")
+        for _ in range(2):  # measured, and from the file
+            report = json.loads(self.succeeds(*words, BREAKS="exact", KL="nan"))
+            self.assertIsNone(report["results"][1]["mean_kld"])
+        self.assertIn("nan", self.succeeds(*[word for word in words if word != "--json"]))
+        page, table = self.folder / "r.html", self.folder / "r.csv"
+        results = self.write("eval.json", json.dumps(report))
+        self.succeeds("report", results, "-o", page, "--csv", table)
+        self.assertEqual(page.read_text().count("<circle"), 3)  # no place in the first plot
+        self.assertIn(",nan,", table.read_text())
+
     def test_report_draws_what_heads_lose(self):
         evaluation = json.loads(json.dumps(self.EVALUATION))
         evaluation["results"][2] |= self.HEADS
@@ -1308,6 +1355,9 @@ class Command(unittest.TestCase):
                 self.refuses(2, ["bad.json", *words], "report", results, "-o", page)
                 self.assertFalse(page.exists())
         self.refuses(1, ["/no/eval.json"], "report", "/no/eval.json", "-o", page)
+        good = self.write("good.json", json.dumps(self.EVALUATION))
+        self.refuses(1, ["/no/x.csv"], "report", good, "-o", page, "--csv", "/no/x.csv")
+        self.assertFalse(page.exists())
 
     def test_inspect_gives_the_bytes_of_every_layer(self):
         report = json.loads(

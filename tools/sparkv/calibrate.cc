@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <fstream>
 #include <memory>
 
 #include "divergence.h"
@@ -121,12 +122,24 @@ bool MeasureGroups(const Settings& settings, double floor, const TemporaryFolder
   return true;
 }
 
+// A model that was named by mistake would be lost.
+void RequireCalibrationOrNone(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  char magic[7] = "";
+  if (fs::is_regular_file(path) && file.read(magic, 1) &&
+      (!file.read(magic + 1, 6) || std::string(magic, 7) != "sparkvc")) {
+    throw Error(kUsage, fmt::format("-o: {} is there and holds no calibration", path));
+  }
+}
+
 int Calibrate(Settings settings) {
   RequireModel(settings.model);
   const ModelShape shape = ReadModelShape(settings.model);
   const std::string name = ModelName(shape);
   if (settings.output.empty())
     settings.output = fs::path(settings.model).replace_extension(".calibration").string();
+  RequirePlace(settings.output);
+  RequireCalibrationOrNone(settings.output);
   const std::string text = settings.text.empty() ? BuiltinText() : ReadFile(settings.text);
   const TemporaryFolder folder;
   WriteFile(folder.File("text.txt"), text);
@@ -152,7 +165,7 @@ int Calibrate(Settings settings) {
                      floor,
                      shape.Quantised() && !settings.requantize ? "; try --requantize-f32" : ""));
   }
-  WriteFile(settings.output, Join(parts, name, sensitivity));
+  ReplaceFile(settings.output, Join(parts, name, sensitivity));
 
   Json report = {{"model", name},
                  {"output", settings.output},

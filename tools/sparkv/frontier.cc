@@ -106,7 +106,8 @@ class Reader {
       row.ours = MakesPacked(row.cache);
       for (size_t c = 0; c < std::size(kColumns); ++c)
         row.numbers[c] = Number(json, at + "/" + kColumns[c].field);
-      if (row.bits() <= 0 || row.bits() > 64) Refuse(at + "/bits_per_element", "is not in 0..64");
+      if (!(row.bits() > 0 && row.bits() <= 64))
+        Refuse(at + "/bits_per_element", "is not in 0..64");
       for (const auto& task : out.tasks) {
         const double right = Number(json, at + "/tasks/" + task + "/right"),
                      asked = Number(json, at + "/tasks/" + task + "/asked");
@@ -141,6 +142,7 @@ class Reader {
   }
   double Number(const Json& json, const std::string& pointer) const {
     const Json& field = Field(json, pointer);
+    if (field.is_null()) return std::nan("");  // of a model that breaks
     if (!field.is_number()) Refuse(pointer, "is no number");
     return field;
   }
@@ -197,6 +199,7 @@ std::string Plot(const Evaluation& e, const std::string& title,
   }
   for (const Row& row : e.rows) {
     const double at = x(row.bits()), height_at = y(up(row));
+    if (!std::isfinite(height_at)) continue;
     out += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"5\" fill=\"{}\"/>\n", at, height_at,
                        row.ours ? kBlue : kSand);
     out += SvgText(at + 8, height_at + 4, row.cache);
@@ -333,8 +336,9 @@ int Report(const Settings& settings) {
   std::vector<std::pair<std::string, std::string>> files = {{settings.page, Page(evaluation)}};
   if (!settings.csv.empty()) files.emplace_back(settings.csv, Csv(evaluation));
   if (!settings.png.empty()) files.emplace_back(settings.png, Png(evaluation, settings.png));
+  for (const auto& [path, content] : files) RequirePlace(path);
   for (const auto& [path, content] : files) {
-    WriteFile(path, content);
+    ReplaceFile(path, content);
     fmt::print("{}\n", path);
   }
   return kOk;

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <cmath>
 #include <filesystem>
 
 #include "report.h"
@@ -47,9 +48,11 @@ PartialResults::PartialResults(const std::string& path, const Json& settings)
 Json PartialResults::Find(const std::string& name, const std::vector<std::string>& numbers) const {
   const Json& results = all_["results"];
   if (!results.contains(name)) return nullptr;
-  const Json& entry = results[name];
+  Json entry = results[name];
   for (const auto& number : numbers) {
     const Json::json_pointer pointer(number);
+    // How JSON keeps what is not a number, as with a model that breaks.
+    if (entry.contains(pointer) && entry[pointer].is_null()) entry[pointer] = std::nan("");
     if (!entry.contains(pointer) || !entry[pointer].is_number())
       Damaged(path_, fmt::format("'{}{}' is no number", name, number));
   }
@@ -57,17 +60,22 @@ Json PartialResults::Find(const std::string& name, const std::vector<std::string
 }
 
 void PartialResults::Add(const std::string& name, const Json& entry) {
+  if (!path_.empty()) {
+    // What another run of the same settings has added meanwhile stays.
+    std::error_code failed;
+    const Json now =
+        fs::is_regular_file(path_, failed) ? Json::parse(ReadFile(path_), nullptr, false) : Json();
+    if (now.is_object() && now.value("settings", Json()) == all_["settings"] &&
+        now.value("results", Json()).is_object())
+      all_["results"].update(now["results"]);
+  }
   all_["results"][name] = entry;
   Write();
 }
 
 void PartialResults::Write() const {
   if (path_.empty()) return;
-  const std::string written = path_ + ".partial";
-  WriteFile(written, all_.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
-  std::error_code failed;
-  fs::rename(written, path_, failed);
-  if (failed) throw Error(kRuntime, fmt::format("{}: {}", path_, failed.message()));
+  ReplaceFile(path_, all_.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
 std::string FileStamp(const std::string& path) {

@@ -5,12 +5,35 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <thread>
 
 namespace sparkv {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+// Devices and pipes are written to; a new file must never take their place.
+bool Replaceable(const std::string& path) {
+  std::error_code failed;
+  const fs::file_type type = fs::status(path, failed).type();
+  return type == fs::file_type::regular || type == fs::file_type::not_found;
+}
+
+// A link stays a link: what it names is replaced.
+std::string Target(const std::string& path) {
+  std::error_code failed;
+  const fs::path target = fs::weakly_canonical(path, failed);
+  return failed ? path : target.string();
+}
+
+}  // namespace
 
 void Note(const std::string& text) { fmt::print(stderr, "sparkv: {}\n", text); }
 
@@ -98,10 +121,15 @@ std::string Printable(std::string text) {
 }
 
 std::string ReadFile(const std::string& path) {
+  // A stream reads a directory as nothing, and some devices never end.
+  std::error_code failed;
+  const fs::file_type type = fs::status(path, failed).type();
+  if (type == fs::file_type::directory || type == fs::file_type::character)
+    throw Error(kRuntime, fmt::format("{}: cannot be read: not a file", path));
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
   text << file.rdbuf();
-  if (!file) throw Error(kRuntime, fmt::format("{}: cannot be read", path));
+  if (!file || text.bad()) throw Error(kRuntime, fmt::format("{}: cannot be read", path));
   return std::move(text).str();
 }
 
@@ -109,7 +137,33 @@ void WriteFile(const std::string& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary);
   file << text;
   file.close();
-  if (!file) throw Error(kRuntime, fmt::format("{}: cannot be written", path));
+  if (!file)
+    throw Error(kRuntime, fmt::format("{}: cannot be written: {}", path, std::strerror(errno)));
+}
+
+void ReplaceFile(const std::string& path, const std::string& text) {
+  if (!Replaceable(path)) return WriteFile(path, text);
+  const std::string target = Target(path), written = fmt::format("{}.{}.partial", target, getpid());
+  std::error_code failed;
+  try {
+    WriteFile(written, text);
+    fs::rename(written, target);
+  } catch (const std::exception&) {
+    const int why = errno;
+    fs::remove(written, failed);
+    throw Error(kRuntime, fmt::format("{}: cannot be written: {}", path, std::strerror(why)));
+  }
+}
+
+void RequirePlace(const std::string& path) {
+  std::error_code failed;
+  const std::string target = Target(path), folder = fs::path(target).parent_path();
+  if (fs::is_directory(path, failed))
+    errno = EISDIR;
+  else if ((!fs::exists(path, failed) || access(path.c_str(), W_OK) == 0) &&
+           (!Replaceable(path) || access(folder.empty() ? "." : folder.c_str(), W_OK) == 0))
+    return;
+  throw Error(kRuntime, fmt::format("{}: cannot be written: {}", path, std::strerror(errno)));
 }
 
 }  // namespace sparkv

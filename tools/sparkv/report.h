@@ -63,6 +63,10 @@ std::string Printable(std::string text);
 
 std::string ReadFile(const std::string& path);
 void WriteFile(const std::string& path, const std::string& text);
+// The file then holds the text, or, where that fails or this process is ended, what it held before.
+void ReplaceFile(const std::string& path, const std::string& text);
+// Throws where ReplaceFile would: known before the work whose outcome it is to hold.
+void RequirePlace(const std::string& path);
 
 }  // namespace sparkv
 

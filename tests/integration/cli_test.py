@@ -111,6 +111,7 @@ elif name == "llama-perplexity":
               "Same top p: %%s +- 0.1 %%%%" %% (kl, os.environ.get("TOP", "96.5") if packed else "96.5"))
 elif name == "llama-quantize":
     open(args[2], "wb").write(open(args[1], "rb").read())
+    sys.exit("no space left" if "DISK_FULL" in os.environ else 0)
 elif name == "llama-server" and "--port" in args:
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_): pass
@@ -953,6 +954,16 @@ class Command(unittest.TestCase):
             )
         names = [call["name"] for call in self.calls()]
         self.assertEqual(names.count("llama-quantize"), 1)
+
+    def test_weights_that_were_not_written_whole_are_not_kept(self):
+        model = self.write("quantised.gguf", gguf(changed("general.file_type", 3)))
+        words = ["check", "-m", model, "--requantize-f32"]
+        self.assertEqual(self.run_sparkv(*words, DISK_FULL="1").returncode, 1)
+        self.assertEqual(list((self.folder / "cache" / "sparkv").iterdir()), [])
+        self.succeeds(*words)
+        # Of two runs at once each writes a file of its own.
+        written = [c["args"][2] for c in self.calls() if c["name"] == "llama-quantize"]
+        self.assertEqual(len(set(written)), 2)
 
     def check(self, code, *args, **environment):
         done = self.run_sparkv("check", "-m", self.model, "--json", *args, **environment)

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -36,17 +37,23 @@ std::string RequantizedModel(const std::string& model) {
                            fs::file_size(model), written);
   if (fs::exists(target)) return target;
   Note(fmt::format("writing F32 weights to {}", target.string()));
-  const fs::path partial = target.string() + ".partial";
+  // Of this process alone: two runs may need the same weights at once.
+  const fs::path partial = fmt::format("{}.{}.partial", target.string(), getpid());
   Command command{FindProgram("llama-quantize"),
                   {"--allow-requantize", model, partial, "F32"},
                   ChildEnvironment(MakeCache("f16", {}), false)};
   Progress progress("llama-quantize");
-  RunToEnd(
-      command,
-      [&](const std::string& line) {
-        if (!line.empty()) progress.Update(line.substr(0, 70));
-      },
-      nullptr);
+  try {
+    RunToEnd(
+        command,
+        [&](const std::string& line) {
+          if (!line.empty()) progress.Update(line.substr(0, 70));
+        },
+        nullptr);
+  } catch (const Error&) {
+    fs::remove(partial, failed);
+    throw;
+  }
   fs::rename(partial, target, failed);
   if (failed) throw Error(kRuntime, fmt::format("{}: {}", target.string(), failed.message()));
   return target;

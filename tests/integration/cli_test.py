@@ -1497,6 +1497,13 @@ class Command(unittest.TestCase):
         self.assertRegex(text, r"\nf16 +- +less than 256 +- +-\n")
         self.assertNotIn("trained for", text)
 
+    def test_bytes_of_caches_that_evict_are_said_to_be_those_of_a_prompt(self):
+        words = ["-m", self.model, "--kv-evict", "snapkv:512"]
+        for command in (["fit", "--memory", "5MiB", "--kv-preset", "exact"], ["inspect"]):
+            done = self.run_sparkv(*command, *words)
+            self.assertEqual(done.returncode, 0)
+            self.assertIn("heads evict down to 512 tokens when it has ended", done.stderr)
+
     def test_fit_reads_sizes_and_refuses_what_is_none(self):
         for text, size in (
             ("4GiB", 2**32),

@@ -126,6 +126,7 @@ int Fit(Settings settings) {
                    {"context_length", model.context_length}}},
                  {"memory_bytes", memory},
                  {"caches", Json::array()}};
+  NoteEvictions(caches);
   const int64_t f16 = LongestContext(caches[0], model, memory);
   for (const Cache& cache : caches)
     report["caches"].push_back(Row(cache, model, LongestContext(cache, model, memory), f16));

@@ -99,6 +99,7 @@ int Layout(const Settings& settings) {
   const int64_t context =
       settings.context > 0 ? settings.context : std::max(1, model.context_length);
   cache = SolveBudget(std::move(cache), model, context);
+  NoteEvictions({cache});
 
   nlohmann::json report = {{"model",
                             {{"path", settings.model},
@@ -162,18 +163,19 @@ std::string DumpSaliency(const Settings& settings) {
 }
 
 int Saliency(const Settings& settings) {
-  const std::string data = settings.dump ? DumpSaliency(settings) : ReadFile(settings.saliency);
-  const std::string source = settings.dump ? "SPARKV_SALIENCY" : settings.saliency;
   const bool page = settings.output.ends_with(".html");
   if (!page && !settings.output.ends_with(".svg") && !settings.output.ends_with(".json")) {
     throw Error(kUsage,
                 fmt::format("-o: '{}' does not end in .svg, .html or .json", settings.output));
   }
+  RequirePlace(settings.output);
+  const std::string data = settings.dump ? DumpSaliency(settings) : ReadFile(settings.saliency);
+  const std::string source = settings.dump ? "SPARKV_SALIENCY" : settings.saliency;
   if (settings.output.ends_with(".json")) {
-    WriteFile(settings.output, data);
+    ReplaceFile(settings.output, data);
   } else {
     const std::string svg = DrawSaliency(data, source);
-    WriteFile(settings.output, page ? SaliencyPage(svg) : svg);
+    ReplaceFile(settings.output, page ? SaliencyPage(svg) : svg);
   }
   if (settings.json) {
     PrintJson({{"picture", settings.output}});

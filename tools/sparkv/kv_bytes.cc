@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <map>
-#include <vector>
 
 #include "report.h"
 
@@ -117,6 +116,14 @@ double PredictedBytes(const Cache& cache, const ModelShape& model, int64_t conte
     bytes += layer.kv_heads * (head + double(left) * (packed.key + packed.value) + table);
   }
   return bytes;
+}
+
+void NoteEvictions(const std::vector<Cache>& caches) {
+  for (const Cache& cache : caches) {
+    if (!cache.Evicts()) continue;
+    Note(fmt::format("{}: bytes of a whole prompt; heads evict down to {} tokens when it has ended",
+                     cache.name, cache.config.evict_tokens));
+  }
 }
 
 double Elements(const ModelShape& model, int64_t context) {

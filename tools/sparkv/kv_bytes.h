@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "gguf.h"
 #include "kv_options.h"
@@ -33,6 +34,8 @@ RowBytes BytesPerHead(const Cache& cache, const ModelShape& model, size_t layer)
 int64_t CellsOf(const LayerShape& layer, const ModelShape& model, int64_t context);
 // Never shrinks when `context` grows.
 double PredictedBytes(const Cache& cache, const ModelShape& model, int64_t context);
+// Says of caches that evict that the bytes are those of a prompt, of which nothing is evicted yet.
+void NoteEvictions(const std::vector<Cache>& caches);
 // Numbers that the cache stands for, keys and values; a double, as any context is allowed.
 double Elements(const ModelShape& model, int64_t context);
 

@@ -7,6 +7,7 @@ usage: cli_test.py path/to/sparkv
 import json
 import os
 import pathlib
+import shlex
 import signal
 import struct
 import subprocess
@@ -1128,6 +1129,13 @@ class Command(unittest.TestCase):
                 "--kv-preset exact",
             ],
         )
+
+    def test_check_proposes_words_that_a_shell_reads_as_they_are(self):
+        self.deep_model()
+        path = self.write("it's mine", calibration([(i, 3, 64) for i in range(30)], "llama "))
+        args = ["--kv-calibration", path]
+        report = self.check(1, *args, BREAKS="balanced $")
+        self.assertIn(path, shlex.split(report["proposal"]))
 
     def test_check_then_proposes_a_better_preset_as_it_is_meant(self):
         args = ["--kv-preset", "spark-0.9-i4", "--kv-recover", "zero", "--kv-threads", "1"]

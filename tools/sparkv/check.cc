@@ -41,10 +41,21 @@ struct Limits {
   double mean_kld = 0, top1 = 0;
 };
 
-// The options as a shell takes them; none of their values has a character that it would read.
+// A word as a shell takes it; only names of files have a character that it would read.
+std::string Quoted(const std::string& word) {
+  constexpr const char* kPlain =
+      "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-+=:,/";
+  if (!word.empty() && word.find_first_not_of(kPlain) == std::string::npos) return word;
+  std::string quoted = "'";
+  for (const char c : word) quoted += c == '\'' ? "'\\''" : std::string(1, c);
+  return quoted + "'";
+}
+
+// The options as a shell takes them.
 std::string Spelled(const KvOptions& options, const Cache& cache) {
   std::string words = "--kv-preset " + cache.name;
-  for (const auto& [key, value] : options.values) words += fmt::format(" --kv-{} {}", key, value);
+  for (const auto& [key, value] : options.values)
+    words += fmt::format(" --kv-{} {}", key, Quoted(value));
   return words;
 }
 

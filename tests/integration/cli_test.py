@@ -129,6 +129,8 @@ elif name == "llama-server" and "--port" in args:
                 return self.reply({"tokens": [ord(c) for c in body["content"]]})
             body["prompt"] = "".join(map(chr, body["prompt"]))
             tell({"name": self.path, **body})
+            if "SERVER_DIES" in os.environ:
+                os.kill(os.getpid(), signal.SIGKILL)
             answer = solve(body["prompt"])
             self.reply({"content": " x0" + answer if packed
                         else ' "' + answer.capitalize() + '".\n\nQuestion 2',
@@ -286,6 +288,7 @@ class Command(unittest.TestCase):
             (["--kv-preset"], ["check", "-m", self.model, "--kv-preset", "exact,spark-0.8"]),
             (["--kv-protect", "mid"], ["check", "-m", self.model, "--kv-protect", "mid:1"]),
             (["--ctx-size"], ["check", "-m", self.model, "--ctx-size", "512"]),
+            (["--chunks", "0"], ["eval", "-m", self.model, "--chunks", "0"]),
             (["--ask", "during"], ["eval", "-m", self.model, "--ask", "during"]),
             (["--baselines", "q9_9"], ["eval", "-m", self.model, "--baselines", "q9_9"]),
             (["'q8_0/q9_9'"], ["eval", "-m", self.model, "--baselines", "f16,q8_0/q9_9"]),
@@ -888,6 +891,17 @@ class Command(unittest.TestCase):
         self.succeeds(*words, "--kv-preset", "exact")
         self.assertTrue(file.is_symlink())
         self.assertIn("exact", json.loads(file.read_text())["results"])
+
+    def test_a_server_that_dies_is_told_by_its_signal(self):
+        done = self.run_sparkv("eval", "-m", self.model, "--baselines", "f16", SERVER_DIES="1")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("llama-server: ended by signal 9 (Killed)", done.stderr.splitlines()[-1])
+
+    def test_tasks_need_a_text_in_utf_8(self):
+        text = self.write("latin1.txt", "na\u00efve ".encode("latin-1") * 2000)
+        words = ["eval", "-m", self.model, "--baselines", "f16", "-f", text]
+        self.refuses(2, ["--file", text, "UTF-8"], *words)
+        self.succeeds(*words, "--questions", "0")
 
     def test_eval_never_mixes_results_of_other_settings(self):
         file, words = self.resumable("--baselines", "f16", "--kv-preset", "exact")

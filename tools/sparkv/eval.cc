@@ -60,6 +60,17 @@ std::vector<std::string> ServerArguments(const Settings& settings, size_t contex
   return args;
 }
 
+// Servers are asked in JSON.
+void RequireUtf8(const Task& task, const std::string& file) {
+  try {
+    (void)Json(task.text).dump();
+  } catch (const Json::exception&) {
+    throw Error(kUsage, fmt::format("--file: {} is not UTF-8, as '{}' needs it; --questions 0 asks "
+                                    "none",
+                                    file, task.name));
+  }
+}
+
 // Once for all caches: their servers then get a context that fits.
 std::vector<TokenTask> Tokenise(const Settings& settings, const std::vector<Task>& tasks, int limit,
                                 const TemporaryFolder& folder) {
@@ -275,6 +286,7 @@ Json ResumeSettings(const Settings& settings, const std::vector<Cache>& caches,
 
 int Eval(Settings settings) {
   settings.heads = true;
+  if (settings.chunks == 0) throw Error(kUsage, "--chunks: 0 reads nothing; -1: all");
   const std::vector<Cache> caches = MakeCaches(settings.baselines, settings.kv, true);
   RequireModel(settings.model);
   const TemporaryFolder folder;
@@ -282,6 +294,7 @@ int Eval(Settings settings) {
   WriteFile(folder.File("text.txt"), prose);
   const std::vector<Task> tasks =
       MakeTasks(settings.tasks, prose, settings.task_words, settings.questions, settings.seed);
+  for (const Task& task : tasks) RequireUtf8(task, settings.file);
   const ModelShape shape = ReadModelShape(settings.model);
   for (const Cache& cache : caches) CheckCalibration(cache, shape);
   LetHeadsEvict(caches, &settings);

@@ -71,13 +71,17 @@ Server::Server(const Cache& cache, const std::vector<std::string>& args, const s
   while (Request("GET /health", "").first != 200) {
     ThrowIfInterrupted();
     if (!child_.Running()) {
-      const std::string text = std::filesystem::exists(log_) ? ReadFile(log_) : "";
-      fmt::print(stderr, "{}", text.substr(text.size() - std::min<size_t>(text.size(), 4000)));
+      ShowLog();
       throw Error(kRuntime,
                   fmt::format("llama-server: ended before it was ready ({})", cache.name));
     }
     std::this_thread::sleep_for(50ms);
   }
+}
+
+void Server::ShowLog() const {
+  const std::string text = std::filesystem::exists(log_) ? ReadFile(log_) : "";
+  fmt::print(stderr, "{}", text.substr(text.size() - std::min<size_t>(text.size(), 4000)));
 }
 
 std::pair<int, std::string> Server::Request(const std::string& head, const std::string& body) {
@@ -114,6 +118,15 @@ std::pair<int, std::string> Server::Request(const std::string& head, const std::
 nlohmann::json Server::Post(const std::string& path, const nlohmann::json& body) {
   const auto [status, text] = Request("POST " + path, body.dump());
   auto json = nlohmann::json::parse(text, nullptr, false);
+  if (status == 0) {
+    using namespace std::chrono_literals;
+    // Its sockets close a moment before it has ended.
+    for (int i = 0; i < 20 && child_.Running(); ++i) std::this_thread::sleep_for(50ms);
+    if (!child_.Running()) {
+      ShowLog();
+      throw Error(kRuntime, Describe("llama-server", child_.Wait()) + " before it had answered");
+    }
+  }
   if (status != 200 || json.is_discarded()) {
     throw Error(kRuntime, fmt::format("llama-server: POST {} answered {}: {}", path, status,
                                       text.substr(0, 300)));

@@ -23,6 +23,8 @@ class Server {
  private:
   // Status and body; status 0 when nobody answers.
   std::pair<int, std::string> Request(const std::string& head, const std::string& body);
+  // The last lines of the server's log, to stderr.
+  void ShowLog() const;
 
   int port_;
   std::string log_;

@@ -77,7 +77,9 @@ Status CheckRecent(const sparkv_config& config) {
   std::vector<RecentStage> stages;
   if (Status s = ParseRecent(TextOf(config.recent), &stages); !s.ok()) return s;
   if (stages.empty() || TextOf(config.baseline).empty()) return Status::Ok();
-  return Status::Invalid("recent: goes with no baseline");
+  return Status::Invalid("baseline: " + Quote(TextOf(config.baseline)) +
+                         " goes with preset exact, not with recent " +
+                         std::string(TextOf(config.recent)));
 }
 
 }  // namespace sparkv

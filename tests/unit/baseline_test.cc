@@ -410,7 +410,8 @@ TEST(Baselines, NamesAndCombinationsAreChecked) {
   for (const auto& [key, value] :
        {std::pair("ratio", "0.5"), std::pair("kept", "i8"), std::pair("values", "q8"),
         std::pair("layers", "0=spark-0-i8"), std::pair("budget", "8bpe"),
-        std::pair("protect", "first:1"), std::pair("evict", "streamingllm:64")}) {
+        std::pair("protect", "first:1"), std::pair("evict", "streamingllm:64"),
+        std::pair("recent", "64:i8+q8")}) {
     config = before;
     ASSERT_EQ(sparkv_config_set(&config, key, value, &error), SPARKV_OK) << error.text;
     EXPECT_EQ(sparkv_cache_create(&config, &shape, &cache, &error), SPARKV_INVALID) << key;

@@ -412,7 +412,7 @@ void Buffer::LoadWeights() {
   }
   sparkv_error error = {};
   if (sparkv_cache_load_weights(cache_, bytes.data(), bytes.size(), &error) != SPARKV_OK) {
-    Log(LogLevel::kWarn, "%s is not used: %s", path.c_str(), error.text);
+    Log(LogLevel::kWarn, "%s is not used and will be replaced: %s", path.c_str(), error.text);
   }
 }
 
@@ -664,6 +664,8 @@ void ReportAllAtExit() {
     reports[buffer->id()] = report;
   }
   const Options& options = ThePlugin().options;
+  if (!options.saliency.empty() && !registry.has_picture && !reports.empty())
+    Log(LogLevel::kError, "SPARKV_SALIENCY: no cache has a layer %d", options.saliency_layer);
   if (options.stats.empty() || (!any_live && !reports.empty())) return;
   std::vector<CacheReport> list;
   for (const auto& [id, report] : reports) list.push_back(report);

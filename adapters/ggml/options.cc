@@ -111,6 +111,11 @@ std::string ReadOptions(Options* options) {
   options->stats = Env("STATS");
   options->weights = Env("WEIGHTS");
   options->calibrate = Env("CALIBRATE");
+  // Both are written at the end: a model that was named by mistake would be lost.
+  if (!MayReplace(options->weights, "sparkvw"))
+    return "SPARKV_WEIGHTS=" + options->weights + ": a file that holds no weights of sparkv";
+  if (!MayReplace(options->calibrate, "sparkvc"))
+    return "SPARKV_CALIBRATE=" + options->calibrate + ": a file that holds no calibration";
   ReadSaliency(options);
   const std::string calibration = Env("CALIBRATION");
   if (calibration.empty()) return "";

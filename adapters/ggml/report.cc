@@ -271,4 +271,15 @@ bool ReadFile(const std::string& path, std::string* bytes, std::string* reason) 
   return ok;
 }
 
+bool MayReplace(const std::string& path, const std::string& magic) {
+  struct stat found = {};
+  if (stat(path.c_str(), &found) != 0 || !S_ISREG(found.st_mode) || found.st_size == 0) return true;
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file < 0) return false;
+  std::string begin(magic.size(), '\0');
+  const ssize_t n = read(file, begin.data(), begin.size());
+  close(file);
+  return n == static_cast<ssize_t>(begin.size()) && begin == magic;
+}
+
 }  // namespace sparkv

@@ -38,5 +38,7 @@ std::string SaliencyJson(sparkv_cache* cache, int layer, int head, int head_dim)
 bool WriteFile(const std::string& path, const std::string& bytes);
 // False when the file does not exist or cannot be read; *reason is only set where it exists.
 bool ReadFile(const std::string& path, std::string* bytes, std::string* reason);
+// False where a file is there, is not empty and begins with something else than `magic`.
+bool MayReplace(const std::string& path, const std::string& magic);
 
 }  // namespace sparkv

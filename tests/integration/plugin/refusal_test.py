@@ -116,6 +116,13 @@ class Refused(unittest.TestCase):
         self.assertEqual(result.code, 0, result)  # the answer is worth more than the report
         self.assertIn("sparkv: error: cannot write /nonexistent/stats.json", result.err)
 
+    def test_a_layer_without_a_picture(self):
+        with tempfile.TemporaryDirectory() as folder:
+            result = complete("-fa", "on", SPARKV_SALIENCY=folder + "/picture:99:0")
+            self.assertEqual(result.code, 0, result)
+            self.assertIn("sparkv: error: SPARKV_SALIENCY: no cache has a layer 99", result.err)
+            self.assertEqual(os.listdir(folder), [])
+
     def test_files_that_are_no_files(self):
         with tempfile.TemporaryDirectory() as folder:
             folder = pathlib.Path(folder)
@@ -133,6 +140,15 @@ class Refused(unittest.TestCase):
             self.assertIn("bits_per_element", json.loads((folder / "real").read_text()))
             self.assertTrue((folder / "pipe").is_fifo())
             self.assertIn("bits_per_element", json.loads(reader.communicate(timeout=60)[0]))
+
+    def test_files_of_others_are_not_replaced(self):
+        with tempfile.TemporaryDirectory() as folder:
+            other = pathlib.Path(folder) / "model.gguf"
+            other.write_bytes(b"GGUF, or whatever was named by mistake")
+            for name in ("SPARKV_WEIGHTS", "SPARKV_CALIBRATE"):
+                result = complete("-fa", "on", **{name: str(other)})
+                self.check(result, f"{name}={other}: a file that holds no")
+            self.assertTrue(other.read_bytes().startswith(b"GGUF, or"))
 
     def check_model(self, model):
         """llama.cpp ends before its log thread has written the last lines, every other time."""

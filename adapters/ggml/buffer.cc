@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <new>
 
@@ -416,10 +417,19 @@ void Buffer::LoadWeights() {
   }
 }
 
+void Buffer::SaveWeights() {
+  const Options& options = ThePlugin().options;
+  if (options.weights.empty() || weights_saved_) return;
+  weights_saved_ = true;
+  std::string bytes = WeightsOf(cache_);
+  const size_t hash = std::hash<std::string>()(bytes);
+  if (hash == weights_hash_) return;
+  if (WriteFile(FileOfSlot(options.weights, weights_slot_), bytes)) weights_hash_ = hash;
+}
+
 void Buffer::SaveFiles() {
   const Options& options = ThePlugin().options;
-  if (!options.weights.empty())
-    WriteFile(FileOfSlot(options.weights, weights_slot_), WeightsOf(cache_));
+  SaveWeights();
   if (!options.calibrate.empty()) {
     const std::string bytes = Saved(cache_, sparkv_cache_save_calibration);
     // A cache that saw no token leaves a file of before alone: nobody could read what it would
@@ -498,6 +508,8 @@ void Buffer::Read(const KvTensor& tensor, size_t begin, size_t size, uint8_t* by
     std::memset(bytes, 0, size);
     return;
   }
+  // Who reads a state may keep it for another process, however this one ends.
+  SaveWeights();
   const size_t row = tensor.row_bytes;
   const size_t first = begin / row;
   const size_t n = (begin + size + row - 1) / row - first;

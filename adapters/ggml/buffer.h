@@ -66,6 +66,8 @@ class Buffer {
   void Break(const std::string& reason);
   void SetThreads(int n_threads);
   void WarnUnknownRows();
+  // There may be weights that no file has.
+  void Computed() { weights_saved_ = false; }
   // At the end of the process, for a cache that its host never freed.
   bool ReportAtExit(CacheReport* report);
   int id() const { return id_; }
@@ -87,6 +89,7 @@ class Buffer {
   bool SolveBudget(sparkv_config* config, std::string* reason);
   bool Calibrate(std::string* reason);
   void LoadWeights();
+  void SaveWeights();
   CacheReport Report() const;
   void SaveFiles();
   std::vector<sparkv_layer_shape> Shapes() const;
@@ -105,6 +108,8 @@ class Buffer {
   int n_threads_ = 0;
   sparkv_team team_ = nullptr;
   int64_t unknown_rows_ = 0;
+  bool weights_saved_ = false;
+  size_t weights_hash_ = 0;
   std::atomic<bool> refused_{false};
   bool broken_ = false;
   bool pictured_ = false;

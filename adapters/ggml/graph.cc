@@ -312,6 +312,7 @@ ggml_status ComputeNode(const Backend& backend, const ggml_tensor* op) {
   } else {
     reason = Check(op);
   }
+  buffer.Computed();
   if (reason.empty()) return GGML_STATUS_SUCCESS;
   buffer.Break(Describe(op, reason));
   return GGML_STATUS_FAILED;

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """llama-server: slots together and alone, saved, restored, shifted, swapped out, cut off."""
 import json
+import pathlib
 import tempfile
 import threading
 import unittest
@@ -144,6 +145,15 @@ class State(Case):
             self.assertEqual(self.resume(server, 1).parts_from(expected, tie=1.5), "")
             self.assertRegex(server.log(), "sparkv: warning: [0-9]+ restored rows stay dense")
             self.assertStops(server)
+        (pathlib.Path(self.folder) / "weights").unlink()
+        with self.serve() as server:
+            Answer(server, self.PROMPT, id_slot=0)
+            server.post("/slots/0?action=save", filename="slot")
+            server.process.kill()
+            server.process.wait()
+        with self.subTest("in a fresh process after one that was killed"), self.serve() as server:
+            self.resume(server, 1)
+            self.assertNotIn("restored rows", server.log())
 
     def test_conversations_that_take_turns_on_one_slot_come_back_packed(self):
         prompts = [text(1500 * i, 600) for i in range(12)]

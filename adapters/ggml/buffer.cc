@@ -288,7 +288,7 @@ struct Buffer::Shape {
 
 // A budget is for all caches of a model together: whichever is made first solves it for both.
 bool Buffer::SolveBudget(sparkv_config* config, std::string* reason) {
-  if (budget_layers_.empty()) {
+  if (!budgeted_) {
     Registry& registry = TheRegistry();
     const std::lock_guard lock(registry.mutex);
     std::vector<Buffer*> partners = registry.live;
@@ -317,16 +317,15 @@ bool Buffer::SolveBudget(sparkv_config* config, std::string* reason) {
       *reason = error.text;
       return false;
     }
-    Log(LogLevel::kInfo, "budget %s: layers %s", config->budget, solved.layers);
-    budget_layers_ = solved.layers;
-    for (Buffer* partner : partners) partner->budget_layers_ = budget_layers_;
+    std::string stages;
+    if (std::strcmp(solved.recent, config->recent) != 0)
+      stages =
+          std::string("; stages given up, recent ") + (*solved.recent ? solved.recent : "none");
+    Log(LogLevel::kInfo, "budget %s: layers %s%s", config->budget, solved.layers, stages.c_str());
+    budgeted_ = solved;
+    for (Buffer* partner : partners) partner->budgeted_ = solved;
   }
-  sparkv_error error = {};
-  config->budget[0] = '\0';
-  if (sparkv_config_set(config, "layers", budget_layers_.c_str(), &error) != SPARKV_OK) {
-    *reason = error.text;
-    return false;
-  }
+  *config = *budgeted_;
   return true;
 }
 
@@ -451,7 +450,7 @@ void Buffer::SaveFiles() {
 }
 
 CacheReport Buffer::Report() const {
-  CacheReport report = MakeReport(cache_, Shapes(), budget_layers_);
+  CacheReport report = MakeReport(cache_, Shapes(), budgeted_ ? budgeted_->layers : "");
   for (size_t i = 0; i < layers_.size() && ThePlugin().options.errors; ++i) {
     const LayerErrors errors =
         ErrorsOf(cache_, static_cast<int>(i), layers_[i]->il, layers_[i]->shape.n_kv_heads);

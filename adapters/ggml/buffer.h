@@ -7,6 +7,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -102,8 +103,8 @@ class Buffer {
   int64_t cells_ = 0;
   int64_t n_streams_ = 0;
   sparkv_cache* cache_ = nullptr;
-  std::string budget_layers_;  // what a budget chose for this cache and its partner
-  int id_ = 0;                 // of the cache, in order of creation
+  std::optional<sparkv_config> budgeted_;  // what a budget chose for this cache and its partner
+  int id_ = 0;                             // of the cache, in order of creation
   int weights_slot_ = 0;
   int n_threads_ = 0;
   sparkv_team team_ = nullptr;

@@ -78,6 +78,14 @@ class Memory(unittest.TestCase):
         self.assertLess(ours.stats["bits_per_element"], 5.5 + 12 * empty + 0.1)
         self.assertGreater(ours.stats["bits_per_element"], 5.3)
 
+    def test_a_budget_gives_up_stages_where_they_take_more(self):
+        cells = -(-self.ours.stats["tokens"] // 256) * 256
+        ours = self.complete(cells, "-fa", "on", SPARKV_BUDGET="2.6bpe")
+        self.assertEqual(ours.code, 0, ours)
+        self.assertIn("; stages given up, recent 128:i8+q8\n", ours.err)
+        empty = 100 / ours.stats["tokens"] - 100 / cells
+        self.assertLess(ours.stats["bits_per_element"], 2.6 + 12 * empty + 0.1)
+
     def test_layers_of_their_own_take_the_bytes_of_their_own_rows(self):
         ours = self.complete(CELLS, "-fa", "on", SPARKV_LAYERS="3=exact,10-19=spark-0.5-i8",
                              SPARKV_PROTECT="first:2,last:1", **PACKED)

@@ -144,13 +144,13 @@ std::string FindIsa(const Options& options, std::string* isa) {
   shape.cells_per_stream = 1;
   shape.n_streams = 1;
   sparkv_config config = options.config;
-  config.budget[0] = '\0';  // of a real cache
+  if (config.baseline[0] == '\0') config.budget[0] = '\0';  // of a real cache; codecs have none
   sparkv_cache* cache = nullptr;
   sparkv_error error = {};
   if (sparkv_cache_create(&config, &shape, &cache, &error) != SPARKV_OK) {
-    // Only the wish for an instruction set can fail on one machine and not on another.
     const char* simd = std::getenv("SPARKV_SIMD");
-    return simd ? std::string("SPARKV_SIMD=") + simd + ": " + error.text : error.text;
+    const bool at_fault = std::strncmp(error.text, "simd", 4) == 0;
+    return at_fault && simd ? std::string("SPARKV_SIMD=") + simd + ": " + error.text : error.text;
   }
   *isa = sparkv_cache_isa(cache);
   sparkv_cache_free(cache);

@@ -59,6 +59,15 @@ class Refused(unittest.TestCase):
                 # Of an unknown variable the name alone is at fault.
                 self.check(result, name if name == "SPARKV_FOO" else f"{name}={value}")
 
+    def test_settings_that_do_not_go_together(self):
+        for words, variables in (
+            ('evict: 1 tokens are not above', {"SPARKV_EVICT": "snapkv:1", "SPARKV_SIMD": "auto"}),
+            ('baseline: "kivi-2" goes with', {"SPARKV_BASELINE": "kivi-2"}),
+            ('baseline: "kivi-2" goes with', {"SPARKV_BASELINE": "kivi-2", "SPARKV_BUDGET": "5bpe",
+                                              "SPARKV_PRESET": "exact"})):
+            with self.subTest(**variables):
+                self.check(complete("-fa", "on", **variables), "sparkv: error: " + words)
+
     def test_a_layer_that_the_model_does_not_have(self):
         self.check(complete("-fa", "on", SPARKV_LAYERS="29-40=exact,30=exact"),
                    "layers: 30 is none of the model's 30 layers")

@@ -96,7 +96,10 @@ class AttendSide : public Side {
     const sparkv_config config = MakeConfig(c);
     const int64_t recent =
         int64_t{c.sequences} * std::min(c.tokens, OldestRecent(config) + config.sinks);
-    if (memory.tokens - memory.sealed != recent)
+    // Tokens that are packed together are as old as the first of them.
+    const int64_t more = int64_t{c.sequences} * (kTogether - 1);
+    const int64_t left = memory.tokens - memory.sealed;
+    if (left > recent || left < recent - more)
       Fail(1, c.side + ": " + std::to_string(memory.sealed) + " of " +
                   std::to_string(memory.tokens) + " rows are packed, all but " +
                   std::to_string(recent) + " should be");

@@ -206,13 +206,13 @@ INSTANTIATE_TEST_SUITE_P(Presets, Lossy,
 
 TEST_P(Lossy, WithoutWeightsPackedRowsStayAsTheyWereReadAndAreCounted) {
   Host usual(Small()), host(Small());
-  constexpr int kSaved = 102;  // the next token packs one at most, not four
+  constexpr int kSaved = 103;  // the next token packs one at most, not four
   usual.Feed(0, 1, 0, kSaved, {kSaved});
   const Saved saved = Save(usual, 0, kSaved);
   Load(host, saved, 0);
   Hold(host, 0, 1, kSaved, 0);
   // The first answer is over the same rows, as f16.
-  EXPECT_TRUE(Near(host.Feed(0, 1, kSaved, 1, {1}), usual.Feed(0, 1, kSaved, 1, {1}), 1e-1));
+  EXPECT_TRUE(Near(host.Feed(0, 1, kSaved, 1, {1}), usual.Feed(0, 1, kSaved, 1, {1}), 5e-2));
   // Those of a stage are not known by their values, and lose more when they are packed.
   const std::vector<RecentStage> stages = RecentStages(host.config);
   const int64_t packed = kSaved - 4 - (stages.empty() ? 16 : stages.back().until);

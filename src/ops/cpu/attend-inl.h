@@ -241,13 +241,19 @@ inline void InParts(int n_rows, Body&& body, int row = 0) {
   if constexpr (kMost > 1) InParts<kMost - 1>(n_rows, body, row);
 }
 
+// What some of the query rows row .. row + n - 1 see.
+inline uint64_t SeenBy(const QueryBlock& block, int row, int n, const uint64_t* visible) {
+  uint64_t any = 0;
+  for (int t = row / block.group, end = (row + n - 1) / block.group; t <= end; ++t)
+    any |= visible[t];
+  return any;
+}
+
 template <int R>
 inline void AttendRows(const QueryBlock& block, int row, const uint64_t* visible,
                        const uint16_t* const* mask, const Scratch& scratch, int first_row,
                        int end_row, const AttentionState& state) {
-  uint64_t any = 0;
-  for (int r = 0; r < R; ++r) any |= visible[(row + r) / block.group];
-  if (any == 0) return;
+  if (SeenBy(block, row, R, visible) == 0) return;
   float correction[R];
   ScoreKernel<R>(block.q + size_t(row) * block.q_stride, block.q_stride, block.k_dim,
                  scratch.key_cols, scratch.score);

@@ -883,9 +883,7 @@ template <int R, typename Keys>
 inline void ByteRows(const KeyLayout& key, const QueryBlock& block, int row, const Keys& keys,
                      const TileValues& values, const uint64_t* visible, const uint16_t* const* mask,
                      const Scratch& scratch, const AttentionState& state) {
-  uint64_t any = 0;
-  for (int t = row / block.group, end = (row + R - 1) / block.group; t <= end; ++t)
-    any |= visible[t];
+  const uint64_t any = SeenBy(block, row, R, visible);
   if (any == 0) return;
   ByteScores<R>(key, row, keys, any, scratch);
   float correction[R];

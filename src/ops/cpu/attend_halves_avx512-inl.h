@@ -103,7 +103,6 @@ inline void HalfRows(const QueryBlock& block, int row, const DenseTile& tile, ui
   std::copy_n(before[0], R, state.m + row);
   std::copy_n(before[1], R, state.d + row);
   UnpackHalves(block, tile, scratch);
-  Transpose(scratch.key_rows, int(PadTo16(block.k_dim)), scratch.key_cols);
   AttendRows<R>(block, row, visible, mask, scratch, std::countr_zero(tile.rows),
                 64 - std::countl_zero(tile.rows), state);
 }
@@ -114,9 +113,7 @@ inline void AttendHalves(const QueryBlock& block, const DenseTile& tile, const u
                          const uint16_t* const* mask, const Scratch& scratch,
                          const AttentionState& state, Prefetch&& prefetch) {
   InParts<4>(block.n_rows, [&](int row, auto n) {
-    uint64_t any = 0;
-    for (int t = row / block.group, end = (row + n - 1) / block.group; t <= end; ++t)
-      any |= visible[t];
+    const uint64_t any = SeenBy(block, row, n, visible);
     if (any == 0) return;
     HalfRows<n()>(block, row, tile, any & tile.rows, visible, mask, scratch, state,
                   [&](int t, int half) {

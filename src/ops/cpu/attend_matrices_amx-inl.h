@@ -304,11 +304,7 @@ inline void AttendOperands(const QueryBlock& block, const Operands& operands, ui
   Amx amx;
   const size_t o_stride = size_t(block.o_stride);
   MatrixGroup groups[2];
-  const auto sees = [&](int row, int n) {
-    uint64_t any = 0;
-    for (int t = row / block.group; t <= (row + n - 1) / block.group; ++t) any |= visible[t];
-    return any != 0;
-  };
+  const auto sees = [&](int row, int n) { return SeenBy(block, row, n, visible) != 0; };
   // The scores of the next group are multiplied while weights of this one are made.
   const auto scores = [&](int row) {
     const int n = std::min(16, block.n_rows - row);

@@ -348,7 +348,8 @@ TEST_P(OneAnswer, IsNearlyTheSameOnEveryInstructionSetAndHasTheSameRows) {
       first = answers;
       rows = all;
     }
-    EXPECT_TRUE(Near(answers, first, kSums)) << simd;
+    // AMX multiplies numbers of two bf16.
+    EXPECT_TRUE(Near(answers, first, std::strcmp(simd, "amx") == 0 ? 2 * kSums : kSums)) << simd;
     EXPECT_EQ(all, rows) << simd;
   }
 }

@@ -570,93 +570,131 @@ void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes*
       });
 }
 
-// 2^x for x <= 0, to 1e-7; below -126 it gives 2^-126. NaN stays NaN.
+// 2^x for x <= 0, to 2e-7; below -126 zero. NaN stays NaN.
 inline __m512 Exp2(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(1.3264701e-3f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6715149e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5507339e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022243e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314700e-1f));
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+  __m512 p = _mm512_set1_ps(1.8671300e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.0170300e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5799910e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4016445e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9315131e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, n);
+  return _mm512_maskz_scalef_ps(normal, p, x);
 }
 
 // Lane r: of all lanes of x[r], by op.
 template <int R, typename Op>
-inline __m128 ReduceRows(const __m512 (&x)[R], Op&& op) {
-  static_assert(R <= 4);
-  const auto pair = [&](int a, int b) {
-    const __m512 y = x[a < R ? a : R - 1], z = x[b < R ? b : R - 1];
-    return _mm512_castps_pd(op(_mm512_unpacklo_ps(y, z), _mm512_unpackhi_ps(y, z)));
+[[gnu::always_inline]] inline __m512 ReduceRows(const __m512 (&x)[R], Op&& op) {
+  static_assert(R <= 4 || R == 16);
+  // Lane 4 b + i: of block b of row `first` + i.
+  const auto four = [&](int first) __attribute__((always_inline)) {
+    const auto pair = [&](int a, int b) __attribute__((always_inline)) {
+      const __m512 y = x[a < R ? a : R - 1], z = x[b < R ? b : R - 1];
+      return _mm512_castps_pd(op(_mm512_unpacklo_ps(y, z), _mm512_unpackhi_ps(y, z)));
+    };
+    const __m512d low = pair(first, first + 1), high = pair(first + 2, first + 3);
+    return op(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+              _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
   };
-  const __m512d first = pair(0, 1), second = pair(2, 3);
-  const __m512 rows = op(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
-                         _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
-  const __m256 half = op(_mm512_castps512_ps256(rows), _mm512_extractf32x8_ps(rows, 1));
-  return op(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  // Blocks 0 and 1, 2 and 3 of a, then of b, by op.
+  const auto blocks = [&](__m512 a, __m512 b) __attribute__((always_inline)) {
+    return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  if constexpr (R == 16) {
+    return blocks(blocks(four(0), four(4)), blocks(four(8), four(12)));
+  } else {
+    const __m512 rows = blocks(four(0), four(0));
+    return blocks(rows, rows);
+  }
 }
 constexpr auto kLargest = [](auto a, auto b) { return a > b ? a : b; };
 constexpr auto kSum = [](auto a, auto b) { return a + b; };
 
-// Scores [R][64] of query rows row .. row + R - 1 -> weights e^(s - m), zeros for what a row does
-// not see; correction [R]: what the sums so far have to be multiplied with. Returns whether a row
-// is heavy: has a token with more than an eighth of d, the sum of all its weights so far.
+// Scores [R][64] of query rows row .. row + n - 1 -> calls emit(r, weights e^(s - m) [4 vectors]),
+// zeros for what a row does not see; correction [R]: what the sums so far have to be multiplied
+// with. Returns whether a row is heavy: has a token with more than an eighth of d, the sum of all
+// its weights so far.
+template <int R, typename Emit>
+[[gnu::always_inline]] inline bool RowWeights(const QueryBlock& block, int row, int n,
+                                              const uint64_t* visible, const uint16_t* const* mask,
+                                              float* score, const AttentionState& state,
+                                              float* correction, Emit&& emit) {
+  const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  alignas(64) float scale[16] = {};
+  __m512 largest[R];
+  int token = row / block.group, g = row % block.group;
+  const auto multiply = [&](int r) {
+    for (int t = 0; t < kTile; ++t) score[r * kTile + t] *= scale[r];
+    scale[r] = 1.0f;
+  };
+  Unroll<R>([&](auto r) __attribute__((always_inline)) {
+    largest[r] = hidden;
+    if (r >= n) return;
+    const uint64_t seen = visible[token];
+    float* s = score + r * kTile;
+    scale[r] = PlainScores(block, g, seen, mask != nullptr ? mask[token] : nullptr, s);
+    // The largest would be another, or a hidden score no number.
+    if (!(scale[r] > 0.0f)) multiply(r);
+    if (seen != ~uint64_t{0}) {
+      for (int k = 0; k < 4; ++k)
+        _mm512_mask_storeu_ps(s + 16 * k, __mmask16(~seen >> (16 * k)), hidden);
+    }
+    // A score that is no number does not count.
+    Unroll<4>([&](auto k) __attribute__((always_inline)) {
+      largest[r] = _mm512_max_ps(_mm512_loadu_ps(s + 16 * k), largest[r]);
+    });
+    if (++g == block.group) g = 0, ++token;
+  });
+  const __mmask16 lanes = __mmask16((1u << n) - 1);
+  const __m512 log2e = _mm512_set1_ps(1.44269504f), scales = _mm512_load_ps(scale);
+  const __m512 tile_top = _mm512_mul_ps(ReduceRows(largest, kLargest), scales);
+  const __m512 before = _mm512_maskz_loadu_ps(lanes, state.m + row);
+  const __m512 top = _mm512_max_ps(tile_top, before);
+  _mm512_mask_storeu_ps(state.m + row, lanes, top);
+  // What scores are taken from: where nothing was seen yet zero, and no weight inf - inf.
+  const __m512 from = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(top, hidden, _CMP_NEQ_UQ), top);
+  alignas(64) float tops[16];
+  _mm512_store_ps(tops, from);
+  // What rounding took from the largest would count.
+  if (_mm512_cmp_ps_mask(_mm512_abs_ps(from), _mm512_set1_ps(1e6f), _CMP_GT_OQ) != 0) [[unlikely]] {
+    for (int r = 0; r < n; ++r) multiply(r);
+  }
+  const auto weight = [&](__m512 above) { return Exp2(_mm512_mul_ps(above, log2e)); };
+  const __m512 change =
+      _mm512_mask_mov_ps(weight(_mm512_sub_ps(before, from)),
+                         _mm512_cmp_ps_mask(before, top, _CMP_EQ_OQ), _mm512_set1_ps(1.0f));
+  _mm512_mask_storeu_ps(correction, lanes, change);
+  __m512 sum[R];
+  Unroll<R>([&](auto r) __attribute__((always_inline)) {
+    sum[r] = _mm512_setzero_ps();
+    if (r >= n) return;
+    __m512 p[4];
+    Unroll<4>([&](auto k) __attribute__((always_inline)) {
+      p[k] = weight(_mm512_fmsub_ps(_mm512_loadu_ps(score + r * kTile + 16 * k),
+                                    _mm512_set1_ps(scale[r]), _mm512_set1_ps(tops[r])));
+      sum[r] = _mm512_add_ps(sum[r], p[k]);
+    });
+    emit(r, p);
+  });
+  const __m512 d =
+      _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, state.d + row), change, ReduceRows(sum, kSum));
+  _mm512_mask_storeu_ps(state.d + row, lanes, d);
+  const __m512 heaviest = weight(_mm512_sub_ps(tile_top, from));
+  return _mm512_mask_cmp_ps_mask(lanes, _mm512_mul_ps(heaviest, _mm512_set1_ps(8.0f)), d,
+                                 _CMP_GT_OQ) != 0;
+}
+
+// For few rows: their weights are kept.
 template <int R>
 inline bool RowWeights(const QueryBlock& block, int row, const uint64_t* visible,
                        const uint16_t* const* mask, float* score, const AttentionState& state,
                        __m512 (&p)[R][4], float* correction) {
-  const __m512 hidden = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  uint64_t seen[R];
-  __m512 largest[R];
-  int token = row / block.group, g = row % block.group;
-  Unroll<R>([&](auto r) __attribute__((always_inline)) {
-    seen[r] = visible[token];
-    const float scale =
-        PlainScores(block, g, seen[r], mask != nullptr ? mask[token] : nullptr, score + r * kTile);
-    largest[r] = hidden;
-    Unroll<4>([&](auto k) __attribute__((always_inline)) {
-      p[r][k] =
-          _mm512_mask_mul_ps(hidden, __mmask16(seen[r] >> (16 * k)),
-                             _mm512_loadu_ps(score + r * kTile + 16 * k), _mm512_set1_ps(scale));
-      // A score that is no number does not count.
-      largest[r] = _mm512_max_ps(p[r][k], largest[r]);
-    });
-    if (++g == block.group) g = 0, ++token;
-  });
-  constexpr __mmask8 kLanes = (1 << R) - 1;
-  const __m128 tile_top = ReduceRows(largest, kLargest);
-  const __m128 before = _mm_maskz_loadu_ps(kLanes, state.m + row);
-  const __m128 top = _mm_max_ps(tile_top, before);
-  _mm_mask_storeu_ps(state.m + row, kLanes, top);
-  const __m512 log2e = _mm512_set1_ps(1.44269504f);
-  // e^(before - top), and the largest weights behind it.
-  const __m256 both = _mm512_castps512_ps256(
-      Exp2(_mm512_mul_ps(_mm512_castps256_ps512(_mm256_sub_ps(_mm256_set_m128(tile_top, before),
-                                                              _mm256_set_m128(top, top))),
-                         log2e)));
-  const __m128 change = _mm_mask_mov_ps(
-      _mm256_castps256_ps128(both), _mm_cmp_ps_mask(before, top, _CMP_EQ_OQ), _mm_set1_ps(1.0f));
-  _mm_mask_storeu_ps(correction, kLanes, change);
-  alignas(16) float tops[4];
-  _mm_store_ps(tops, top);
-  __m512 sum[R];
-  Unroll<R>([&](auto r) __attribute__((always_inline)) {
-    sum[r] = _mm512_setzero_ps();
-    Unroll<4>([&](auto k) __attribute__((always_inline)) {
-      const __m512 x = _mm512_mul_ps(_mm512_sub_ps(p[r][k], _mm512_set1_ps(tops[r])), log2e);
-      p[r][k] = _mm512_maskz_mov_ps(__mmask16(seen[r] >> (16 * k)), Exp2(x));
-      sum[r] = _mm512_add_ps(sum[r], p[r][k]);
-    });
-  });
-  const __m128 d =
-      _mm_fmadd_ps(_mm_maskz_loadu_ps(kLanes, state.d + row), change, ReduceRows(sum, kSum));
-  _mm_mask_storeu_ps(state.d + row, kLanes, d);
-  return (_mm_cmp_ps_mask(_mm_mul_ps(_mm256_extractf128_ps(both, 1), _mm_set1_ps(8.0f)), d,
-                          _CMP_GT_OQ) &
-          kLanes) != 0;
+  return RowWeights<R>(
+      block, row, R, visible, mask, score, state,
+      correction, [&](auto r, const __m512(&x)[4]) __attribute__((always_inline)) {
+        Unroll<4>([&](auto k) { p[r][k] = x[k]; });
+      });
 }
 
 // Softmax weights of a row times the scales of the value rows: weight = factor * number, a number
@@ -685,7 +723,7 @@ inline void SplitWeights(__m512 (&p)[R][4], const float* unit, const float* d, b
       largest[r] = _mm512_max_ps(largest[r], p[r][k]);
     });
   });
-  const __m128 most = ReduceRows(largest, kLargest);
+  const __m128 most = _mm512_castps512_ps128(ReduceRows(largest, kLargest));
   const __mmask8 any = _mm_cmp_ps_mask(most, _mm_set1_ps(1e-30f), _CMP_GT_OQ);
   alignas(16) float factor[4], inverse[4];
   // A sum that is no number makes the factor none.

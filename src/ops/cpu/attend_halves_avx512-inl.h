@@ -36,7 +36,9 @@ inline void HalfScores(const QueryBlock& block, int row, const DenseTile& tile, 
         Unroll<4>([&](auto i) { sum[r][i] = _mm512_fmadd_ps(x, k[i], sum[r][i]); });
       });
     }
-    Unroll<R>([&](auto r) { _mm_storeu_ps(score + r * kTile + t, ReduceRows(sum[r], kSum)); });
+    Unroll<R>([&](auto r) {
+      _mm_storeu_ps(score + r * kTile + t, _mm512_castps512_ps128(ReduceRows(sum[r], kSum)));
+    });
   }
 }
 

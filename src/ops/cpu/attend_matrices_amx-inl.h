@@ -1,7 +1,7 @@
 // AMX: attention for many query rows as products of matrices of bf16. Included inside
 // attend_avx512.cc, behind the bytes, whose ways to unpack it shares.
 //
-// A float is two bf16, hi + lo, off by 2^-18 of itself at most; a product is hi hi + hi lo + lo hi,
+// A float is two bf16, hi + lo, off by 2^-17 of itself at most; a product is hi hi + hi lo + lo hi,
 // summed in float. Rows of a tile become operands once for all queries; 16 query rows go together:
 //   score [16 queries][64 tokens] = queries [16][channels] . keys [channels][64]
 //   o [16 queries][channels] += weights [16][64 tokens] . values [64][channels]
@@ -83,7 +83,8 @@ inline void PrepareMatrixQueries(const KeyLayout& layout, const float* table,
   }
 }
 
-// A tile's rows as operands. Pairs of bf16 that are multiplied together lie in one lane.
+// A tile's rows as operands. Pairs of bf16 that are multiplied together lie in one lane: two
+// channels of a key; values of tokens 16 apart, so that weights need not change lanes.
 struct Operands {
   size_t chunks, blocks;          // of 32 channels of keys, of 16 channels of values
   __m512i* key;                   // [run][chunk][hi, lo][16 pairs of channels], 16 tokens
@@ -171,10 +172,10 @@ inline void ValueOperands(const float* values, Operands* to) {
   to->value_lo = true;
   std::fill(to->unit, to->unit + kTile, 1.0f);
   for (int pair = 0; pair < kTile / 2; ++pair) {
-    const float* v = values + size_t(2 * pair) * stride;
+    const float* v = values + size_t(pair / 16 * 32 + pair % 16) * stride;
     for (size_t b = 0; b < to->blocks; ++b) {
       __m512i* at = to->Value(pair / 16, b) + pair % 16;
-      SplitPairs(Load(v + 16 * b), Load(v + stride + 16 * b), at, at + 16);
+      SplitPairs(Load(v + 16 * b), Load(v + 16 * stride + 16 * b), at, at + 16);
     }
   }
 }
@@ -193,40 +194,32 @@ struct Bf16Levels {
 };
 constexpr Bf16Levels kBf16Levels;
 
-// Trellis-coded values. Runs that are not there become zeros beside others.
+// Trellis-coded values. A run fills one half of the lanes; where the other one is not there, with
+// zeros beside it.
 inline void ValueOperands(const ValueLayout& layout, const PackedTile& tile, const Operands& to) {
   const __m512i levels = _mm512_load_si512(kBf16Levels.level[TrellisBits(layout.number)]);
-  // Word 2 i + k: byte 16 b + i of row k.
-  const __m512i bytes =
-      _mm512_set_epi16(0x4f, 0x0f, 0x4e, 0x0e, 0x4d, 0x0d, 0x4c, 0x0c, 0x4b, 0x0b, 0x4a, 0x0a, 0x49,
-                       0x09, 0x48, 0x08, 0x47, 0x07, 0x46, 0x06, 0x45, 0x05, 0x44, 0x04, 0x43, 0x03,
-                       0x42, 0x02, 0x41, 0x01, 0x40, 0x00);
-  EachPieceOfRuns(layout.planes, tile.rows,
-                  [&](int p, int run, const PieceOfRows& piece, auto together) {
-                    if (p == 0) PrefetchNext(tile, run, 1);
-                    const size_t first = 4 * size_t(p), n = std::min<size_t>(4, to.blocks - first);
-                    __m512i even;
-                    piece.EachRow<together()>(
-                        tile.value[run],
-                        layout.bytes, [&](auto i, __m512i codes) __attribute__((always_inline)) {
-                          if constexpr (i % 2 == 0) {
-                            even = codes;
-                          } else {
-                            __m512i* at = to.Value(run / 2, first) + run % 2 * 8 + i / 2;
-                            for (size_t b = 0; b < n; ++b, at += 32) {
-                              const __m512i pairs = _mm512_maskz_permutex2var_epi8(
-                                  0x5555555555555555u, even,
-                                  _mm512_add_epi16(bytes, _mm512_set1_epi16(short(16 * b))), codes);
-                              *at = _mm512_permutexvar_epi16(pairs, levels);
-                            }
-                          }
-                        });
-                  });
-  for (int run = 0; run < kTile / 16; ++run) {
-    if ((tile.rows >> (16 * run) & 0xffff) != 0) continue;
-    for (size_t b = 0; b < to.blocks; ++b)
-      std::memset(to.Value(run / 2, b) + run % 2 * 8, 0, 8 * 64);
-  }
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  EachPieceOfRuns(
+      layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
+        if (p == 0) PrefetchNext(tile, run, 1);
+        const size_t first = 4 * size_t(p), n = std::min<size_t>(4, to.blocks - first);
+        const bool odd = run % 2 != 0, joins = odd && (tile.rows >> (16 * run - 16) & 0xffff) != 0;
+        const __mmask32 words = odd ? 0xaaaaaaaau : 0x55555555u;
+        __m512i index[4];  // the low byte of a word of lane i: byte 16 b + i
+        for (int b = 0; b < 4; ++b)
+          index[b] =
+              _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * b)), odd ? 16 : 0);
+        piece.EachRow<together()>(
+            tile.value[run],
+            layout.bytes, [&](auto i, __m512i codes) __attribute__((always_inline)) {
+              __m512i* at = to.Value(run / 2, first) + i;
+              for (size_t b = 0; b < n; ++b, at += 32) {
+                const __m512i x = _mm512_maskz_permutexvar_epi16(
+                    words, _mm512_permutexvar_epi8(index[b], codes), levels);
+                *at = joins ? _mm512_or_si512(x, *at) : x;
+              }
+            });
+      });
 }
 
 // Sixteen query rows of a block on their way through a tile.
@@ -235,67 +228,89 @@ struct MatrixGroup {
   alignas(64) uint16_t weight[2][2][16][kChunk];  // [32 tokens][hi, lo]
 };
 
-// score = queries . keys for the runs that have rows.
-inline void MatrixScores(const uint16_t* queries, const Operands& keys, uint64_t rows,
-                         MatrixGroup* group) {
-  Unroll<4>([](auto run) { AmxZero<run>(); });
-  const uint16_t* lo = queries + keys.chunks * 16 * kChunk;
-  for (size_t chunk = 0; chunk < keys.chunks; ++chunk) {
-    AmxLoad<4>(queries + chunk * 16 * kChunk, 64);
-    AmxLoad<5>(lo + chunk * 16 * kChunk, 64);
-    Unroll<4>([&](auto run) __attribute__((always_inline)) {
-      if ((rows >> (16 * run) & 0xffff) == 0) return;
-      const __m512i* key = keys.Key(run, chunk);
-      AmxLoad<6>(key, 64);
-      AmxAddProducts<run, 4, 6>();
-      AmxAddProducts<run, 5, 6>();
-      AmxLoad<7>(key + 16, 64);
-      AmxAddProducts<run, 4, 7>();
-    });
+// A product is ready long after the next could begin, so a register waits for its turn again until
+// the three others had theirs.
+
+// Chunks begin .. end - 1 of score = queries . keys, for the runs that have rows. Sums stay in
+// registers 0 .. 3 until the last chunk.
+inline void MatrixScores(const uint16_t* queries, const Operands& keys, uint64_t rows, size_t begin,
+                         size_t end, MatrixGroup* group) {
+  if (begin == 0) Unroll<4>([](auto run) { AmxZero<run>(); });
+  for (size_t chunk = begin; chunk < end; ++chunk) {
+    const uint16_t* hi = queries + chunk * 16 * kChunk;
+    AmxLoad<4>(hi, 64);
+    AmxLoad<5>(hi + keys.chunks * 16 * kChunk, 64);
+    const auto add = [&](auto query, int part) __attribute__((always_inline)) {
+      Unroll<4>([&](auto run) __attribute__((always_inline)) {
+        if ((rows >> (16 * run) & 0xffff) == 0) return;
+        AmxLoad<6 + run % 2>(keys.Key(run, chunk) + 16 * part, 64);
+        AmxAddProducts<run, query(), 6 + run % 2>();
+      });
+    };
+    add(std::integral_constant<int, 4>(), 0);
+    add(std::integral_constant<int, 5>(), 0);
+    add(std::integral_constant<int, 4>(), 1);
   }
+  if (end < keys.chunks) return;
   Unroll<4>([&](auto run) { AmxStore<run>(group->score[0] + 16 * run, sizeof(group->score[0])); });
 }
 
-// Scores of rows i .. i + R - 1 of the group, the first being row `row` of the block -> their
-// weights times the units of the values; correction [R]: of what the state held before.
-template <int R>
-inline void MatrixWeights(const QueryBlock& block, int row, const uint64_t* visible,
-                          const uint16_t* const* mask, const Operands& values, int i,
-                          MatrixGroup* group, const AttentionState& state, float* correction) {
-  __m512 p[R][4];
-  RowWeights<R>(block, row + i, visible, mask, group->score[i], state, p, correction);
-  Unroll<R>([&](auto r) __attribute__((always_inline)) {
-    Unroll<4>([&](auto k) __attribute__((always_inline)) {
-      p[r][k] = _mm512_mul_ps(p[r][k], _mm512_load_ps(values.unit + 16 * k));
-    });
-    Unroll<2>([&](auto half) __attribute__((always_inline)) {
-      SplitRow(p[r][2 * half], p[r][2 * half + 1], group->weight[half][0][i + r],
-               group->weight[half][1][i + r]);
-    });
-  });
+// Scores of the n rows of the group, the first being row `row` of the block -> their weights times
+// the units of the values; correction [16]: of what the state held before. Calls beside(quarter)
+// after each four rows.
+template <typename Beside>
+inline void MatrixWeights(const QueryBlock& block, int row, int n, const uint64_t* visible,
+                          const uint16_t* const* mask, const Operands& values, MatrixGroup* group,
+                          const AttentionState& state, float* correction, Beside&& beside) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000u));
+  const auto rounded = [&](__m512 x) { return _mm512_add_epi32(_mm512_castps_si512(x), half); };
+  // The upper halves of x and of y.
+  const auto pairs = [&](__m512i x, __m512i y) {
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(x, 16), y, upper, 0xf8);
+  };
+  RowWeights<16>(
+      block, row, n, visible, mask, group->score[0], state,
+      correction, [&](auto r, __m512(&p)[4]) __attribute__((always_inline)) {
+        __m512i hi[4], lo[4];
+        Unroll<4>([&](auto k) __attribute__((always_inline)) {
+          p[k] = _mm512_mul_ps(p[k], _mm512_load_ps(values.unit + 16 * k));
+          hi[k] = _mm512_and_si512(rounded(p[k]), upper);
+          lo[k] = rounded(_mm512_sub_ps(p[k], _mm512_castsi512_ps(hi[k])));
+        });
+        Unroll<2>([&](auto h) __attribute__((always_inline)) {
+          _mm512_store_si512(group->weight[h][0][r], pairs(hi[2 * h], hi[2 * h + 1]));
+          _mm512_store_si512(group->weight[h][1][r], pairs(lo[2 * h], lo[2 * h + 1]));
+        });
+        if constexpr (r % 4 == 3) beside(r / 4);
+      });
 }
 
-// o += weights . values, for up to four blocks of 16 channels at a time.
+// o += weights . values in steps: the two halves of up to four blocks of 16 channels, then of the
+// next blocks. Sums stay in registers 0 .. 3 between the halves.
+inline size_t ValueSteps(const Operands& values) { return (values.blocks + 3) / 4 * 2; }
+
 template <int kBlocks>
-[[gnu::always_inline]] inline void MatrixValues(const Operands& values, size_t first, uint64_t rows,
-                                                const MatrixGroup& group, float* o,
-                                                size_t o_stride) {
-  Unroll<kBlocks>([&](auto b) { AmxLoad<b>(o + 16 * (first + b), o_stride * sizeof(float)); });
-  for (int half = 0; half < 2; ++half) {
-    if ((rows >> (32 * half) & 0xffffffffu) == 0) continue;
+inline void MatrixValues(const Operands& values, size_t step, uint64_t rows,
+                         const MatrixGroup& group, float* o, size_t o_stride) {
+  const size_t first = step / 2 * 4;
+  const int half = int(step % 2);
+  o += 16 * first;
+  if (half == 0) Unroll<kBlocks>([&](auto b) { AmxLoad<b>(o + 16 * b, o_stride * sizeof(float)); });
+  if ((rows >> (32 * half) & 0xffffffffu) != 0) {
     AmxLoad<4>(group.weight[half][0], 64);
     AmxLoad<5>(group.weight[half][1], 64);
-    Unroll<kBlocks>([&](auto b) __attribute__((always_inline)) {
-      const __m512i* value = values.Value(half, first + b);
-      AmxLoad<6>(value, 64);
-      AmxAddProducts<b, 4, 6>();
-      AmxAddProducts<b, 5, 6>();
-      if (!values.value_lo) return;
-      AmxLoad<7>(value + 16, 64);
-      AmxAddProducts<b, 4, 7>();
-    });
+    const auto add = [&](auto weight, int part) __attribute__((always_inline)) {
+      Unroll<kBlocks>([&](auto b) __attribute__((always_inline)) {
+        AmxLoad<6 + b % 2>(values.Value(half, first + b) + 16 * part, 64);
+        AmxAddProducts<b, weight(), 6 + b % 2>();
+      });
+    };
+    add(std::integral_constant<int, 4>(), 0);
+    add(std::integral_constant<int, 5>(), 0);
+    if (values.value_lo) add(std::integral_constant<int, 4>(), 1);
   }
-  Unroll<kBlocks>([&](auto b) { AmxStore<b>(o + 16 * (first + b), o_stride * sizeof(float)); });
+  if (half == 1)
+    Unroll<kBlocks>([&](auto b) { AmxStore<b>(o + 16 * b, o_stride * sizeof(float)); });
 }
 
 inline void AttendOperands(const QueryBlock& block, const Operands& operands, uint64_t rows,
@@ -304,35 +319,63 @@ inline void AttendOperands(const QueryBlock& block, const Operands& operands, ui
   Amx amx;
   const size_t o_stride = size_t(block.o_stride);
   MatrixGroup groups[2];
-  const auto sees = [&](int row, int n) { return SeenBy(block, row, n, visible) != 0; };
-  // The scores of the next group are multiplied while weights of this one are made.
-  const auto scores = [&](int row) {
-    const int n = std::min(16, block.n_rows - row);
-    if (n <= 0 || !sees(row, n)) return;
-    amx.SetRows(n);
-    MatrixScores(MatrixQueries(scratch, block.k_dim, row), operands, rows, &groups[row / 16 % 2]);
+  const auto scores = [&](int row, size_t begin, size_t end, MatrixGroup* group) {
+    MatrixScores(MatrixQueries(scratch, block.k_dim, row), operands, rows, begin, end, group);
   };
-  scores(0);
-  for (int row = 0; row < block.n_rows; row += 16) {
-    scores(row + 16);
-    const int n = std::min(16, block.n_rows - row);
-    if (!sees(row, n)) continue;
-    MatrixGroup& group = groups[row / 16 % 2];
-    float* o = state.o + size_t(row) * o_stride;
+  const auto weights = [&](int row, int n, MatrixGroup* group, auto&& beside)
+      __attribute__((always_inline)) {
     float correction[16];
-    InParts<4>(n, [&](int i, auto count) {
-      MatrixWeights<count()>(block, row, visible, mask, operands, i, &group, state, correction + i);
-    });
-    for (int i = 0; i < n; ++i) {
-      if (correction[i] == 1.0f) continue;
-      for (size_t j = 0; j < o_stride; j += 16)
-        Store(o + size_t(i) * o_stride + j, Load(o + size_t(i) * o_stride + j) * correction[i]);
+    MatrixWeights(block, row, n, visible, mask, operands, group, state, correction, beside);
+    for (int r = 0; r < n; ++r) {
+      if (correction[r] == 1.0f) continue;
+      float* o = state.o + size_t(row + r) * o_stride;
+      for (size_t j = 0; j < o_stride; j += 16) Store(o + j, Load(o + j) * correction[r]);
     }
-    amx.SetRows(n);
-    size_t b = 0;
-    for (; b + 4 <= operands.blocks; b += 4) MatrixValues<4>(operands, b, rows, group, o, o_stride);
-    for (; b < operands.blocks; ++b) MatrixValues<1>(operands, b, rows, group, o, o_stride);
+  };
+  const auto values = [&](int row, size_t begin, size_t end, const MatrixGroup& group) {
+    float* o = state.o + size_t(row) * o_stride;
+    for (size_t step = begin; step < end; ++step) {
+      InParts<4>(int(std::min<size_t>(4, operands.blocks - step / 2 * 4)),
+                 [&](int, auto n) { MatrixValues<n()>(operands, step, rows, group, o, o_stride); });
+    }
+  };
+
+  // Matrix registers and vector registers work at the same time: while the weights of one group of
+  // 16 rows are made, four rows at a time, the scores of the next and the values of the one before
+  // are multiplied, a quarter of it all behind each four rows.
+  const int whole = block.n_rows / 16 * 16;
+  const auto group_from = [&](int row) {
+    while (row < whole && SeenBy(block, row, 16, visible) == 0) row += 16;
+    return row;
+  };
+  const size_t n_steps = ValueSteps(operands), half_steps = n_steps / 2, n_chunks = operands.chunks,
+               half_chunks = n_chunks / 2;
+  int row = group_from(0), before = whole;
+  if (row < whole) {
+    amx.SetRows(16);
+    scores(row, 0, n_chunks, &groups[0]);
   }
+  MatrixGroup *here = &groups[0], *there = &groups[1];
+  while (row < whole) {
+    const int next = group_from(row + 16);
+    weights(row, 16, here, [&](int quarter) {
+      if (quarter < 2 && next < whole) {
+        scores(next, quarter == 0 ? 0 : half_chunks, quarter == 0 ? half_chunks : n_chunks, there);
+      } else if (quarter >= 2 && before < whole) {
+        values(before, quarter == 2 ? 0 : half_steps, quarter == 2 ? half_steps : n_steps, *there);
+      }
+    });
+    before = std::exchange(row, next);
+    std::swap(here, there);
+  }
+  if (before < whole) values(before, 0, n_steps, *there);
+
+  const int rest = block.n_rows - whole;
+  if (rest == 0 || SeenBy(block, whole, rest, visible) == 0) return;
+  amx.SetRows(rest);
+  scores(whole, 0, n_chunks, here);
+  weights(whole, rest, here, [](int) {});
+  values(whole, 0, n_steps, *here);
 }
 
 // Rows as floats in the scratch, in any basis; nan: rows whose value is not finite. Such a value

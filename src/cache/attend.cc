@@ -158,7 +158,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(thread_space_[size_t(thread)].data());
     float* p = reinterpret_cast<float*>((at + 63) & ~uintptr_t{63});
     Space s;
-    s.scratch = MakeScratch(p, k_dim, v_dim);
+    s.scratch = MakeScratch(p, k_dim, v_dim, block_rows);
     s.q = p + kernel_floats;
     s.state = s.q + block_rows * size_t(k_dim);
     s.rows = reinterpret_cast<uint8_t*>(s.state + block_rows * (o_stride + 2));

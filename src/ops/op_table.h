@@ -61,6 +61,7 @@ struct Scratch {
   float* queries;   // queries as prepare_queries left them
   float* operands;  // rows of a tile as matrix instructions take them: two bf16 for each number,
                     // keys padded to 32 channels and values to 16
+  float* weights;   // [n_rows padded to 16][64], of all query rows: what matrix instructions leave
 };
 inline constexpr int kScoreRows = 8;
 static inline size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }
@@ -75,16 +76,17 @@ static inline size_t OperandFloats(int k_dim, int v_dim) {
 // Rows are padded to 16 floats; the padding must start as zeros. `floats` is aligned to 64 bytes.
 static inline size_t ScratchFloats(int k_dim, int v_dim, size_t n_rows) {
   return size_t(kTile) * (2 * PadTo16(k_dim) + PadTo16(v_dim) + kScoreRows) +
-         OperandFloats(k_dim, v_dim) + QueryFloats(k_dim, n_rows);
+         OperandFloats(k_dim, v_dim) + PadTo16(int(n_rows)) * kTile + QueryFloats(k_dim, n_rows);
 }
-static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim) {
+static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim, size_t n_rows) {
   Scratch s;
   s.key_rows = floats;
   s.key_cols = s.key_rows + size_t(kTile) * PadTo16(k_dim);
   s.value = s.key_cols + size_t(kTile) * PadTo16(k_dim);
   s.score = s.value + size_t(kTile) * PadTo16(v_dim);
   s.operands = s.score + size_t(kScoreRows) * kTile;
-  s.queries = s.operands + OperandFloats(k_dim, v_dim);
+  s.weights = s.operands + OperandFloats(k_dim, v_dim);
+  s.queries = s.weights + PadTo16(int(n_rows)) * kTile;
   return s;
 }
 

@@ -127,7 +127,7 @@ void Attend(const Shape& shape, const OpTable* ops, const Tile& tile, const std:
       ScratchFloats(shape.key.head_dim, shape.value.head_dim, size_t(shape.n_rows())) + 16, 0.0f);
   const auto at = reinterpret_cast<uintptr_t>(floats.data());
   const Scratch s = MakeScratch(reinterpret_cast<float*>((at + 63) & ~uintptr_t{63}),
-                                shape.key.head_dim, shape.value.head_dim);
+                                shape.key.head_dim, shape.value.head_dim, size_t(shape.n_rows()));
   const std::vector<float> slopes = Slopes(shape.max_bias, shape.group);
   QueryBlock block{};
   block.q = q.data();

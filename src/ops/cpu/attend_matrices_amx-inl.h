@@ -222,46 +222,66 @@ inline void ValueOperands(const ValueLayout& layout, const PackedTile& tile, con
       });
 }
 
-// Sixteen query rows of a block on their way through a tile.
-struct MatrixGroup {
-  alignas(64) float score[16][kTile];
-  alignas(64) uint16_t weight[2][2][16][kChunk];  // [32 tokens][hi, lo]
-};
+// Query rows on their way through a tile, 16 together: [16 rows][4][64 bytes]. A row's scores, of
+// 16 tokens each, become its weights: [32 tokens][hi, lo], 32 bf16 each.
+inline float* MatrixRows(const Scratch& scratch, int row) {
+  return scratch.weights + size_t(row) * kTile;
+}
+constexpr size_t kMatrixStride = kTile * sizeof(float);
 
-// A product is ready long after the next could begin, so a register waits for its turn again until
-// the three others had theirs.
-
-// Chunks begin .. end - 1 of score = queries . keys, for the runs that have rows. Sums stay in
-// registers 0 .. 3 until the last chunk.
-inline void MatrixScores(const uint16_t* queries, const Operands& keys, uint64_t rows, size_t begin,
-                         size_t end, MatrixGroup* group) {
-  if (begin == 0) Unroll<4>([](auto run) { AmxZero<run>(); });
-  for (size_t chunk = begin; chunk < end; ++chunk) {
-    const uint16_t* hi = queries + chunk * 16 * kChunk;
-    AmxLoad<4>(hi, 64);
-    AmxLoad<5>(hi + keys.chunks * 16 * kChunk, 64);
-    const auto add = [&](auto query, int part) __attribute__((always_inline)) {
-      Unroll<4>([&](auto run) __attribute__((always_inline)) {
-        if ((rows >> (16 * run) & 0xffff) == 0) return;
-        AmxLoad<6 + run % 2>(keys.Key(run, chunk) + 16 * part, 64);
-        AmxAddProducts<run, query(), 6 + run % 2>();
-      });
-    };
-    add(std::integral_constant<int, 4>(), 0);
-    add(std::integral_constant<int, 5>(), 0);
-    add(std::integral_constant<int, 4>(), 1);
-  }
-  if (end < keys.chunks) return;
-  Unroll<4>([&](auto run) { AmxStore<run>(group->score[0] + 16 * run, sizeof(group->score[0])); });
+// A product is ready long after the next could begin, and loads take half as long as products. So
+// four sums take turns, of two groups of 16 query rows where there are two.
+//
+// Registers: sum of group g and run (or block) i in kGroups * i + g, queries (or weights) in 4 and
+// on, keys (or values) in 6 and on.
+template <int kGroups, int kSum, int kRight>
+[[gnu::always_inline]] inline void AddProductsOfGroups() {
+  Unroll<kGroups>([](auto g) __attribute__((always_inline)) {
+    AmxAddProducts<kGroups * kSum + g, 4 + g, 6 + kRight>();
+  });
 }
 
-// Scores of the n rows of the group, the first being row `row` of the block -> their weights times
-// the units of the values; correction [16]: of what the state held before. Calls beside(quarter)
-// after each four rows.
-template <typename Beside>
+// score = queries . keys for groups of rows at row[0], row[1]. Scores of tokens that are not there
+// are anything.
+template <int kGroups>
+inline void MatrixScores(const int (&row)[kGroups], int k_dim, const Operands& keys, uint64_t rows,
+                         const Scratch& scratch) {
+  for (int run = 0; run < 4; run += 2) {
+    if ((rows >> (16 * run) & 0xffffffffu) == 0) continue;
+    Unroll<2 * kGroups>([](auto i) { AmxZero<i>(); });
+    for (size_t chunk = 0; chunk < keys.chunks; ++chunk) {
+      const auto load_queries = [&](size_t part) __attribute__((always_inline)) {
+        Unroll<kGroups>([&](auto g) __attribute__((always_inline)) {
+          AmxLoad<4 + g>(
+              MatrixQueries(scratch, k_dim, row[g]) + (part * keys.chunks + chunk) * 16 * kChunk,
+              64);
+        });
+      };
+      const auto add = [&](int part) __attribute__((always_inline)) {
+        Unroll<2>([&](auto i) __attribute__((always_inline)) {
+          AmxLoad<6 + i>(keys.Key(run + i, chunk) + 16 * part, 64);
+          AddProductsOfGroups<kGroups, i, i>();
+        });
+      };
+      load_queries(0);
+      add(1);
+      add(0);
+      load_queries(1);
+      Unroll<2>([](auto i) { AddProductsOfGroups<kGroups, i, i>(); });
+    }
+    Unroll<2 * kGroups>([&](auto i) {
+      AmxStore<i>(MatrixRows(scratch, row[i % kGroups]) + 16 * (run + i / kGroups), kMatrixStride);
+    });
+  }
+}
+
+// Scores of the n <= 16 rows from `row` of the block on -> their weights times the units of the
+// values; o is multiplied with what they say of the largest score.
 inline void MatrixWeights(const QueryBlock& block, int row, int n, const uint64_t* visible,
-                          const uint16_t* const* mask, const Operands& values, MatrixGroup* group,
-                          const AttentionState& state, float* correction, Beside&& beside) {
+                          const uint16_t* const* mask, const Operands& values,
+                          const Scratch& scratch, const AttentionState& state) {
+  float* rows = MatrixRows(scratch, row);
+  float correction[16];
   const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000u));
   const auto rounded = [&](__m512 x) { return _mm512_add_epi32(_mm512_castps_si512(x), half); };
   // The upper halves of x and of y.
@@ -269,7 +289,7 @@ inline void MatrixWeights(const QueryBlock& block, int row, int n, const uint64_
     return _mm512_ternarylogic_epi32(_mm512_srli_epi32(x, 16), y, upper, 0xf8);
   };
   RowWeights<16>(
-      block, row, n, visible, mask, group->score[0], state,
+      block, row, n, visible, mask, rows, state,
       correction, [&](auto r, __m512(&p)[4]) __attribute__((always_inline)) {
         __m512i hi[4], lo[4];
         Unroll<4>([&](auto k) __attribute__((always_inline)) {
@@ -277,105 +297,102 @@ inline void MatrixWeights(const QueryBlock& block, int row, int n, const uint64_
           hi[k] = _mm512_and_si512(rounded(p[k]), upper);
           lo[k] = rounded(_mm512_sub_ps(p[k], _mm512_castsi512_ps(hi[k])));
         });
+        float* to = rows + r * kTile;
         Unroll<2>([&](auto h) __attribute__((always_inline)) {
-          _mm512_store_si512(group->weight[h][0][r], pairs(hi[2 * h], hi[2 * h + 1]));
-          _mm512_store_si512(group->weight[h][1][r], pairs(lo[2 * h], lo[2 * h + 1]));
+          _mm512_store_si512(to + 32 * h, pairs(hi[2 * h], hi[2 * h + 1]));
+          _mm512_store_si512(to + 32 * h + 16, pairs(lo[2 * h], lo[2 * h + 1]));
         });
-        if constexpr (r % 4 == 3) beside(r / 4);
       });
+  for (int r = 0; r < n; ++r) {
+    if (correction[r] == 1.0f) continue;
+    float* o = state.o + size_t(row + r) * size_t(block.o_stride);
+    for (int j = 0; j < block.o_stride; j += 16) Store(o + j, Load(o + j) * correction[r]);
+  }
 }
 
-// o += weights . values in steps: the two halves of up to four blocks of 16 channels, then of the
-// next blocks. Sums stay in registers 0 .. 3 between the halves.
-inline size_t ValueSteps(const Operands& values) { return (values.blocks + 3) / 4 * 2; }
-
-template <int kBlocks>
-inline void MatrixValues(const Operands& values, size_t step, uint64_t rows,
-                         const MatrixGroup& group, float* o, size_t o_stride) {
-  const size_t first = step / 2 * 4;
-  const int half = int(step % 2);
-  o += 16 * first;
-  if (half == 0) Unroll<kBlocks>([&](auto b) { AmxLoad<b>(o + 16 * b, o_stride * sizeof(float)); });
-  if ((rows >> (32 * half) & 0xffffffffu) != 0) {
-    AmxLoad<4>(group.weight[half][0], 64);
-    AmxLoad<5>(group.weight[half][1], 64);
-    const auto add = [&](auto weight, int part) __attribute__((always_inline)) {
-      Unroll<kBlocks>([&](auto b) __attribute__((always_inline)) {
-        AmxLoad<6 + b % 2>(values.Value(half, first + b) + 16 * part, 64);
-        AmxAddProducts<b, weight(), 6 + b % 2>();
+// o += weights . values for kBlocks blocks of 16 channels and groups of rows at row[0], row[1].
+template <int kGroups, int kBlocks>
+[[gnu::always_inline]] inline void MatrixValues(const int (&row)[kGroups], const Operands& values,
+                                                size_t first, uint64_t rows, const Scratch& scratch,
+                                                float* o, size_t o_stride) {
+  const auto at = [&](int i) __attribute__((always_inline)) {
+    return o + size_t(row[i % kGroups]) * o_stride + 16 * (first + size_t(i / kGroups));
+  };
+  const size_t o_bytes = o_stride * sizeof(float);
+  Unroll<kGroups * kBlocks>([&](auto i) { AmxLoad<i>(at(i), o_bytes); });
+  for (int half = 0; half < 2; ++half) {
+    if ((rows >> (32 * half) & 0xffffffffu) == 0) continue;
+    const auto load_weights = [&](int part) __attribute__((always_inline)) {
+      Unroll<kGroups>([&](auto g) __attribute__((always_inline)) {
+        AmxLoad<4 + g>(MatrixRows(scratch, row[g]) + 32 * half + 16 * part, kMatrixStride);
       });
     };
-    add(std::integral_constant<int, 4>(), 0);
-    add(std::integral_constant<int, 5>(), 0);
-    if (values.value_lo) add(std::integral_constant<int, 4>(), 1);
+    const auto add = [&](int part) __attribute__((always_inline)) {
+      Unroll<kBlocks>([&](auto b) __attribute__((always_inline)) {
+        AmxLoad<6 + b>(values.Value(half, first + b) + 16 * part, 64);
+        AddProductsOfGroups<kGroups, b, b>();
+      });
+    };
+    load_weights(0);
+    if (values.value_lo) add(1);
+    add(0);
+    load_weights(1);
+    Unroll<kBlocks>([](auto b) { AddProductsOfGroups<kGroups, b, b>(); });
   }
-  if (half == 1)
-    Unroll<kBlocks>([&](auto b) { AmxStore<b>(o + 16 * b, o_stride * sizeof(float)); });
+  Unroll<kGroups * kBlocks>([&](auto i) { AmxStore<i>(at(i), o_bytes); });
+}
+template <int kGroups>
+inline void MatrixValues(const int (&row)[kGroups], const Operands& values, uint64_t rows,
+                         const Scratch& scratch, float* o, size_t o_stride) {
+  size_t b = 0;
+  for (; b + 2 <= values.blocks; b += 2)
+    MatrixValues<kGroups, 2>(row, values, b, rows, scratch, o, o_stride);
+  if (b < values.blocks) MatrixValues<kGroups, 1>(row, values, b, rows, scratch, o, o_stride);
 }
 
+// All scores, then all weights, then all sums: beside matrix products, vector instructions find
+// half of their units taken, and matrix units that were idle for a thousand cycles take 700 to
+// wake.
 inline void AttendOperands(const QueryBlock& block, const Operands& operands, uint64_t rows,
                            const uint64_t* visible, const uint16_t* const* mask,
                            const Scratch& scratch, const AttentionState& state) {
-  Amx amx;
-  const size_t o_stride = size_t(block.o_stride);
-  MatrixGroup groups[2];
-  const auto scores = [&](int row, size_t begin, size_t end, MatrixGroup* group) {
-    MatrixScores(MatrixQueries(scratch, block.k_dim, row), operands, rows, begin, end, group);
-  };
-  const auto weights = [&](int row, int n, MatrixGroup* group, auto&& beside)
-      __attribute__((always_inline)) {
-    float correction[16];
-    MatrixWeights(block, row, n, visible, mask, operands, group, state, correction, beside);
-    for (int r = 0; r < n; ++r) {
-      if (correction[r] == 1.0f) continue;
-      float* o = state.o + size_t(row + r) * o_stride;
-      for (size_t j = 0; j < o_stride; j += 16) Store(o + j, Load(o + j) * correction[r]);
-    }
-  };
-  const auto values = [&](int row, size_t begin, size_t end, const MatrixGroup& group) {
-    float* o = state.o + size_t(row) * o_stride;
-    for (size_t step = begin; step < end; ++step) {
-      InParts<4>(int(std::min<size_t>(4, operands.blocks - step / 2 * 4)),
-                 [&](int, auto n) { MatrixValues<n()>(operands, step, rows, group, o, o_stride); });
-    }
-  };
-
-  // Matrix registers and vector registers work at the same time: while the weights of one group of
-  // 16 rows are made, four rows at a time, the scores of the next and the values of the one before
-  // are multiplied, a quarter of it all behind each four rows.
-  const int whole = block.n_rows / 16 * 16;
-  const auto group_from = [&](int row) {
-    while (row < whole && SeenBy(block, row, 16, visible) == 0) row += 16;
+  const auto seen_from = [&](int row) {
+    while (row < block.n_rows && SeenBy(block, row, std::min(16, block.n_rows - row), visible) == 0)
+      row += 16;
     return row;
   };
-  const size_t n_steps = ValueSteps(operands), half_steps = n_steps / 2, n_chunks = operands.chunks,
-               half_chunks = n_chunks / 2;
-  int row = group_from(0), before = whole;
-  if (row < whole) {
-    amx.SetRows(16);
-    scores(row, 0, n_chunks, &groups[0]);
-  }
-  MatrixGroup *here = &groups[0], *there = &groups[1];
-  while (row < whole) {
-    const int next = group_from(row + 16);
-    weights(row, 16, here, [&](int quarter) {
-      if (quarter < 2 && next < whole) {
-        scores(next, quarter == 0 ? 0 : half_chunks, quarter == 0 ? half_chunks : n_chunks, there);
-      } else if (quarter >= 2 && before < whole) {
-        values(before, quarter == 2 ? 0 : half_steps, quarter == 2 ? half_steps : n_steps, *there);
+  // Calls body(rows of two groups) and, for what is left of those that begin below `end`,
+  // body(row).
+  const auto each_group = [&](int end, auto&& body) {
+    for (int row = seen_from(0); row < end;) {
+      const int next = seen_from(row + 16);
+      if (next < end) {
+        body({row, next});
+        row = seen_from(next + 16);
+      } else {
+        body({row});
+        row = next;
       }
-    });
-    before = std::exchange(row, next);
-    std::swap(here, there);
+    }
+  };
+  const int whole = block.n_rows / 16 * 16, rest = block.n_rows - whole;
+  const size_t o_stride = size_t(block.o_stride);
+  Amx amx;
+  amx.SetRows(16);
+  each_group(block.n_rows, [&]<int N>(const int(&row)[N]) {
+    MatrixScores(row, block.k_dim, operands, rows, scratch);
+  });
+  for (int row = seen_from(0); row < block.n_rows; row = seen_from(row + 16)) {
+    MatrixWeights(block, row, std::min(16, block.n_rows - row), visible, mask, operands, scratch,
+                  state);
   }
-  if (before < whole) values(before, 0, n_steps, *there);
-
-  const int rest = block.n_rows - whole;
+  const auto values = [&]<int N>(const int(&row)[N]) {
+    MatrixValues(row, operands, rows, scratch, state.o, o_stride);
+  };
+  each_group(whole, values);
   if (rest == 0 || SeenBy(block, whole, rest, visible) == 0) return;
   amx.SetRows(rest);
-  scores(whole, 0, n_chunks, here);
-  weights(whole, rest, here, [](int) {});
-  values(whole, 0, n_steps, *here);
+  values({whole});
 }
 
 // Rows as floats in the scratch, in any basis; nan: rows whose value is not finite. Such a value

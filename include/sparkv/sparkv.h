@@ -83,7 +83,7 @@ typedef enum sparkv_simd {
   SPARKV_SIMD_AVX2 = 2,
   SPARKV_SIMD_AVX512 = 3,
   SPARKV_SIMD_NEON = 4,
-  SPARKV_SIMD_AMX = 5 /* beside AVX-512, for many queries at a time; AUTO leaves it out */
+  SPARKV_SIMD_AMX = 5 /* AVX-512, and matrix registers for many queries at a time */
 } sparkv_simd;
 
 /* Which rows of a KV head leave when a prompt has ended, and again whenever 128 more are packed.

@@ -11,8 +11,8 @@
 #ifdef SPARKV_EMULATED_AMX
 constexpr int kMatrixRows = 1;
 #else
-// A guess: with fewer query rows, what bytes save in unpacking should count for more.
-constexpr int kMatrixRows = 12;
+// With fewer query rows making operands costs more than their products save.
+constexpr int kMatrixRows = 24;
 #endif
 constexpr int kChunk = 32;  // numbers that a row of an operand holds
 

@@ -62,9 +62,8 @@ bool HasAvx512() {
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
 }
-// Linux gives a process the matrix registers when it asks: they make the state of its threads 8 KiB
-// larger, and alternate signal stacks that would not hold it are refused from then on. So AUTO does
-// not ask.
+// Linux gives a process the matrix registers when it asks, and not where a thread has an alternate
+// signal stack that would not hold them (8 KiB more; such stacks are refused from then on).
 bool HasAmx() {
 #if defined(__linux__)
   constexpr int kAskForState = 0x1023,
@@ -91,7 +90,10 @@ const OpTable* CpuOps(sparkv_simd wish) {
   if (wish == SPARKV_SIMD_AVX512) return HasAvx512() ? &avx512::kOps : nullptr;
   if (wish == SPARKV_SIMD_AMX) return HasAmx() ? &amx::kOps : nullptr;
   if (wish == SPARKV_SIMD_AUTO)
-    return HasAvx512() ? &avx512::kOps : HasAvx2() ? &avx2::kOps : &plain::kOps;
+    return HasAmx()      ? &amx::kOps
+           : HasAvx512() ? &avx512::kOps
+           : HasAvx2()   ? &avx2::kOps
+                         : &plain::kOps;
 #elif defined(__aarch64__)
   if (wish == SPARKV_SIMD_NEON || wish == SPARKV_SIMD_AUTO) return &neon::kOps;
 #else

@@ -26,14 +26,12 @@ def start(*args, model=host.MODEL, **variables):
 class Answer:
     """A greedy answer that knows how sure it was."""
 
-    def __init__(self, server, prompt, n=8, **options):
-        options = {"temperature": 0, "ignore_eos": True, "n_probs": 10} | options
-        body = server.post("/completion", prompt=prompt, n_predict=n, **options)
-        self.text = body["content"]
-        self.evaluated = body["timings"]["prompt_n"]
-        self.tokens = [token["id"] for token in body["completion_probabilities"]]
+    def __init__(self, text, probabilities, evaluated):
+        self.text = text
+        self.evaluated = evaluated
+        self.tokens = [token["id"] for token in probabilities]
         self.logprobs = [{top["id"]: top["logprob"] for top in token["top_logprobs"]}
-                         for token in body["completion_probabilities"]]
+                         for token in probabilities]
 
     def parts_from(self, other, tie=TIE):
         """'' when both say the same up to a tie, or how they differ."""
@@ -44,6 +42,12 @@ class Answer:
             if mine != theirs:
                 return ""
         return "" if len(self.tokens) == len(other.tokens) else "another length"
+
+
+def ask(server, prompt, n=8, **options):
+    options = {"temperature": 0, "ignore_eos": True, "n_probs": 10} | options
+    body = server.post("/completion", prompt=prompt, n_predict=n, **options)
+    return Answer(body["content"], body["completion_probabilities"], body["timings"]["prompt_n"])
 
 
 class Case(unittest.TestCase):
@@ -78,9 +82,9 @@ class Parallel(Case):
         """All answers one by one, then all again by four clients at once."""
         with start(*layout, "-ub", 64, "--cache-ram", 0, model=host.f32_model(),
                    **variables) as server:
-            alone = [Answer(server, **request) for request in self.REQUESTS]
+            alone = [ask(server, **request) for request in self.REQUESTS]
             clients = host.together(*(
-                lambda k=k: [Answer(server, **request) for request in self.REQUESTS[k::4]]
+                lambda k=k: [ask(server, **request) for request in self.REQUESTS[k::4]]
                 for k in range(4)))
             self.assertEqual(len(server.ours()), 1, server.ours())  # nothing after the first line
             self.assertStops(server, 250)
@@ -123,17 +127,17 @@ class State(Case):
     def resume(self, server, slot):
         done = server.post(f"/slots/{slot}?action=restore", filename="slot")
         self.assertGreater(done["n_restored"], 200)
-        answer = Answer(server, self.prompt, id_slot=slot)
+        answer = ask(server, self.prompt, id_slot=slot)
         self.assertLess(answer.evaluated, 20, "the restored cells were not used")
         return answer
 
     def test_a_restored_slot_goes_on_as_before(self):
         with self.serve() as server:
-            self.prompt = self.PROMPT + Answer(server, self.PROMPT, id_slot=0).text + self.NEXT
+            self.prompt = self.PROMPT + ask(server, self.PROMPT, id_slot=0).text + self.NEXT
             server.post("/slots/0?action=save", filename="slot")
-            expected = Answer(server, self.prompt, id_slot=0)
+            expected = ask(server, self.prompt, id_slot=0)
             server.post("/slots/0?action=erase")
-            Answer(server, text(9000, 400), id_slot=0)
+            ask(server, text(9000, 400), id_slot=0)
             self.assertSame(self.resume(server, 0), expected)
             self.assertSame(self.resume(server, 1), expected)
             self.assertNotIn("restored rows", server.log())
@@ -149,7 +153,7 @@ class State(Case):
             self.assertStops(server)
         (pathlib.Path(self.folder) / "weights").unlink()
         with self.serve() as server:
-            Answer(server, self.PROMPT, id_slot=0)
+            ask(server, self.PROMPT, id_slot=0)
             server.post("/slots/0?action=save", filename="slot")
             server.process.kill()
             server.process.wait()
@@ -160,8 +164,8 @@ class State(Case):
     def test_conversations_that_take_turns_on_one_slot_come_back_packed(self):
         prompts = [text(1500 * i, 600) for i in range(12)]
         with start("-np", 1, "-c", 1024, model=host.f32_model()) as server:
-            first = [Answer(server, prompt) for prompt in prompts]
-            again = [Answer(server, prompt) for prompt in prompts]
+            first = [ask(server, prompt) for prompt in prompts]
+            again = [ask(server, prompt) for prompt in prompts]
             self.assertNotIn("restored rows", server.log())
             self.assertLess(self.assertStops(server)["bits_per_element"], 10)
         self.assertLess(sum(answer.evaluated for answer in again),
@@ -194,22 +198,25 @@ class Life(Case):
     def test_two_choices_of_one_prompt(self):
         for layout in ("-kvu", "--no-kv-unified"):
             with self.subTest(layout), start("-np", 2, "-c", 1024, layout) as server:
-                answer = server.post("/v1/chat/completions", n=2, temperature=0, max_tokens=12,
-                                     messages=[dict(role="user", content=text(0, 700))])
-                one, two = (choice["message"]["content"] for choice in answer["choices"])
-                self.assertTrue(one)
-                self.assertEqual(one, two)
+                body = server.post("/v1/chat/completions", n=2, temperature=0, max_tokens=12,
+                                   logprobs=True, top_logprobs=8,
+                                   messages=[dict(role="user", content=text(0, 700))])
+                one, two = (Answer(choice["message"]["content"], choice["logprobs"]["content"],
+                                   body["usage"]["prompt_tokens"])
+                            for choice in body["choices"])
+                self.assertTrue(one.text)
+                self.assertSame(one, two)
                 self.assertStops(server, 150)
 
     def test_reused_chunks_of_a_prompt_move(self):
         # Rotating a packed key costs some accuracy; whoever read the wrong rows would be far off.
         begin, skip = host.DOCUMENT.index(" ", 600), host.DOCUMENT.index(" ", 900)
         with start("-np", 1, "-c", 1024, "--cache-reuse", 16, model=host.f32_model()) as server:
-            Answer(server, text(0, 300) + host.DOCUMENT[begin:1500])
+            ask(server, text(0, 300) + host.DOCUMENT[begin:1500])
             prompt = text(0, 300) + host.DOCUMENT[skip:1500]
-            moved = Answer(server, prompt)
+            moved = ask(server, prompt)
             self.assertLess(moved.evaluated, 60, "nothing was reused")
-            afresh = Answer(server, prompt, cache_prompt=False)
+            afresh = ask(server, prompt, cache_prompt=False)
             self.assertEqual(moved.parts_from(afresh, tie=1.5), "")
             self.assertStops(server, 150)
 

@@ -73,10 +73,11 @@ static inline size_t QueryFloats(int k_dim, size_t n_rows) {
 static inline size_t OperandFloats(int k_dim, int v_dim) {
   return size_t(kTile) * (size_t(k_dim + 31) / 32 * 32 + PadTo16(v_dim));
 }
+static inline size_t WeightFloats(size_t n_rows) { return PadTo16(int(n_rows)) * size_t(kTile); }
 // Rows are padded to 16 floats; the padding must start as zeros. `floats` is aligned to 64 bytes.
 static inline size_t ScratchFloats(int k_dim, int v_dim, size_t n_rows) {
   return size_t(kTile) * (2 * PadTo16(k_dim) + PadTo16(v_dim) + kScoreRows) +
-         OperandFloats(k_dim, v_dim) + PadTo16(int(n_rows)) * kTile + QueryFloats(k_dim, n_rows);
+         OperandFloats(k_dim, v_dim) + WeightFloats(n_rows) + QueryFloats(k_dim, n_rows);
 }
 static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim, size_t n_rows) {
   Scratch s;
@@ -86,7 +87,7 @@ static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim, size_t n_
   s.score = s.value + size_t(kTile) * PadTo16(v_dim);
   s.operands = s.score + size_t(kScoreRows) * kTile;
   s.weights = s.operands + OperandFloats(k_dim, v_dim);
-  s.queries = s.weights + PadTo16(int(n_rows)) * kTile;
+  s.queries = s.weights + WeightFloats(n_rows);
   return s;
 }
 

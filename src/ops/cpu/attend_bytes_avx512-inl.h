@@ -612,9 +612,9 @@ constexpr auto kLargest = [](auto a, auto b) { return a > b ? a : b; };
 constexpr auto kSum = [](auto a, auto b) { return a + b; };
 
 // Scores [R][64] of query rows row .. row + n - 1 -> calls emit(r, weights e^(s - m) [4 vectors]),
-// zeros for what a row does not see; correction [R]: what the sums so far have to be multiplied
-// with. Returns whether a row is heavy: has a token with more than an eighth of d, the sum of all
-// its weights so far.
+// zeros for what a row does not see; emit may write over the scores of row r. correction [R]: what
+// the sums so far have to be multiplied with. Returns whether a row is heavy: has a token with more
+// than an eighth of d, the sum of all its weights so far.
 template <int R, typename Emit>
 [[gnu::always_inline]] inline bool RowWeights(const QueryBlock& block, int row, int n,
                                               const uint64_t* visible, const uint16_t* const* mask,

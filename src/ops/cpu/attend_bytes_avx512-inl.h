@@ -352,16 +352,30 @@ inline __m512 TierGains(__m512i code) {
                             half(kGains.gain + 32));
 }
 
+// A piece's share of what is read next, a line with every row or every other one: a burst of lines
+// waits for those before it, and the piece with it.
+struct PrefetchShare {
+  const uint8_t* at;
+  size_t step;  // bytes a row, at most a line
+  // half: 0 with keys, 1 with values, of which each has n_pieces.
+  PrefetchShare(const PackedTile& tile, int run, int half, int piece, int n_pieces)
+      : at(tile.key[run]), step(tile.next_bytes / size_t(32 * n_pieces)) {
+    if (step != 0) at = tile.next[run] + step * size_t(16 * (half * n_pieces + piece));
+  }
+  [[gnu::always_inline]] void Row(int i) const {
+    if (i % 2 == 0 || step > 32) __builtin_prefetch(at + size_t(i) * step, 0, 2);
+  }
+};
+
 // The codes of 64 trellis-coded numbers, first .. first + 63, of 16 rows. Bits of a code lie in
 // planes, so eight codes are a matrix of bits, eight bytes, to be transposed:
 //   matrix byte 7 - b = bit b of eight codes;  byte i of the product with 1 << i = code i
-// Bits 0 and 1 follow from the path and are made for eight rows at once.
+// Bits 0 and 1 follow from the path: words 0 and 1 of a row's vector, before its other planes.
 struct PieceOfRows {
   const PiecePlanes piece;
-  bool together;  // the bytes of a row's planes are within 64: one load
+  bool together;  // one load has all planes of a row: they are within 56 bytes, the path in 8
   uint64_t bytes = 0, present = 0;
-  __m512i from[4];  // matrix bytes of the rows 2 k and 2 k + 1 of eight: of the planes, or 64 and
-                    // on of two rows' path
+  __m512i from;  // matrix bytes in a row's vector
   PieceOfRows(const PlaneLayout& planes, int first) : piece(planes, first) {
     const auto low_bytes = [](unsigned n) {
       return n >= 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * n)) - 1;
@@ -371,56 +385,83 @@ struct PieceOfRows {
       return unsigned(std::min(64, planes.numbers[p] - first) + 7) / 8;
     };
     const unsigned span = piece.at[last] + groups(last) - piece.at[0];
-    together = span <= 64;
-    bytes = span >= 64 ? ~uint64_t{0} : (uint64_t{1} << span) - 1;
-    uint64_t start = 0x4048ull << 48;  // of eight codes: byte 7 path bit 0, byte 6 bit 1
+    together = span <= 56 && (last == 0 || piece.at[1] - piece.at[0] >= 8);
+    bytes = together ? (((uint64_t{1} << span) - 1) << 8) : 0;
+    uint64_t start = 0x0008ull << 48;  // of eight codes: byte 7 path bit 0, byte 6 bit 1
     present = 0xc0c0c0c0c0c0c0c0u & low_bytes(groups(0));
     for (int p = 1; p <= last; ++p) {
-      start |= uint64_t(together ? piece.at[p] - piece.at[0] : unsigned(8 * p)) << (8 * (6 - p));
+      const unsigned at = together ? 8 + piece.at[p] - piece.at[0] : unsigned(8 * (p + 1));
+      start |= uint64_t(at) << (8 * (6 - p));
       present |= 0x0101010101010101u << (6 - p) & low_bytes(groups(p));
     }
-    const __m512i group = _mm512_set_epi64(
-        0x0707070707070707, 0x0606060606060606, 0x0505050505050505, 0x0404040404040404,
-        0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
-    for (int k = 0; k < 4; ++k, start += 0x1010ull << 48)
-      from[k] = _mm512_add_epi8(group, _mm512_set1_epi64(int64_t(start)));
+    from =
+        _mm512_add_epi8(_mm512_set_epi64(0x0707070707070707, 0x0606060606060606, 0x0505050505050505,
+                                         0x0404040404040404, 0x0303030303030303, 0x0202020202020202,
+                                         0x0101010101010101, 0),
+                        _mm512_set1_epi64(int64_t(start)));
   }
 
+  // Word 1 is the path, others are behind it.
   template <bool kTogether>
-  [[gnu::always_inline]] __m512i Planes(const uint8_t* row) const {
-    if constexpr (kTogether) return _mm512_maskz_loadu_epi8(bytes, row + piece.at[0]);
-    alignas(64) uint64_t word[8] = {};
-    for (int p = 0; p < piece.n_planes; ++p) word[p] = Word(row + piece.at[p]);
-    return _mm512_load_si512(word);
+  [[gnu::always_inline]] __m512i Planes(const uint8_t* path) const {
+    if constexpr (kTogether) return _mm512_maskz_loadu_epi8(bytes, path - 8);
+    __m512i word = _mm512_setzero_si512();
+    for (int p = 0; p < piece.n_planes; ++p) {
+      word = _mm512_mask_loadu_epi64(word, __mmask8(2 << p),
+                                     path - piece.at[0] + piece.at[p] - 8 * (p + 1));
+    }
+    return word;
   }
 
   // Calls body(i, codes of row i) for 16 rows, i a constant.
   template <bool kTogether, typename Body>
-  [[gnu::always_inline]] void EachRow(const uint8_t* rows16, size_t row_bytes, Body&& body) const {
+  [[gnu::always_inline]] void EachRow(const uint8_t* rows16, size_t row_bytes,
+                                      const PrefetchShare& next, Body&& body) const {
     const __m512i one_bit = _mm512_set1_epi64(int64_t(0x8040201008040201u));
-    Unroll<2>([&](auto half) __attribute__((always_inline)) {
-      const uint8_t* rows = rows16 + size_t(8 * half) * row_bytes;
-      const auto words = [&](const uint8_t* at) __attribute__((always_inline)) {
-        const auto word = [&](int i) { return int64_t(Word(at + size_t(i) * row_bytes)); };
-        return _mm512_setr_epi64(word(0), word(1), word(2), word(3), word(4), word(5), word(6),
-                                 word(7));
-      };
-      const uint8_t* path_at = rows + piece.at[0];
-      const __m512i path = words(path_at);
-      const __m512i before = piece.later ? words(path_at - 8) : _mm512_setzero_si512();
-      const __m512i c0 = _mm512_shldi_epi64(path, before, 1);
-      const __m512i c1 = _mm512_xor_si512(path, _mm512_shldi_epi64(path, before, 2));
-      const __m512i even = _mm512_unpacklo_epi64(c0, c1), odd = _mm512_unpackhi_epi64(c0, c1);
-      Unroll<8>([&](auto i) __attribute__((always_inline)) {
-        const __m512i matrix =
-            _mm512_maskz_permutex2var_epi8(present, Planes<kTogether>(rows + size_t(i) * row_bytes),
-                                           from[i / 2], i % 2 == 0 ? even : odd);
-        body(std::integral_constant<int, 8 * half + i>(),
-             _mm512_gf2p8affine_epi64_epi8(one_bit, matrix, 0));
-      });
+    const __m512i shift = _mm512_setr_epi64(1, 2, 0, 0, 0, 0, 0, 0);
+    static constexpr uint8_t kNoBits[8] = {};
+    const uint8_t* path = rows16 + piece.at[0];
+    const uint8_t* before = piece.later ? path - 8 : kNoBits;
+    const size_t before_step = piece.later ? row_bytes : 0;
+    const auto all = [](const uint8_t* at) { return _mm512_set1_epi64(int64_t(Word(at))); };
+    Unroll<16>([&](auto i) __attribute__((always_inline)) {
+      __m512i bits = _mm512_mask_loadu_epi64(Planes<kTogether>(path), 1, path);
+      bits = _mm512_shldv_epi64(bits, all(before), shift);
+      bits = _mm512_mask_xor_epi64(bits, 2, bits, all(path));
+      next.Row(i);
+      body(i, _mm512_gf2p8affine_epi64_epi8(one_bit,
+                                            _mm512_maskz_permutexvar_epi8(present, from, bits), 0));
+      path += row_bytes;
+      before += before_step;
+      // Or all addresses would be made ahead, more than there are registers.
+      asm("" : "+r"(path), "+r"(before));
     });
   }
 };
+
+// Word c of lane t = word t of x[c] before, in x[c]. Written out: from a shuffle by index gcc 12
+// makes one with two sources that destroys one of them.
+inline void TransposeWords(__m512i (&x)[16]) {
+  Unroll<4>([&](auto g) __attribute__((always_inline)) {
+    __m512i* row = x + 4 * g;
+    const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]),
+                  b = _mm512_unpackhi_epi32(row[0], row[1]),
+                  c = _mm512_unpacklo_epi32(row[2], row[3]),
+                  d = _mm512_unpackhi_epi32(row[2], row[3]);
+    row[0] = _mm512_unpacklo_epi64(a, c), row[1] = _mm512_unpackhi_epi64(a, c);
+    row[2] = _mm512_unpacklo_epi64(b, d), row[3] = _mm512_unpackhi_epi64(b, d);
+  });
+  __m512i y[16];
+  Unroll<4>([&](auto k) __attribute__((always_inline)) {
+    const __m512i a = _mm512_shuffle_i32x4(x[k], x[4 + k], 0x88),
+                  b = _mm512_shuffle_i32x4(x[8 + k], x[12 + k], 0x88),
+                  c = _mm512_shuffle_i32x4(x[k], x[4 + k], 0xdd),
+                  d = _mm512_shuffle_i32x4(x[8 + k], x[12 + k], 0xdd);
+    y[k] = _mm512_shuffle_i32x4(a, b, 0x88), y[4 + k] = _mm512_shuffle_i32x4(c, d, 0x88);
+    y[8 + k] = _mm512_shuffle_i32x4(a, b, 0xdd), y[12 + k] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  });
+  std::copy_n(y, 16, x);
+}
 
 // Calls body(place of the piece, run, piece, constant: planes together) for pieces with numbers and
 // runs with rows.
@@ -461,19 +502,17 @@ void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out)
     std::fill_n(quad_bits + t * per_tier / 4, per_tier / 4, int8_t(layout.tier_bits[t]));
   EachPieceOfRuns(
       layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
-        if (p == 0) PrefetchNext(tile, run, 0);
-        Vec block[16];
+        __m512i block[16];
         // Rows that are not there give codes as well; without a unit they score zero.
         piece.EachRow<together()>(
-            tile.key[run], layout.bytes, [&](auto i, __m512i codes) __attribute__((always_inline)) {
-              block[i] = _mm512_castsi512_ps(codes);
-            });
-        TransposeStage<1>(block);
+            tile.key[run], layout.bytes, PrefetchShare(tile, run, 0, p, n_pieces),
+            [&](auto i, __m512i codes) __attribute__((always_inline)) { block[i] = codes; });
+        TransposeWords(block);
         uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
         uint8_t* low = out->low + 16 * (run * per_tier + 64 * p);
         // Codes stay in registers: which one is looked up where must not depend on a variable.
         Unroll<16>([&](auto c) __attribute__((always_inline)) {
-          const __m512i code = _mm512_castps_si512(block[c]);
+          const __m512i code = block[c];
           const int bits = quad_bits[16 * p + c];
           const auto wide = [&](auto b) __attribute__((always_inline)) {
             _mm512_store_si512(to + 64 * c, LookUp<b()>(kCodes.high[b - 6], code));
@@ -548,11 +587,10 @@ void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes*
   const __m512i levels = _mm512_load_si512(kCodes.level[TrellisBits(layout.number)]);
   EachPieceOfRuns(
       layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
-        if (p == 0) PrefetchNext(tile, run, 1);
         __m512i x[4];
         piece.EachRow<together()>(
-            tile.value[run],
-            layout.bytes, [&](auto i, __m512i codes) __attribute__((always_inline)) {
+            tile.value[run], layout.bytes, PrefetchShare(tile, run, 1, p, n_pieces),
+            [&](auto i, __m512i codes) __attribute__((always_inline)) {
               x[i % 4] = _mm512_permutexvar_epi8(codes, levels);
               if constexpr (i % 4 == 3) {
                 const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]),

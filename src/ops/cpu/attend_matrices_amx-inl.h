@@ -199,9 +199,9 @@ constexpr Bf16Levels kBf16Levels;
 inline void ValueOperands(const ValueLayout& layout, const PackedTile& tile, const Operands& to) {
   const __m512i levels = _mm512_load_si512(kBf16Levels.level[TrellisBits(layout.number)]);
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const int n_pieces = (layout.head_dim + 63) / 64;
   EachPieceOfRuns(
       layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
-        if (p == 0) PrefetchNext(tile, run, 1);
         const size_t first = 4 * size_t(p), n = std::min<size_t>(4, to.blocks - first);
         const bool odd = run % 2 != 0, joins = odd && (tile.rows >> (16 * run - 16) & 0xffff) != 0;
         const __mmask32 words = odd ? 0xaaaaaaaau : 0x55555555u;
@@ -210,8 +210,8 @@ inline void ValueOperands(const ValueLayout& layout, const PackedTile& tile, con
           index[b] =
               _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * b)), odd ? 16 : 0);
         piece.EachRow<together()>(
-            tile.value[run],
-            layout.bytes, [&](auto i, __m512i codes) __attribute__((always_inline)) {
+            tile.value[run], layout.bytes, PrefetchShare(tile, run, 1, p, n_pieces),
+            [&](auto i, __m512i codes) __attribute__((always_inline)) {
               __m512i* at = to.Value(run / 2, first) + i;
               for (size_t b = 0; b < n; ++b, at += 32) {
                 const __m512i x = _mm512_maskz_permutexvar_epi16(

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 #include <fstream>
 #include <thread>
 #include <vector>
@@ -19,13 +20,19 @@ double SecondsSince(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Reads memory front to back.
-void Read(const uint64_t* memory, size_t n) {
-  uint64_t sum[8] = {};
-  for (size_t i = 0; i + 8 <= n; i += 8) {
-    for (size_t k = 0; k < 8; ++k) sum[k] += memory[i + k];
+// Reads memory front to back. The wider the loads, the more lines are under way at a time: on one
+// machine 6 GB/s by words, 11 by 64 bytes.
+template <typename Vector>
+[[gnu::always_inline]] inline void Read(const uint8_t* memory, size_t n) {
+  Vector sum[4] = {};
+  for (size_t at = 0; at + sizeof(sum) <= n; at += sizeof(sum)) {
+    for (size_t k = 0; k < 4; ++k) {
+      Vector x;
+      std::memcpy(&x, memory + at + k * sizeof(Vector), sizeof(Vector));
+      sum[k] ^= x;
+    }
   }
-  benchmark::DoNotOptimize(sum);
+  for (Vector& s : sum) benchmark::DoNotOptimize(s);
 }
 
 // Twelve independent sums in registers hide the latency of a multiply-add on every core of today.
@@ -45,13 +52,27 @@ template <typename Vector>
 }
 
 using Floats4 = float __attribute__((vector_size(16)));
+using Words2 = uint64_t __attribute__((vector_size(16)));
 #if defined(__x86_64__)
 using Floats8 = float __attribute__((vector_size(32)));
 using Floats16 = float __attribute__((vector_size(64)));
+using Words4 = uint64_t __attribute__((vector_size(32)));
+using Words8 = uint64_t __attribute__((vector_size(64)));
 [[gnu::target("avx512f")]] double MultiplyAdds512() { return MultiplyAdds<Floats16>(); }
 [[gnu::target("avx2,fma")]] double MultiplyAdds256() { return MultiplyAdds<Floats8>(); }
+[[gnu::target("avx512f")]] void Read512(const uint8_t* m, size_t n) { Read<Words8>(m, n); }
+[[gnu::target("avx2")]] void Read256(const uint8_t* m, size_t n) { Read<Words4>(m, n); }
 #endif
 double MultiplyAdds128() { return MultiplyAdds<Floats4>(); }
+void Read128(const uint8_t* m, size_t n) { Read<Words2>(m, n); }
+
+void ReadByThisCpu(const uint8_t* memory, size_t n) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return Read512(memory, n);
+  if (__builtin_cpu_supports("avx2")) return Read256(memory, n);
+#endif
+  Read128(memory, n);
+}
 
 // In f32; products of bytes (AVX-512) may come below this bound.
 double MultiplyAddsOfThisCpu() {
@@ -85,12 +106,12 @@ double Best(int threads, const Work& work) {
 
 Limits MeasureLimits(int threads) {
   // More than most caches hold; each thread reads its own part.
-  const std::vector<uint64_t> memory((size_t{256} << 20) / sizeof(uint64_t), 1);
+  const std::vector<uint8_t> memory(size_t{512} << 20, 1);
   const size_t part = memory.size() / size_t(threads);
   Limits limits;
   limits.bytes_per_second = Best(threads, [&](int thread) {
-    Read(memory.data() + part * size_t(thread), part);
-    return double(part * sizeof(uint64_t));
+    ReadByThisCpu(memory.data() + part * size_t(thread), part);
+    return double(part);
   });
   limits.multiply_adds_per_second = Best(threads, [](int) { return MultiplyAddsOfThisCpu(); });
   return limits;

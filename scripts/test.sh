@@ -24,7 +24,7 @@ werror=OFF
 [ "${CI-}" = true ] && werror=ON
 cmake --preset asan -DSPARKV_WERROR=$werror >build/logs/configure-asan.log
 cmake --build --preset asan -j "$(nproc)"
-count_ctest asan build/asan
+count_ctest asan build/asan -j "$(nproc)"
 
 if [ -f tests/fuzz/CMakeLists.txt ] && command -v clang++-14 >/dev/null; then
   heading "libFuzzer, 20 seconds each"
@@ -53,7 +53,8 @@ else
 fi
 
 heading "all tests"
-count_ctest all build/cmake
+# Tests of whole programs wait for all others (RUN_SERIAL).
+count_ctest all build/cmake -j "$(nproc)"
 
 printf '\n%d passed, %d failed\n' "$passed" "$failed"
 [ "$failed" = 0 ]

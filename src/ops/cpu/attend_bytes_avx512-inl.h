@@ -154,6 +154,30 @@ struct RowHeads {
   }
 };
 
+// Word c of lane t = word t of x[c] before, in x[c]. Written out: from a shuffle by index gcc 12
+// makes one with two sources that destroys one of them.
+inline void TransposeWords(__m512i (&x)[16]) {
+  Unroll<4>([&](auto g) __attribute__((always_inline)) {
+    __m512i* row = x + 4 * g;
+    const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]),
+                  b = _mm512_unpackhi_epi32(row[0], row[1]),
+                  c = _mm512_unpacklo_epi32(row[2], row[3]),
+                  d = _mm512_unpackhi_epi32(row[2], row[3]);
+    row[0] = _mm512_unpacklo_epi64(a, c), row[1] = _mm512_unpackhi_epi64(a, c);
+    row[2] = _mm512_unpacklo_epi64(b, d), row[3] = _mm512_unpackhi_epi64(b, d);
+  });
+  __m512i y[16];
+  Unroll<4>([&](auto k) __attribute__((always_inline)) {
+    const __m512i a = _mm512_shuffle_i32x4(x[k], x[4 + k], 0x88),
+                  b = _mm512_shuffle_i32x4(x[8 + k], x[12 + k], 0x88),
+                  c = _mm512_shuffle_i32x4(x[k], x[4 + k], 0xdd),
+                  d = _mm512_shuffle_i32x4(x[8 + k], x[12 + k], 0xdd);
+    y[k] = _mm512_shuffle_i32x4(a, b, 0x88), y[4 + k] = _mm512_shuffle_i32x4(c, d, 0x88);
+    y[8 + k] = _mm512_shuffle_i32x4(a, b, 0xdd), y[12 + k] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  });
+  std::copy_n(y, 16, x);
+}
+
 // Keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
 struct KeyBytes {
   alignas(64) uint8_t level[kTile * kMaxHeadDim];  // 128 + level, 128 where pruned
@@ -195,12 +219,11 @@ inline void UnpackRun(const KeyLayout& layout, const uint8_t* rows16, unsigned r
                         0x01010000, 0x01010001, 0x01010100, 0x01010101);
   const __m512i twos = _mm512_add_epi32(ones, ones);
   for (int p = 0; p < n_pieces; ++p) {
-    Vec block[16];
-    for (int i = 0; i < 16; ++i)
-      block[i] = _mm512_load_ps(reinterpret_cast<const float*>(level[p][i]));
-    TransposeStage<1>(block);
+    __m512i block[16];
+    for (int i = 0; i < 16; ++i) block[i] = _mm512_load_si512(level[p][i]);
+    TransposeWords(block);
     uint8_t* to = out->level + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
-    for (int i = 0; i < 16; ++i) _mm512_store_ps(reinterpret_cast<float*>(to + 64 * i), block[i]);
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(to + 64 * i, block[i]);
     if (layout.sign_bytes == 0) continue;
     to = out->sign + (size_t(run) * size_t(n_pieces) + size_t(p)) * 1024;
     const __m512i k0 = _mm512_load_si512(kept[p]), k1 = _mm512_load_si512(kept[p] + 8);
@@ -438,30 +461,6 @@ struct PieceOfRows {
     });
   }
 };
-
-// Word c of lane t = word t of x[c] before, in x[c]. Written out: from a shuffle by index gcc 12
-// makes one with two sources that destroys one of them.
-inline void TransposeWords(__m512i (&x)[16]) {
-  Unroll<4>([&](auto g) __attribute__((always_inline)) {
-    __m512i* row = x + 4 * g;
-    const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]),
-                  b = _mm512_unpackhi_epi32(row[0], row[1]),
-                  c = _mm512_unpacklo_epi32(row[2], row[3]),
-                  d = _mm512_unpackhi_epi32(row[2], row[3]);
-    row[0] = _mm512_unpacklo_epi64(a, c), row[1] = _mm512_unpackhi_epi64(a, c);
-    row[2] = _mm512_unpacklo_epi64(b, d), row[3] = _mm512_unpackhi_epi64(b, d);
-  });
-  __m512i y[16];
-  Unroll<4>([&](auto k) __attribute__((always_inline)) {
-    const __m512i a = _mm512_shuffle_i32x4(x[k], x[4 + k], 0x88),
-                  b = _mm512_shuffle_i32x4(x[8 + k], x[12 + k], 0x88),
-                  c = _mm512_shuffle_i32x4(x[k], x[4 + k], 0xdd),
-                  d = _mm512_shuffle_i32x4(x[8 + k], x[12 + k], 0xdd);
-    y[k] = _mm512_shuffle_i32x4(a, b, 0x88), y[4 + k] = _mm512_shuffle_i32x4(c, d, 0x88);
-    y[8 + k] = _mm512_shuffle_i32x4(a, b, 0xdd), y[12 + k] = _mm512_shuffle_i32x4(c, d, 0xdd);
-  });
-  std::copy_n(y, 16, x);
-}
 
 // Calls body(place of the piece, run, piece, constant: planes together) for pieces with numbers and
 // runs with rows.

@@ -85,12 +85,20 @@ void DeviceMemory(ggml_backend_dev_t, size_t* free, size_t* total) {
   *total = static_cast<size_t>(static_cast<double>(MemInfo("MemTotal")) * shrink);
 }
 
+// Weights stay with the CPU backend, so nothing of ours keeps the host from mapping the model's file
+// instead of reading it into memory of its own. Older hosts do not ask.
+template <typename Caps>
+void AllowMappedWeights(Caps* caps) {
+  if constexpr (requires { caps->mmap_support; }) caps->mmap_support = true;
+}
+
 void DeviceProperties(ggml_backend_dev_t device, ggml_backend_dev_props* props) {
   *props = {};
   props->name = DeviceName(device);
   props->description = DeviceDescription(device);
   props->type = DeviceType(device);
   DeviceMemory(device, &props->memory_free, &props->memory_total);
+  AllowMappedWeights(&props->caps);
 }
 
 ggml_backend_buffer_type_t DeviceBufferType(ggml_backend_dev_t) { return &ThePlugin().buffer_type; }

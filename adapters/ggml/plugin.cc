@@ -85,8 +85,8 @@ void DeviceMemory(ggml_backend_dev_t, size_t* free, size_t* total) {
   *total = static_cast<size_t>(static_cast<double>(MemInfo("MemTotal")) * shrink);
 }
 
-// Weights stay with the CPU backend, so nothing of ours keeps the host from mapping the model's file
-// instead of reading it into memory of its own. Older hosts do not ask.
+// Weights stay with the CPU backend, so nothing of ours keeps the host from mapping the model's
+// file instead of reading it into memory of its own. Older hosts do not ask.
 template <typename Caps>
 void AllowMappedWeights(Caps* caps) {
   if constexpr (requires { caps->mmap_support; }) caps->mmap_support = true;

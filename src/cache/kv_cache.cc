@@ -249,19 +249,22 @@ void KvCache::ExpandTables(int layer_index, bool idle_too) {
       for (int stage = 0; stage < n_kinds; ++stage) {
         const KeyLayout& key = layer.key_of(stage);
         table_keys_[size_t((known[i] * layer.n_kv_heads + h) * n_kinds + stage)] =
-            key.tiered() ? Interned(key.Under(weights)) : &key;
+            key.tiered() ? LayoutUnder(size_t(layer_index * n_kinds + stage), key, weights) : &key;
       }
     }
     table_of_[known[i]] = &table_f32_[i * row];
   }
 }
 
-// The one copy of a layout, so that heads whose rows lie alike can be told by its address.
-const KeyLayout* KvCache::Interned(const KeyLayout& layout) {
-  for (const KeyLayout& known : key_layouts_) {
-    if (known == layout) return &known;
-  }
-  return &key_layouts_.emplace_back(layout);
+// key.Under(weights), one copy of each layout, so that heads whose rows lie alike can be told by
+// its address. Worked out once for each kind of keys, a layer's in one stage, and falls of their
+// tiers.
+const KeyLayout* KvCache::LayoutUnder(size_t kind, const KeyLayout& key, const uint16_t* weights) {
+  const KeyLayout*& known = layouts_under_[uint64_t{kind} << 32 | TierFalls(weights)];
+  if (known != nullptr) return known;
+  const KeyLayout layout = key.Under(weights);
+  const auto same = std::find(key_layouts_.begin(), key_layouts_.end(), layout);
+  return known = same != key_layouts_.end() ? &*same : &key_layouts_.emplace_back(layout);
 }
 
 // How a head writes keys of a stage (n_stages: packed ones) under weights, 0: none. Where keys have
@@ -506,7 +509,8 @@ void KvCache::Memory(sparkv_memory* m) const {
   const uint64_t value_rows = m->value_scales + m->value_codes;
   const uint64_t packed = packed_.committed() + kept_bytes_;
   m->slack = packed - (key_rows + value_rows) + slots - (m->dense_keys + m->dense_values);
-  m->workspace = table_keys_.capacity() * sizeof(void*) + key_layouts_.size() * sizeof(KeyLayout);
+  m->workspace = table_keys_.capacity() * sizeof(void*) + key_layouts_.size() * sizeof(KeyLayout) +
+                 layouts_under_.size() * 4 * sizeof(void*);
   m->workspace += (flight_keys_.capacity() + flight_values_.capacity()) * 2 +
                   observed_.size() * layout_.channels * 4 +
                   (seen_.capacity() + column_bits_.capacity() + view_.evicted_bits.capacity()) * 8 +

@@ -382,7 +382,7 @@ class KvCache {
                const uint16_t* value);
   void ExpandTables(int layer, bool idle_too = false);
   KeyForm FormOf(const LayerLayout& layer, int stage, uint16_t id, int head) const;
-  const KeyLayout* Interned(const KeyLayout& layout);
+  const KeyLayout* LayoutUnder(size_t kind, const KeyLayout& key, const uint16_t* weights);
   void NotePeak();
   void NoteHighWater();
 
@@ -459,6 +459,7 @@ class KvCache {
   // Layouts of keys under each of them, [id][n_kv_heads][n_stages, packed last].
   std::vector<const KeyLayout*> table_keys_;
   std::deque<KeyLayout> key_layouts_;
+  std::unordered_map<uint64_t, const KeyLayout*> layouts_under_;
   std::vector<std::vector<float>> thread_space_;  // attention scratch per thread
   std::vector<Prepared> prepared_;                // of each thread, in one call
   std::vector<SealSpace> seal_space_;             // per thread

@@ -135,15 +135,18 @@ void MakeTierTable(const float* query_energy, const float* key_energy, int head_
 }
 
 void ExpandTable(const uint16_t* restore, int head_dim, float* out) {
+  // Each layer of each step comes here: no branch depends on a weight, and the next free place of
+  // each tier, 16 bits, stays in a register.
+  for (int j = 0; j < head_dim; ++j) out[j] = HalfToFloat(restore[j]);
+  for (int j = 0; j < head_dim; ++j) out[head_dim + j] = out[j] > 0.0f ? 1.0f / out[j] : 0.0f;
+  const auto bits_of = [&](int j) { return 16 * TierOf(restore[j]); };
+  uint64_t in_tier = 0;
+  for (int j = 0; j < head_dim; ++j) in_tier += uint64_t{1} << bits_of(j);
+  uint64_t next = (in_tier << 16) + (in_tier << 32) + (in_tier << 48);
   float* order = out + 2 * head_dim;
   for (int j = 0; j < head_dim; ++j) {
-    out[j] = HalfToFloat(restore[j]);
-    out[head_dim + j] = out[j] > 0.0f ? 1.0f / out[j] : 0.0f;
-  }
-  for (int tier = 0; tier < kTiers; ++tier) {
-    for (int j = 0; j < head_dim; ++j) {
-      if (TierOf(restore[j]) == tier) *order++ = float(j);
-    }
+    order[next >> bits_of(j) & 0xffff] = float(j);
+    next += uint64_t{1} << bits_of(j);
   }
 }
 

@@ -23,6 +23,12 @@ static constexpr int TierFall(const uint16_t* weights, int tier) {
   for (int b = 0; b < kFallBits; ++b) fall |= (weights[kFallBits * tier + b] >> 2 & 1) << b;
   return fall;
 }
+// All of them, as one number.
+static constexpr uint32_t TierFalls(const uint16_t* weights) {
+  uint32_t falls = 0;
+  for (int b = 0; b < kFallBits * (kTiers - 1); ++b) falls |= (weights[b] >> 2 & 1u) << b;
+  return falls;
+}
 static inline void SetTierFall(int tier, int fall, uint16_t* weights) {
   for (int b = 0; b < kFallBits; ++b) {
     uint16_t& weight = weights[kFallBits * tier + b];

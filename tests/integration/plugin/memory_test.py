@@ -43,6 +43,10 @@ class Memory(unittest.TestCase):
         self.assertGreater(promised, 0.5 * stats["f16_bytes"])
         self.assertGreaterEqual(saved, 0.8 * promised)
 
+    def test_weights_stay_in_the_mapped_file(self):
+        mapped = self.complete(256, "-fa", "on", "-v")
+        self.assertIn("CPU_Mapped model buffer", mapped.err, mapped)
+
     def test_stats_are_complete_and_add_up(self):
         stats = self.ours.stats
         fields = ("keys_bits_per_element", "values_bits_per_element", "bits_per_element",

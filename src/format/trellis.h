@@ -26,13 +26,17 @@ struct TrellisLevels {
   int n = 0;
   float top = 0.0f, inverse_top = 0.0f;  // level of the last code
   float best_top = 0.0f;                 // where it loses least, for numbers of deviation 1
+  // Codes lose a part of the numbers themselves: <x, coded x> is 1 / lift of <x, x> for normal
+  // ones.
+  float lift = 1.0f;
   int16_t level[2 << kMaxTrellisBits] = {};
 
-  constexpr TrellisLevels(int bits, float best)
+  constexpr TrellisLevels(int bits, float best, float lost)
       : n(2 << bits),
         top(float(TrellisTop(bits))),
         inverse_top(1.0f / float(TrellisTop(bits))),
-        best_top(best) {
+        best_top(best),
+        lift(lost) {
     for (int i = 0; i < n / 2; ++i) {
       level[n / 2 + i] = int16_t(TrellisMagnitude(bits, i));
       level[n / 2 - 1 - i] = int16_t(-TrellisMagnitude(bits, i));
@@ -40,7 +44,7 @@ struct TrellisLevels {
   }
 };
 inline constexpr TrellisLevels kTrellisLevels[kMaxTrellisBits + 1] = {
-    {0, 1.0f},  {1, 1.226f}, {2, 1.857f}, {3, 2.33f},
-    {4, 2.77f}, {5, 3.08f},  {6, 3.42f},  {7, 3.75f}};
+    {0, 1.0f, 1.0f},    {1, 1.226f, 1.23f}, {2, 1.857f, 1.065f}, {3, 2.33f, 1.025f},
+    {4, 2.77f, 1.007f}, {5, 3.08f, 1.0f},   {6, 3.42f, 1.0f},    {7, 3.75f, 1.0f}};
 
 }  // namespace sparkv

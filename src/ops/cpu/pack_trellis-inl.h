@@ -78,8 +78,14 @@ inline IntLanes LevelsUpTo(Lanes x) {
 }
 
 // A row that was unpacked lies on levels but for f16's rounding: this close to them, in their
-// units.
-constexpr float OnLevel(int bits) { return bits >= 6 ? 0.45f : 0.1f; }
+// units, which are small where bits are few or many.
+constexpr float OnLevel(int bits) {
+  return bits >= 6 || bits <= 2 ? 0.45f : bits == 3 ? 0.3f : 0.1f;
+}
+// How much further out than its gain, as a part of it, the outermost may lie.
+constexpr float BeyondTop(int bits) {
+  return std::max(0x1p-10f, OnLevel(bits) / float(TrellisTop(bits)));
+}
 constexpr int kGainSteps = 13;  // of a quarter octave that the outermost level used may lie inside
 
 // The first gain below `end` under which all of x [n] lies on levels, 0: none.
@@ -90,7 +96,7 @@ inline IntLanes GainOfLevels(const Lanes* x, int n, IntLanes end) {
   IntLanes first = {}, found = {};
   Lanes start[4] = {};  // values of the first four; four steps on they are twice that
   for (int r = 0; r < kRowLanes; ++r) {
-    const int e = Grid::Ceil(largest[r], 0x1p-10f);
+    const int e = Grid::Ceil(largest[r], BeyondTop(kBits));
     first[r] = e;
     for (int k = 0; k < 4; ++k) start[k][r] = Grid::Value(e + k);
   }
@@ -134,15 +140,17 @@ struct Paths {
   Lanes cost[4] = {Lanes{}, Lanes{} + 1e30f, Lanes{} + 1e30f, Lanes{} + 1e30f};
 };
 
-// Gain and steps of one run, numbers begin .. end - 1.
+// Gain and steps of one run, numbers begin .. end - 1; lifted: coded so that they keep their size.
 template <int kBits, typename Grid>
-inline void WalkRun(int run, int begin, int end, Paths* paths) {
+inline void WalkRun(int run, int begin, int end, bool lifted, Paths* paths) {
   constexpr const TrellisLevels& kLevels = kTrellisLevels[kBits];
   constexpr int kCodes = 2 << kBits;
   const int n = end - begin;
-  const Lanes* x = paths->x + begin;
+  Lanes* x = paths->x + begin;
   IntLanes gain = GainOfLevels<kBits, Grid>(x, n, IntLanes{} + Grid::kMost + 1);
   paths->was_coded[run] = gain > 0;
+  const Lanes lift = gain > 0 || !lifted ? Lanes{} + 1.0f : Lanes{} + kLevels.lift;
+  for (int i = 0; i < n; ++i) x[i] *= lift;
   const Lanes square = SumOfSquares(x, n) / float(n);
   Lanes top;
   for (int r = 0; r < kRowLanes; ++r) {
@@ -213,7 +221,7 @@ inline void RefitRun(int run, int begin, int end, Paths* paths) {
     largest = Magnitude(levels[i]) > largest ? Magnitude(levels[i]) : largest;
   IntLanes far;
   for (int r = 0; r < kRowLanes; ++r) {
-    const int first = Grid::Ceil(largest[r], 0x1p-10f);
+    const int first = Grid::Ceil(largest[r], BeyondTop(kBits));
     far[r] = -int(first == 0 || gain[r] >= first + kGainSteps);
   }
   paths->fragile |= (gain > 0) & (far | (GainOfLevels<kBits, Grid>(levels, n, gain) != 0));
@@ -233,13 +241,14 @@ inline void WithBits(int bits, Body&& body) {
 // Codes of the rows' numbers x, their gains, and which rows are fragile; the planes of rows
 // [n_rows] were zero. The path that loses least under the gain that suits a normal distribution.
 template <typename Grid>
-inline void PackTrellis(const TrellisRuns& runs, int n_rows, uint8_t* const* rows, Paths* paths) {
+inline void PackTrellis(const TrellisRuns& runs, int n_rows, uint8_t* const* rows, bool lifted,
+                        Paths* paths) {
   const PlaneLayout& planes = *runs.planes;
   const int n = planes.numbers[0], n_runs = n / runs.per_run;
   for (int run = n_runs; run < runs.n_runs; ++run) paths->gain[run] = IntLanes{};  // without bits
   for (int run = 0; run < n_runs; ++run) {
     WithBits(runs.bits[run], [&](auto bits) {
-      WalkRun<bits(), Grid>(run, run * runs.per_run, (run + 1) * runs.per_run, paths);
+      WalkRun<bits(), Grid>(run, run * runs.per_run, (run + 1) * runs.per_run, lifted, paths);
     });
   }
   // The smaller of equal states ends.
@@ -350,7 +359,7 @@ inline unsigned PackTiersOnce(const KeyLayout& layout, int n_rows, const float* 
     }
   }
   RotateLanes(paths.x, n, TierBlock(layout));
-  PackTrellis<TierGainGrid>(RunsOf(layout), n_rows, rows, &paths);
+  PackTrellis<TierGainGrid>(RunsOf(layout), n_rows, rows, false, &paths);
   for (int r = 0; r < n_rows; ++r) {
     const bool finite = (not_finite >> r & 1) == 0;
     uint32_t word = 0;
@@ -416,7 +425,9 @@ inline unsigned PackTrellisValuesOnce(const ValueLayout& layout, int n_rows,
     for (int i = 0; i < n; ++i) x[i * kRowLanes] = numbers[i];
   }
   RotateLanes(paths.x, n, RotationBlock(n));
-  PackTrellis<ValueGainGrid>(RunsOf(layout), n_rows, rows, &paths);
+  // Attention takes means of values: what is random in their errors goes away, what all lack does
+  // not.
+  PackTrellis<ValueGainGrid>(RunsOf(layout), n_rows, rows, true, &paths);
   for (int r = 0; r < n_rows; ++r) {
     if ((not_finite >> r & 1) != 0) {
       std::memset(rows[r], 0, layout.bytes);

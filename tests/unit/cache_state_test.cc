@@ -211,8 +211,9 @@ TEST_P(Lossy, WithoutWeightsPackedRowsStayAsTheyWereReadAndAreCounted) {
   const Saved saved = Save(usual, 0, kSaved);
   Load(host, saved, 0);
   Hold(host, 0, 1, kSaved, 0);
-  // The first answer is over the same rows, as f16.
-  EXPECT_TRUE(Near(host.Feed(0, 1, kSaved, 1, {1}), usual.Feed(0, 1, kSaved, 1, {1}), 5e-2));
+  // The first answer is over the same rows, as f16; those of a stage are coded once more.
+  EXPECT_TRUE(Near(host.Feed(0, 1, kSaved, 1, {1}), usual.Feed(0, 1, kSaved, 1, {1}),
+                   RecentStages(host.config).empty() ? 5e-2 : 7e-2));
   // Those of a stage are not known by their values, and lose more when they are packed.
   const std::vector<RecentStage> stages = RecentStages(host.config);
   const int64_t packed = kSaved - 4 - (stages.empty() ? 16 : stages.back().until);

@@ -88,11 +88,15 @@ constexpr float BeyondTop(int bits) {
 }
 constexpr int kGainSteps = 13;  // of a quarter octave that the outermost level used may lie inside
 
-// The first gain below `end` under which all of x [n] lies on levels, 0: none.
-template <int kBits, typename Grid>
-inline IntLanes GainOfLevels(const Lanes* x, int n, IntLanes end) {
+inline Lanes Largest(const Lanes* x, int n) {
   Lanes largest = {};
   for (int i = 0; i < n; ++i) largest = Magnitude(x[i]) > largest ? Magnitude(x[i]) : largest;
+  return largest;
+}
+
+// The first gain below `end` under which all of x [n] lies on levels, 0: none.
+template <int kBits, typename Grid>
+inline IntLanes GainOfLevels(const Lanes* x, int n, Lanes largest, IntLanes end) {
   IntLanes first = {}, found = {};
   Lanes start[4] = {};  // values of the first four; four steps on they are twice that
   for (int r = 0; r < kRowLanes; ++r) {
@@ -147,14 +151,21 @@ inline void WalkRun(int run, int begin, int end, bool lifted, Paths* paths) {
   constexpr int kCodes = 2 << kBits;
   const int n = end - begin;
   Lanes* x = paths->x + begin;
-  IntLanes gain = GainOfLevels<kBits, Grid>(x, n, IntLanes{} + Grid::kMost + 1);
+  Lanes largest = Largest(x, n);
+  IntLanes gain = GainOfLevels<kBits, Grid>(x, n, largest, IntLanes{} + Grid::kMost + 1);
   paths->was_coded[run] = gain > 0;
   const Lanes lift = gain > 0 || !lifted ? Lanes{} + 1.0f : Lanes{} + kLevels.lift;
   for (int i = 0; i < n; ++i) x[i] *= lift;
+  largest *= lift;
   const Lanes square = SumOfSquares(x, n) / float(n);
   Lanes top;
   for (int r = 0; r < kRowLanes; ++r) {
-    if (gain[r] == 0) gain[r] = Grid::Nearest(std::sqrt(square[r]) * kLevels.best_top);
+    if (gain[r] == 0) {
+      // Levels that no number reaches would be lost: few numbers have their largest well inside of
+      // where many have it. One a little outside is worth it where levels are far apart.
+      gain[r] = std::min(Grid::Nearest(std::sqrt(square[r]) * kLevels.best_top),
+                         Grid::Ceil(largest[r], 1.0f / float(1 << kBits)));
+    }
     top[r] = Grid::Value(gain[r]);
   }
   paths->gain[run] = gain;
@@ -216,15 +227,13 @@ inline void RefitRun(int run, int begin, int end, Paths* paths) {
   }
   for (int i = 0; i < n; ++i) levels[i] *= unit;
   // Packed again it must find this gain: no smaller one may do, nor this one be out of its reach.
-  Lanes largest = {};
-  for (int i = 0; i < n; ++i)
-    largest = Magnitude(levels[i]) > largest ? Magnitude(levels[i]) : largest;
+  const Lanes largest = Largest(levels, n);
   IntLanes far;
   for (int r = 0; r < kRowLanes; ++r) {
     const int first = Grid::Ceil(largest[r], BeyondTop(kBits));
     far[r] = -int(first == 0 || gain[r] >= first + kGainSteps);
   }
-  paths->fragile |= (gain > 0) & (far | (GainOfLevels<kBits, Grid>(levels, n, gain) != 0));
+  paths->fragile |= (gain > 0) & (far | (GainOfLevels<kBits, Grid>(levels, n, largest, gain) != 0));
 }
 
 // Calls body(constant) with the bits of a run at compile time.
@@ -239,7 +248,8 @@ inline void WithBits(int bits, Body&& body) {
 }
 
 // Codes of the rows' numbers x, their gains, and which rows are fragile; the planes of rows
-// [n_rows] were zero. The path that loses least under the gain that suits a normal distribution.
+// [n_rows] were zero. The path that loses least under a gain that suits a normal distribution and
+// the largest number.
 template <typename Grid>
 inline void PackTrellis(const TrellisRuns& runs, int n_rows, uint8_t* const* rows, bool lifted,
                         Paths* paths) {

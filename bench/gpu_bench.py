@@ -32,10 +32,11 @@ SIDES = {
     "tiers-6321 flat": [(T6321, T3, FLAT, REST)],
     "tiers-5321": [(T5321, T2, STEEP, REST)],
     "tiers-4211": [(T4211, T1, STEEP, REST)],
-    # Presets with their windows and stages; tiny would need five stores, a step takes four.
-    "safe": [(T7543, T4, STEEP, REST), (INT8, INT8, STEEP, 320), (F16, F16, STEEP, 64)],
-    "balanced": [(T6321, T3, STEEP, REST), (T7432, T4, STEEP, 896), (INT8, INT8, STEEP, 96), (F16, F16, STEEP, 32)],
-    "small": [(T5321, T2, STEEP, REST), (T7432, T4, STEEP, 448), (INT8, INT8, STEEP, 32), (F16, F16, STEEP, 32)],
+    # Presets with their windows and stages.
+    "safe": [(T7543, T4, STEEP, REST), (INT8, INT8, STEEP, 416), (F16, F16, STEEP, 64)],
+    "balanced": [(T5321, T2, STEEP, REST), (T7543, T4, STEEP, 928), (F16, F16, STEEP, 32)],
+    "small": [(T4211, T1, STEEP, REST), (T5321, T2, STEEP, 1088), (T7543, T4, STEEP, 352), (F16, F16, STEEP, 32)],
+    "tiny": [(T4211, T1, STEEP, REST), (T5321, T2, STEEP, 448), (T7543, T4, STEEP, 32), (F16, F16, STEEP, 32)],
 }
 SUMS = {TIERS: 19, TIERS + 1: 16, TIERS + 2: 12, TIERS + 3: 11, TIERS + 4: 8}
 BITS = {TRELLIS: 4, TRELLIS + 1: 3, TRELLIS + 2: 2, TRELLIS + 3: 1}

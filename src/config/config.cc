@@ -133,10 +133,10 @@ struct Chosen {
   int32_t window;
   std::string_view recent;
 };
-constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "383:i8+q8"},
-                              {"balanced", "tiers-6321", 32, "128:i8+q8,1023:t7432+t4"},
-                              {"small", "tiers-5321", 32, "64:i8+q8,511:t7432+t4"},
-                              {"tiny", "tiers-4211", 32, "64:i8+q8,255:t7432+t4,1022:t5321+t2"}};
+constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "479:i8+q8"},
+                              {"balanced", "tiers-5321", 32, "959:t7543+t4"},
+                              {"small", "tiers-4211", 32, "383:t7543+t4,1462:t5321+t2"},
+                              {"tiny", "tiers-4211", 32, "63:t7543+t4,510:t5321+t2"}};
 
 // Window and stages of a named preset. Heads that keep fewer tokens than it was chosen at have them
 // in proportion: else what is recent would be most of what they keep.

@@ -54,8 +54,8 @@ TEST(Config, NoNameMeansTheDefaultPreset) {
   EXPECT_STREQ(Preset("").preset, "balanced");
   EXPECT_EQ(
       Text(Preset(nullptr)),
-      "balanced ratio 0 recover mean kept t6321 values t3 sinks 4 window 32 seal stream recent "
-      "128:i8+q8,1023:t7432+t4");
+      "balanced ratio 0 recover mean kept t5321 values t2 sinks 4 window 32 seal stream recent "
+      "959:t7543+t4");
   EXPECT_EQ(Text(Preset("spark-0.5-i5")),
             "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal stream");
 }
@@ -228,7 +228,7 @@ TEST(Config, RecentRowsAreStagesFromYoungToOld) {
             "recent: \"\" is not TOKENS:KEYS+VALUES, as in 256:i8+q8");
   ASSERT_EQ(SetParameter("recent", "none", &config).text, "");
   EXPECT_STREQ(config.recent, "");
-  EXPECT_EQ(std::string(Preset("balanced").recent), "128:i8+q8,1023:t7432+t4");
+  EXPECT_EQ(std::string(Preset("balanced").recent), "959:t7543+t4");
   EXPECT_STREQ(Preset("balanced").preset, "balanced");
   EXPECT_EQ(Preset("balanced").window, 32);
   EXPECT_EQ(CheckConfig(Preset("tiny")).text, "");
@@ -248,16 +248,17 @@ TEST(Config, UnderEvictionAgesOfAPresetAreInProportion) {
     EXPECT_EQ(RecentStages(config).size(), size_t(std::ranges::count(config.recent, ':')));
     return std::to_string(config.window) + " " + config.recent;
   };
-  EXPECT_EQ(with("balanced", "snapkv:512"), "3 14:i8+q8,125:t7432+t4");
-  EXPECT_EQ(with("balanced", "tova:2048"), "15 62:i8+q8,509:t7432+t4");
-  EXPECT_EQ(with("balanced", "snapkv:4096"), "32 128:i8+q8,1023:t7432+t4");
-  EXPECT_EQ(with("safe", "snapkv:512"), "7 46:i8+q8");
-  EXPECT_EQ(with("tiny", "snapkv:64"), "3 14:t5321+t2");
+  EXPECT_EQ(with("balanced", "snapkv:512"), "3 118:t7543+t4");
+  EXPECT_EQ(with("balanced", "tova:2048"), "15 478:t7543+t4");
+  EXPECT_EQ(with("balanced", "snapkv:4096"), "32 959:t7543+t4");
+  EXPECT_EQ(with("safe", "snapkv:512"), "7 58:i8+q8");
+  EXPECT_EQ(with("small", "snapkv:512"), "3 46:t7543+t4,181:t5321+t2");
+  EXPECT_EQ(with("tiny", "snapkv:64"), "3 6:t5321+t2");
   EXPECT_EQ(with("exact", "snapkv:512"), "32 ");
   EXPECT_EQ(with("tiers-6321", "snapkv:512"), "96 ");
   sparkv_config config = Preset("balanced");
   ASSERT_EQ(SetParameter("evict", "snapkv:512", &config).text, "");
-  for (const int64_t rows : {config.sinks + config.window, 14 - config.window, 125 - 14})
+  for (const int64_t rows : {config.sinks + config.window, 118 - config.window})
     EXPECT_EQ((rows + 1) % kGroupSlots, 0) << rows;
   ASSERT_EQ(SetParameter("evict", "none", &config).text, "");
   EXPECT_EQ(Text(config), Text(Preset("balanced")));

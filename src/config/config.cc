@@ -135,7 +135,7 @@ struct Chosen {
 };
 constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "479:i8+q8"},
                               {"balanced", "tiers-5321", 32, "959:t7543+t4"},
-                              {"small", "tiers-4211", 32, "383:t7543+t4,1462:t5321+t2"},
+                              {"small", "tiers-4211", 32, "383:t7543+t4,1430:t5321+t2"},
                               {"tiny", "tiers-4211", 32, "63:t7543+t4,510:t5321+t2"}};
 
 // Window and stages of a named preset. Heads that keep fewer tokens than it was chosen at have them

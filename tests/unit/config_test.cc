@@ -252,7 +252,7 @@ TEST(Config, UnderEvictionAgesOfAPresetAreInProportion) {
   EXPECT_EQ(with("balanced", "tova:2048"), "15 478:t7543+t4");
   EXPECT_EQ(with("balanced", "snapkv:4096"), "32 959:t7543+t4");
   EXPECT_EQ(with("safe", "snapkv:512"), "7 58:i8+q8");
-  EXPECT_EQ(with("small", "snapkv:512"), "3 46:t7543+t4,181:t5321+t2");
+  EXPECT_EQ(with("small", "snapkv:512"), "3 46:t7543+t4,177:t5321+t2");
   EXPECT_EQ(with("tiny", "snapkv:64"), "3 6:t5321+t2");
   EXPECT_EQ(with("exact", "snapkv:512"), "32 ");
   EXPECT_EQ(with("tiers-6321", "snapkv:512"), "96 ");

@@ -160,7 +160,8 @@ Ages AgesOf(const Chosen& chosen, const sparkv_config& config) {
   if (!ParseRecent(chosen.recent, &stages).ok()) return ages;
   int32_t last = ages.window;
   for (const RecentStage& stage : stages) {
-    const int32_t until = share(stage.until) - 1;
+    // What heads keep is read more than what they evict: worth a longer stage.
+    const int32_t until = std::min(share(stage.until * 7 / 4) - 1, stage.until);
     if (until <= last) continue;
     last = until;
     ++n_stores;

@@ -26,7 +26,7 @@ static constexpr int TierFall(const uint16_t* weights, int tier) {
 // All of them, as one number.
 static constexpr uint32_t TierFalls(const uint16_t* weights) {
   uint32_t falls = 0;
-  for (int b = 0; b < kFallBits * (kTiers - 1); ++b) falls |= (weights[b] >> 2 & 1u) << b;
+  for (int t = 0; t < kTiers - 1; ++t) falls |= uint32_t(TierFall(weights, t)) << (kFallBits * t);
   return falls;
 }
 static inline void SetTierFall(int tier, int fall, uint16_t* weights) {

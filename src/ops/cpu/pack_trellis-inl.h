@@ -154,9 +154,11 @@ inline void WalkRun(int run, int begin, int end, bool lifted, Paths* paths) {
   Lanes largest = Largest(x, n);
   IntLanes gain = GainOfLevels<kBits, Grid>(x, n, largest, IntLanes{} + Grid::kMost + 1);
   paths->was_coded[run] = gain > 0;
-  const Lanes lift = gain > 0 || !lifted ? Lanes{} + 1.0f : Lanes{} + kLevels.lift;
-  for (int i = 0; i < n; ++i) x[i] *= lift;
-  largest *= lift;
+  if (lifted) {
+    const Lanes lift = gain > 0 ? Lanes{} + 1.0f : Lanes{} + kLevels.lift;
+    for (int i = 0; i < n; ++i) x[i] *= lift;
+    largest *= lift;
+  }
   const Lanes square = SumOfSquares(x, n) / float(n);
   Lanes top;
   for (int r = 0; r < kRowLanes; ++r) {

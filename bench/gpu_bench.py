@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 F16, INT8, TIERS, TRELLIS = 0, 1, 5, 10
 # Steps of 3/4 dB by which the energies of tiers fall. Steep: bits as most heads of a model have them, those in the
-# names, 5210 for tiers-4211.
+# names.
 STEEP, FLAT = (16, 8, 8), (4, 2, 2)
-T7543, T7432, T6321, T5321, T4211 = range(TIERS, TIERS + 5)
+T7543, T7432, T6321, T5321, T4210 = range(TIERS, TIERS + 5)
 T4, T3, T2, T1 = range(TRELLIS, TRELLIS + 4)
 REST = 0
 # name -> stores of (keys, values, falls, rows)
@@ -31,12 +31,12 @@ SIDES = {
     "tiers-6321": [(T6321, T3, STEEP, REST)],
     "tiers-6321 flat": [(T6321, T3, FLAT, REST)],
     "tiers-5321": [(T5321, T2, STEEP, REST)],
-    "tiers-4211": [(T4211, T1, STEEP, REST)],
+    "tiers-4210": [(T4210, T1, STEEP, REST)],
     # Presets with their windows and stages.
     "safe": [(T7543, T4, STEEP, REST), (INT8, INT8, STEEP, 416), (F16, F16, STEEP, 64)],
     "balanced": [(T5321, T2, STEEP, REST), (T7543, T4, STEEP, 928), (F16, F16, STEEP, 32)],
-    "small": [(T4211, T1, STEEP, REST), (T5321, T2, STEEP, 1088), (T7543, T4, STEEP, 352), (F16, F16, STEEP, 32)],
-    "tiny": [(T4211, T1, STEEP, REST), (T5321, T2, STEEP, 448), (T7543, T4, STEEP, 32), (F16, F16, STEEP, 32)],
+    "small": [(T4210, T1, STEEP, REST), (T5321, T2, STEEP, 1088), (T7543, T4, STEEP, 416), (F16, F16, STEEP, 32)],
+    "tiny": [(T4210, T1, STEEP, REST), (T5321, T2, STEEP, 368), (T7543, T4, STEEP, 120), (F16, F16, STEEP, 8)],
 }
 SUMS = {TIERS: 19, TIERS + 1: 16, TIERS + 2: 12, TIERS + 3: 11, TIERS + 4: 8}
 BITS = {TRELLIS: 4, TRELLIS + 1: 3, TRELLIS + 2: 2, TRELLIS + 3: 1}

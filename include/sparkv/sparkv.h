@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 #define SPARKV_VERSION "0.1.0"
-#define SPARKV_FORMAT_VERSION 2
+#define SPARKV_FORMAT_VERSION 3
 
 typedef enum sparkv_status {
   SPARKV_OK = 0,
@@ -70,7 +70,7 @@ typedef enum sparkv_number {
   SPARKV_TIERS_7432 = 6,
   SPARKV_TIERS_6321 = 7,
   SPARKV_TIERS_5321 = 8,
-  SPARKV_TIERS_4211 = 9,
+  SPARKV_TIERS_4210 = 9,
   SPARKV_TRELLIS4 = 10,
   SPARKV_TRELLIS3 = 11,
   SPARKV_TRELLIS2 = 12,

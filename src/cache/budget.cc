@@ -22,7 +22,7 @@ struct Kind {
   const char* name;  // a preset, or values
   double loss;
 };
-constexpr Kind kKeys[] = {{"tiers-4211", .0235}, {"tiers-5321", .0067}, {"tiers-6321", .0042},
+constexpr Kind kKeys[] = {{"tiers-4210", .0235}, {"tiers-5321", .0067}, {"tiers-6321", .0042},
                           {"tiers-7432", .0013}, {"tiers-7543", .0007}, {"spark-0.3-i8", .0003},
                           {"spark-0-i8", .0001}, {"spark-0", 0.0}};
 constexpr Kind kValues[] = {{"t1", .078},  {"t2", .0091},   {"t3", .0023},

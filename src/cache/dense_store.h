@@ -58,14 +58,15 @@ class DenseStore {
   int32_t lowest_free() const { return free_.empty() ? int32_t(end_) : free_.front(); }
   // Whether its rows would fit into fewer groups.
   bool sparse() const { return n_groups_ * group_slots_ - used_ >= group_slots_; }
-  // Gives back the pages of empty groups, but for one that the next token is likely to take.
-  void Trim() {
+  // Gives back the pages of empty groups; keep_next: but for the one that the next token takes, so
+  // that decoding makes no system call every fourth token.
+  void Trim(bool keep_next) {
     std::sort(free_.begin(), free_.end());  // ascending order is a heap for std::greater
     while (!free_.empty() && free_.back() == end_ - 1) {
       free_.pop_back();
       --end_;
     }
-    const int64_t next = free_.empty() ? -1 : free_.front() / group_slots_;
+    const int64_t next = !keep_next || free_.empty() ? -1 : free_.front() / group_slots_;
     const size_t touched = size_t((high_ + group_slots_ - 1) / group_slots_);
     for (size_t first = 0; first < touched;) {
       size_t last = first;

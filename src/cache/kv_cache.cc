@@ -219,7 +219,7 @@ void KvCache::Release(int64_t first, int64_t n) {
   for (int64_t cell = std::max<int64_t>(0, first); cell < last; ++cell) {
     if (layout_.index_of(cell) < used_end_[size_t(layout_.stream_of(cell))]) ReleaseCell(cell);
   }
-  for (DenseStore& store : stores_) store.Trim();
+  for (DenseStore& store : stores_) store.Trim(/*keep_next=*/false);
 }
 
 // The host says that no cell at or behind n_kv of this stream is in use.

@@ -159,11 +159,12 @@ void KvCache::FinishStep() {
   arena_layer_ = -1;
   view_.n_kv = -1;
   // Rows of a long micro-batch were coded before older ones had gone.
-  if (latest_cells_.size() > kFewTokens) {
+  const bool few = latest_cells_.size() <= kFewTokens;
+  if (!few) {
     NotePeak();
     for (int stage = 0; stage < layout_.n_stages(); ++stage) Compact(stage);
   }
-  for (DenseStore& store : stores_) store.Trim();
+  for (DenseStore& store : stores_) store.Trim(/*keep_next=*/few);
   NotePeak();
   NoteHighWater();
 }

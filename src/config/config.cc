@@ -42,7 +42,7 @@ constexpr Name kKeptNames[] = {
     {"i5", SPARKV_INT5},          {"i4", SPARKV_INT4},          {"int8", SPARKV_INT8},
     {"int6", SPARKV_INT6},        {"int5", SPARKV_INT5},        {"int4", SPARKV_INT4},
     {"t7543", SPARKV_TIERS_7543}, {"t7432", SPARKV_TIERS_7432}, {"t6321", SPARKV_TIERS_6321},
-    {"t5321", SPARKV_TIERS_5321}, {"t4211", SPARKV_TIERS_4211}};
+    {"t5321", SPARKV_TIERS_5321}, {"t4210", SPARKV_TIERS_4210}};
 constexpr Name kValuesNames[] = {
     {"f16", SPARKV_F16},     {"q8", SPARKV_INT8},     {"q4", SPARKV_INT4},
     {"t4", SPARKV_TRELLIS4}, {"t3", SPARKV_TRELLIS3}, {"t2", SPARKV_TRELLIS2},
@@ -110,7 +110,7 @@ std::string NumberText(double number, std::chars_format format = std::chars_form
 
 bool RatioAllowed(double ratio) { return ratio >= 0.0 && ratio <= 1.0; }
 
-bool Tiered(int32_t kept) { return kept >= SPARKV_TIERS_7543 && kept <= SPARKV_TIERS_4211; }
+bool Tiered(int32_t kept) { return kept >= SPARKV_TIERS_7543 && kept <= SPARKV_TIERS_4210; }
 
 Start StartOf(int32_t kept) { return kept == SPARKV_F16 ? kPaper : kPacked; }
 
@@ -135,8 +135,8 @@ struct Chosen {
 };
 constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "479:i8+q8"},
                               {"balanced", "tiers-5321", 32, "959:t7543+t4"},
-                              {"small", "tiers-4211", 32, "383:t7543+t4,1430:t5321+t2"},
-                              {"tiny", "tiers-4211", 32, "63:t7543+t4,510:t5321+t2"}};
+                              {"small", "tiers-4210", 32, "511:t7543+t4,1599:t5321+t2"},
+                              {"tiny", "tiers-4210", 8, "127:t7543+t4,607:t5321+t2"}};
 
 // Window and stages of a named preset. Heads that keep fewer tokens than it was chosen at have them
 // in proportion: else what is recent would be most of what they keep.
@@ -270,7 +270,7 @@ Status SetPreset(std::string_view name, sparkv_config* config) {
     }
     if (next.kept == SPARKV_F16) return UnknownPreset(name, "is unknown");
     // Bits of values that cost about as much loss as the keys' do (docs/results.md).
-    next.values = next.kept == SPARKV_TIERS_4211   ? SPARKV_TRELLIS1
+    next.values = next.kept == SPARKV_TIERS_4210   ? SPARKV_TRELLIS1
                   : next.kept == SPARKV_TIERS_5321 ? SPARKV_TRELLIS2
                   : next.kept == SPARKV_TIERS_6321 ? SPARKV_TRELLIS3
                                                    : SPARKV_TRELLIS4;

@@ -36,8 +36,8 @@ static inline int NumberBits(sparkv_number number) {
 // sum is fixed; how a head shares it among its tiers is in its weights (KeyLayout::Under).
 static inline int TierBits(sparkv_number number, int tier) {
   static constexpr int kBits[][4] = {
-      {7, 5, 4, 3}, {7, 4, 3, 2}, {6, 3, 2, 1}, {5, 3, 2, 1}, {4, 2, 1, 1}};
-  return number >= SPARKV_TIERS_7543 && number <= SPARKV_TIERS_4211
+      {7, 5, 4, 3}, {7, 4, 3, 2}, {6, 3, 2, 1}, {5, 3, 2, 1}, {4, 2, 1, 0}};
+  return number >= SPARKV_TIERS_7543 && number <= SPARKV_TIERS_4210
              ? kBits[number - SPARKV_TIERS_7543][tier]
              : 0;
 }

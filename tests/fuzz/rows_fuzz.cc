@@ -58,7 +58,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                                    SPARKV_TRELLIS4, SPARKV_TRELLIS3, SPARKV_TRELLIS2,
                                    SPARKV_TRELLIS1};
   config.recover = input.Below(3);
-  config.kept = input.Below(SPARKV_TIERS_4211 + 1);
+  config.kept = input.Below(SPARKV_TIERS_4210 + 1);
   config.values = kValueNumbers[input.Below(6)];
   config.ratio = input.Below(101) / 100.0;
   if (config.kept >= SPARKV_TIERS_7543) config.ratio = 0.0;

@@ -110,8 +110,8 @@ TEST(Budget, IsSpentAndNotExceeded) {
   };
   EXPECT_EQ(recent("balanced", "3.1bpe"), "959:t7543+t4");
   EXPECT_EQ(recent("balanced", "2.3bpe"), "");
-  EXPECT_EQ(recent("small", "2.4bpe"), "383:t7543+t4,1430:t5321+t2");
-  EXPECT_EQ(recent("small", "2.2bpe"), "383:t7543+t4");
+  EXPECT_EQ(recent("small", "2.4bpe"), "511:t7543+t4,1599:t5321+t2");
+  EXPECT_EQ(recent("small", "2.2bpe"), "511:t7543+t4");
   const Solved all = Solve(Config({{"budget", "17bpe"}}), shapes);
   EXPECT_STREQ(all.config.layers, "0-29=spark-0+f16");
   const Solved bytes = Solve(Config({{"budget", "26.5MiB"}}), shapes);

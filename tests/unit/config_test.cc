@@ -182,7 +182,7 @@ TEST(Config, BadCountsAreRefused) {
 TEST(Config, UnknownNamesListTheKnownOnes) {
   EXPECT_EQ(SetError("recover", "median"), "recover: \"median\" is unknown (zero, mean, paper)");
   EXPECT_EQ(SetError("kept", "i7"),
-            "kept: \"i7\" is unknown (f16, i8, i6, i5, i4, t7543, t7432, t6321, t5321, t4211)");
+            "kept: \"i7\" is unknown (f16, i8, i6, i5, i4, t7543, t7432, t6321, t5321, t4210)");
   EXPECT_EQ(SetError("values", "i5"), "values: \"i5\" is unknown (f16, q8, q4, t4, t3, t2, t1)");
   EXPECT_EQ(SetError("seal", ""), "seal: \"\" is unknown (stream, prefill-end)");
   EXPECT_EQ(SetError("raito", "1"),
@@ -253,8 +253,8 @@ TEST(Config, UnderEvictionAgesOfAPresetAreInProportion) {
   EXPECT_EQ(with("balanced", "tova:3000"), "23 959:t7543+t4");
   EXPECT_EQ(with("balanced", "snapkv:4096"), "32 959:t7543+t4");
   EXPECT_EQ(with("safe", "snapkv:512"), "7 102:i8+q8");
-  EXPECT_EQ(with("small", "snapkv:512"), "3 82:t7543+t4,309:t5321+t2");
-  EXPECT_EQ(with("tiny", "snapkv:64"), "3 10:t5321+t2");
+  EXPECT_EQ(with("small", "snapkv:512"), "3 110:t7543+t4,345:t5321+t2");
+  EXPECT_EQ(with("tiny", "snapkv:64"), "3 14:t5321+t2");
   EXPECT_EQ(with("exact", "snapkv:512"), "32 ");
   EXPECT_EQ(with("tiers-6321", "snapkv:512"), "96 ");
   sparkv_config config = Preset("balanced");
@@ -411,7 +411,7 @@ TEST(Config, CheckFindsTheFirstFieldOutOfRange) {
   config = good;
   config.kept = 10;
   EXPECT_EQ(CheckConfig(config).text,
-            "kept: 10 is unknown (f16, i8, i6, i5, i4, t7543, t7432, t6321, t5321, t4211)");
+            "kept: 10 is unknown (f16, i8, i6, i5, i4, t7543, t7432, t6321, t5321, t4210)");
   config = good;
   config.values = SPARKV_INT5;
   EXPECT_EQ(CheckConfig(config).text, "values: 3 is unknown (f16, q8, q4, t4, t3, t2, t1)");

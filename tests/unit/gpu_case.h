@@ -34,7 +34,7 @@ inline constexpr std::pair<sparkv_number, sparkv_number> kPageFormats[] = {
     {SPARKV_TIERS_7432, SPARKV_TRELLIS4},
     {SPARKV_TIERS_6321, SPARKV_TRELLIS3},
     {SPARKV_TIERS_5321, SPARKV_TRELLIS2},
-    {SPARKV_TIERS_4211, SPARKV_TRELLIS1},
+    {SPARKV_TIERS_4210, SPARKV_TRELLIS1},
     {SPARKV_INT8, SPARKV_INT8},
     {SPARKV_F16, SPARKV_F16}};
 inline constexpr int kGroups[] = {1, 4, 5, 8, 11};

@@ -113,7 +113,7 @@ inline sparkv_config Blank() {
 inline std::vector<sparkv_config> TierConfigs() {
   std::vector<sparkv_config> all;
   for (const char* preset :
-       {"tiers-7543", "tiers-7432", "tiers-6321", "tiers-5321", "tiers-4211"}) {
+       {"tiers-7543", "tiers-7432", "tiers-6321", "tiers-5321", "tiers-4210"}) {
     all.push_back(Blank());
     sparkv_config_preset(&all.back(), preset, nullptr);
   }

@@ -77,12 +77,12 @@ TEST_P(RowErrors, AreThoseOfRowsReadBack) {
   }
 }
 INSTANTIATE_TEST_SUITE_P(Presets, RowErrors,
-                         testing::Values("tiers-6321", "tiers-4211", "spark-0.5-i5", "spark-0.8"));
+                         testing::Values("tiers-6321", "tiers-4210", "spark-0.5-i5", "spark-0.8"));
 
 // Errors of the steps are about independent: together they are what the oldest rows have lost.
 TEST(RowErrors, OfStagesAddUp) {
   Model model;
-  model.preset = "tiers-4211";
+  model.preset = "tiers-4210";
   model.set = {{"window", "8"}, {"observe", "24"}, {"recent", "16:i8+q8,48:t6321+t3"}};
   Host host(model);
   ASSERT_EQ(sparkv_cache_start_errors(host.cache, &host.error), SPARKV_OK) << host.error.text;

@@ -133,7 +133,7 @@ void AddKvOptions(CLI::App* app, KvOptions* options) {
   const std::string group = "Packed cache";
   app->add_option("--kv-preset", options->preset,
                   "the default is balanced; also spark-R or spark-R-iB for any R and B tiers-7543, "
-                  "-7432, -6321, -5321, -4211; f16: llama.cpp without sparkv; balanced+snapkv:512: "
+                  "-7432, -6321, -5321, -4210; f16: llama.cpp without sparkv; balanced+snapkv:512: "
                   "with an eviction of its own")
       ->type_name("safe|balanced|small|tiny|exact|spark-0.8|spark-0.5-i5|f16")
       ->envname(VariableOf("preset"))

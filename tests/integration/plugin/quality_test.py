@@ -51,7 +51,7 @@ class Quality(unittest.TestCase):
 
     def test_what_heads_lose_is_told_and_falls_with_bits(self):
         means = []
-        for preset in ("tiers-7432", "tiers-4211"):
+        for preset in ("tiers-7432", "tiers-4210"):
             divergence, stats = self.divergence(preset, SPARKV_ERRORS="1")
             errors = stats["caches"][0]["errors"]
             self.assertEqual([layer["layer"] for layer in errors], list(range(30)))
@@ -67,8 +67,8 @@ class Quality(unittest.TestCase):
         self.assertGreater(means[1][1], 2 * means[0][1])
 
     def test_recent_rows_take_bits_and_loss_between_window_and_packed(self):
-        packed, packed_stats = self.divergence("tiers-4211", SPARKV_WINDOW="16")
-        staged, stats = self.divergence("tiers-4211", SPARKV_WINDOW="16",
+        packed, packed_stats = self.divergence("tiers-4210", SPARKV_WINDOW="16")
+        staged, stats = self.divergence("tiers-4210", SPARKV_WINDOW="16",
                                         SPARKV_RECENT="64:i8+q8,192:t7432+t4")
         print(f"{packed:.4f} at {packed_stats['bits_per_element']:.2f} bits, with stages "
               f"{staged:.4f} at {stats['bits_per_element']:.2f}")

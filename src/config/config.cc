@@ -139,7 +139,8 @@ constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "479:i8+q8"},
                               {"tiny", "tiers-4210", 8, "127:t7543+t4,607:t5321+t2"}};
 
 // Window and stages of a named preset. Heads that keep fewer tokens than it was chosen at have them
-// in proportion: else what is recent would be most of what they keep.
+// in proportion, else what is recent would be most of what they keep; but twice, since what they
+// keep is read more than what they evict.
 struct Ages {
   int32_t window;
   std::string recent;
@@ -152,16 +153,15 @@ Ages AgesOf(const Chosen& chosen, const sparkv_config& config) {
   int32_t n_stores = 1;
   const auto share = [&](int32_t age) {
     const int64_t all = int64_t{kChosenTokens} * kSlots;
-    const int64_t groups = (int64_t{age} * config.evict_tokens + all / 2) / all;
+    const int64_t groups = (int64_t{2} * age * config.evict_tokens + all / 2) / all;
     return int32_t(std::max<int64_t>(groups, 1)) * kSlots - n_stores;
   };
-  Ages ages{share(chosen.window), ""};
+  Ages ages{std::min(share(chosen.window), chosen.window), ""};
   std::vector<RecentStage> stages;
   if (!ParseRecent(chosen.recent, &stages).ok()) return ages;
   int32_t last = ages.window;
   for (const RecentStage& stage : stages) {
-    // What heads keep is read more than what they evict: worth a longer stage.
-    const int32_t until = std::min(share(stage.until * 7 / 4) - 1, stage.until);
+    const int32_t until = std::min(share(stage.until) - 1, stage.until);
     if (until <= last) continue;
     last = until;
     ++n_stores;

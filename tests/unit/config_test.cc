@@ -248,18 +248,18 @@ TEST(Config, UnderEvictionAgesOfAPresetAreInProportion) {
     EXPECT_EQ(RecentStages(config).size(), size_t(std::ranges::count(config.recent, ':')));
     return std::to_string(config.window) + " " + config.recent;
   };
-  EXPECT_EQ(with("balanced", "snapkv:512"), "3 206:t7543+t4");
-  EXPECT_EQ(with("balanced", "tova:2048"), "15 838:t7543+t4");
-  EXPECT_EQ(with("balanced", "tova:3000"), "23 959:t7543+t4");
+  EXPECT_EQ(with("balanced", "snapkv:512"), "7 238:t7543+t4");
+  EXPECT_EQ(with("balanced", "tova:2048"), "31 958:t7543+t4");
+  EXPECT_EQ(with("balanced", "tova:3000"), "32 959:t7543+t4");
   EXPECT_EQ(with("balanced", "snapkv:4096"), "32 959:t7543+t4");
-  EXPECT_EQ(with("safe", "snapkv:512"), "7 102:i8+q8");
-  EXPECT_EQ(with("small", "snapkv:512"), "3 110:t7543+t4,345:t5321+t2");
-  EXPECT_EQ(with("tiny", "snapkv:64"), "3 14:t5321+t2");
+  EXPECT_EQ(with("safe", "snapkv:512"), "15 118:i8+q8");
+  EXPECT_EQ(with("small", "snapkv:512"), "7 126:t7543+t4,397:t5321+t2");
+  EXPECT_EQ(with("tiny", "snapkv:64"), "3 18:t5321+t2");
   EXPECT_EQ(with("exact", "snapkv:512"), "32 ");
   EXPECT_EQ(with("tiers-6321", "snapkv:512"), "96 ");
   sparkv_config config = Preset("balanced");
   ASSERT_EQ(SetParameter("evict", "snapkv:512", &config).text, "");
-  for (const int64_t rows : {config.sinks + config.window, 206 - config.window})
+  for (const int64_t rows : {config.sinks + config.window, 238 - config.window})
     EXPECT_EQ((rows + 1) % kGroupSlots, 0) << rows;
   ASSERT_EQ(SetParameter("evict", "none", &config).text, "");
   EXPECT_EQ(Text(config), Text(Preset("balanced")));
@@ -269,7 +269,7 @@ TEST(Config, WhatTheUserSaysOfAgesStaysUnderEviction) {
   sparkv_config config = Preset("balanced");
   ASSERT_EQ(SetParameter("recent", "200:i8+q8", &config).text, "");
   ASSERT_EQ(SetParameter("evict", "snapkv:512", &config).text, "");
-  EXPECT_EQ(config.window, 3);
+  EXPECT_EQ(config.window, 7);
   EXPECT_STREQ(config.recent, "200:i8+q8");
   ASSERT_EQ(SetParameter("window", "32", &config).text, "");
   ASSERT_EQ(SetParameter("recent", "128:i8+q8,1023:t7432+t4", &config).text, "");

@@ -22,11 +22,11 @@ struct Kind {
   const char* name;  // a preset, or values
   double loss;
 };
-constexpr Kind kKeys[] = {{"tiers-4210", .0235}, {"tiers-5321", .0067}, {"tiers-6321", .0042},
-                          {"tiers-7432", .0013}, {"tiers-7543", .0007}, {"spark-0.3-i8", .0003},
+constexpr Kind kKeys[] = {{"tiers-4210", .0387}, {"tiers-5321", .0055}, {"tiers-6321", .0036},
+                          {"tiers-7432", .0009}, {"tiers-7543", .0004}, {"spark-0.3-i8", .0003},
                           {"spark-0-i8", .0001}, {"spark-0", 0.0}};
-constexpr Kind kValues[] = {{"t1", .078},  {"t2", .0091},   {"t3", .0023},
-                            {"t4", .0004}, {"q8", .000002}, {"f16", 0.0}};
+constexpr Kind kValues[] = {{"t1", .036},  {"t2", .0056},   {"t3", .0014},
+                            {"t4", .0003}, {"q8", .000002}, {"f16", 0.0}};
 
 // One layer that the budget may change. Loss and bytes by kind.
 struct Layer {

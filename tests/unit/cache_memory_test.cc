@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "cache/dense_store.h"
 #include "cache_model.h"
 
 namespace sparkv::test {
@@ -265,6 +266,20 @@ TEST(Cache, ALongMicroBatchLeavesAsFewSlotsAsShortOnes) {
   }
   // A row of the second stage: keys of 4 bits with four gains, values of 4 bits with one.
   EXPECT_LT(slots[1], slots[0] + 16 * 3 * 2 * (36 + 33));
+}
+
+TEST(DenseStore, TrimKeepsNoEmptyGroupButTheNext) {
+  DenseStore store;
+  ASSERT_TRUE(store.Map(4096, 64, 4).ok());
+  constexpr size_t kGroup = size_t(kGroupSlots) * 4096;
+  for (int32_t slot = 0; slot < 3 * kGroupSlots; ++slot) ASSERT_EQ(store.Allocate(), slot);
+  for (int32_t slot = kGroupSlots; slot < 2 * kGroupSlots; ++slot) store.Free(slot);
+  store.Trim(/*keep_next=*/true);
+  EXPECT_EQ(store.committed(), 3 * kGroup);
+  store.Trim(/*keep_next=*/false);
+  EXPECT_EQ(store.committed(), 2 * kGroup);
+  EXPECT_EQ(store.Allocate(), kGroupSlots);
+  EXPECT_EQ(store.committed(), 3 * kGroup);
 }
 
 }  // namespace

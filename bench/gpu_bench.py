@@ -35,10 +35,10 @@ SIDES = {
     # Presets with their windows and stages.
     "safe": [(T7543, T4, STEEP, REST), (INT8, INT8, STEEP, 416), (F16, F16, STEEP, 64)],
     "balanced": [(T5321, T2, STEEP, REST), (T7543, T4, STEEP, 928), (F16, F16, STEEP, 32)],
-    "small": [(T4210, T1, STEEP, REST), (T5321, T2, STEEP, 1088), (T7543, T4, STEEP, 416), (F16, F16, STEEP, 32)],
-    "tiny": [(T4210, T1, STEEP, REST), (T5321, T2, STEEP, 368), (T7543, T4, STEEP, 120), (F16, F16, STEEP, 8)],
+    "small": [(T4210, T1, STEEP, REST), (T5321, T2, STEEP, 1088), (T7543, T4, STEEP, 480), (F16, F16, STEEP, 32)],
+    "tiny": [(T4210, T1, STEEP, REST), (T5321, T2, STEEP, 480), (T7543, T4, STEEP, 120), (F16, F16, STEEP, 8)],
 }
-SUMS = {TIERS: 19, TIERS + 1: 16, TIERS + 2: 12, TIERS + 3: 11, TIERS + 4: 8}
+SUMS = {TIERS: 19, TIERS + 1: 16, TIERS + 2: 12, TIERS + 3: 11, TIERS + 4: 7}
 BITS = {TRELLIS: 4, TRELLIS + 1: 3, TRELLIS + 2: 2, TRELLIS + 3: 1}
 
 

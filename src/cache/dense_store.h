@@ -58,8 +58,8 @@ class DenseStore {
   int32_t lowest_free() const { return free_.empty() ? int32_t(end_) : free_.front(); }
   // Whether its rows would fit into fewer groups.
   bool sparse() const { return n_groups_ * group_slots_ - used_ >= group_slots_; }
-  // Gives back the pages of empty groups; keep_next: but for the one that the next token takes, so
-  // that decoding makes no system call every fourth token.
+  // Gives back the pages of empty groups; keep_next: but for the one that the next token takes, if
+  // others in use follow it, so that decoding does not give back and take the same pages in turns.
   void Trim(bool keep_next) {
     std::sort(free_.begin(), free_.end());  // ascending order is a heap for std::greater
     while (!free_.empty() && free_.back() == end_ - 1) {

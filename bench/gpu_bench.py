@@ -32,10 +32,10 @@ SIDES = {
     "tiers-6321 flat": [(T6321, T3, FLAT, REST)],
     "tiers-5321": [(T5321, T2, STEEP, REST)],
     "tiers-4210": [(T4210, T1, STEEP, REST)],
-    # Presets with their windows and stages.
+    # Presets with their windows and stages, in layers outside the middle.
     "safe": [(T7543, T4, STEEP, REST), (INT8, INT8, STEEP, 416), (F16, F16, STEEP, 64)],
-    "balanced": [(T5321, T2, STEEP, REST), (T7543, T4, STEEP, 928), (F16, F16, STEEP, 32)],
-    "small": [(T4210, T1, STEEP, REST), (T5321, T2, STEEP, 1088), (T7543, T4, STEEP, 480), (F16, F16, STEEP, 32)],
+    "balanced": [(T5321, T2, STEEP, REST), (T7543, T4, STEEP, 800), (F16, F16, STEEP, 32)],
+    "small": [(T4210, T1, STEEP, REST), (T5321, T2, STEEP, 1120), (T7543, T4, STEEP, 240), (F16, F16, STEEP, 32)],
     "tiny": [(T4210, T1, STEEP, REST), (T5321, T2, STEEP, 480), (T7543, T4, STEEP, 120), (F16, F16, STEEP, 8)],
 }
 SUMS = {TIERS: 19, TIERS + 1: 16, TIERS + 2: 12, TIERS + 3: 11, TIERS + 4: 7}

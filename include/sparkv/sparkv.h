@@ -118,11 +118,12 @@ typedef struct sparkv_config {
   int32_t protect_first; /* the model's first and last layers that are protected: nothing pruned, */
   int32_t protect_last;  /* 8-bit numbers; [0, 9999] */
   char preset[32];       /* the name the configuration started from, for reports */
-  char layers[2048];     /* layers of their own: "0-1=spark-0-i8,29=spark-0.5-i6+q8"; empty: none */
+  char layers[2048];     /* layers of their own: "0-1=spark-0-i8,29=spark-0.5-i6+q8", "middle=..."
+                            (as "balanced" and "small" have); empty: none */
   char budget[32];       /* what all rows may take: "4bpe" (bits per element, dense rows and weights
                             counted), "512MiB", "auto" (what `config` takes without it); empty: none */
   char sensitivity[512]; /* what a budget takes from which layer: "0-4:0.5,15-19:7.1", layers that
-                            are not named count 1; empty: all count alike */
+                            are not named count 1; empty: those in the middle 4, all others 1 */
   char recent[96]; /* rows between the window and the packed ones: "256:i8+q8,1024:t7432+t4": rows
                       less than 256 tokens old have 8-bit keys, none pruned, and 8-bit values, then
                       less than 1,024 the next; layers whose packed rows take more bytes than a
@@ -146,11 +147,14 @@ SPARKV_API sparkv_status sparkv_config_preset(sparkv_config* config, const char*
  * seal, simd, threads, layers, protect: "first:2,last:1", budget, sensitivity, recent or
  * "none", evict: "snapkv:512" or "none", baseline) from text. Unknown names and bad values are
  * SPARKV_INVALID and leave `config` as it was. evict also sets window and recent where they are
- * still those of "safe" to "tiny": in proportion, below 4,096 tokens. What is set after it stays. */
+ * still those of "safe" to "tiny": in proportion, below 4,096 tokens. What is set after it stays.
+ * ratio, kept and values hold for all layers: they drop those that a preset gave rows of their own;
+ * layers replaces them, "none" drops them. */
 SPARKV_API sparkv_status sparkv_config_set(sparkv_config* config, const char* key,
                                            const char* value, sparkv_error* error);
 /* *out = `config` as it counts for layer `layer` of a model with n_layers, 0..9999. Entries of
- * config->layers are LAYER=PRESET or FIRST-LAST=PRESET, the last one that has the layer wins; the
+ * config->layers are LAYER=PRESET, FIRST-LAST=PRESET or middle=PRESET (layers from .55 n_layers
+ * until before .7 n_layers; a budget overrules it), the last one that has the layer wins; the
  * preset's ratio, kept and values take the place of the configuration's, +q8, +q4 or +f16 behind it
  * the preset's values. An entry that begins beyond n_layers is SPARKV_INVALID. A protected layer is
  * "spark-0-i8" whatever they say. In *out layers is empty and nothing protected; `out` may be

@@ -195,7 +195,7 @@ Status SolveBudget(std::span<const sparkv_shape> shapes, sparkv_config* config) 
         used += bytes;
         continue;
       }
-      layer.sensitivity = SensitivityOf(*config, layer.number);
+      layer.sensitivity = SensitivityOf(*config, layer.number, n_model_layers);
       for (size_t k = 0; k < std::size(kKeys); ++k) {
         if (Status status = SetPreset(kKeys[k].name, &rows); !status.ok()) return status;
         layer.key_bytes[k] = full.Keys(*config, s, rows);
@@ -241,7 +241,8 @@ Status SolveBudget(std::span<const sparkv_shape> shapes, sparkv_config* config) 
     used += best.bytes;
   }
   std::string text = LayersText(std::move(layers));
-  if (config->layers[0] != '\0') text += (text.empty() ? "" : ",") + std::string(config->layers);
+  if (const std::string named = NamedLayers(*config); !named.empty())
+    text += (text.empty() ? "" : ",") + named;
   sparkv_config next = *config;
   std::memset(next.budget, 0, sizeof(next.budget));
   std::memset(next.sensitivity, 0, sizeof(next.sensitivity));

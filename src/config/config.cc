@@ -114,6 +114,33 @@ bool Tiered(int32_t kept) { return kept >= SPARKV_TIERS_7543 && kept <= SPARKV_T
 
 Start StartOf(int32_t kept) { return kept == SPARKV_F16 ? kPaper : kPacked; }
 
+// Chosen by what they lose for their bytes at 4,096 tokens (docs/results.md). Stages of many rows,
+// with the one on its way to the next store, fill whole groups of slots (cache/dense_store.h).
+struct Chosen {
+  std::string_view name, rows;
+  int32_t window;
+  std::string_view recent, layers;
+};
+constexpr Chosen kChosen[] = {
+    {"safe", "tiers-7543", 64, "479:i8+q8", ""},
+    {"balanced", "tiers-5321", 32, "831:t7543+t4", "middle=tiers-6321"},
+    {"small", "tiers-4210", 32, "271:t7543+t4,1391:t5321+t2", "middle=tiers-6321"},
+    {"tiny", "tiers-4210", 8, "127:t7543+t4,607:t5321+t2", ""}};
+
+const Chosen* ChosenOf(const sparkv_config& config) {
+  const auto* found = std::find_if(std::begin(kChosen), std::end(kChosen), [&](const Chosen& c) {
+    return c.name == TextOf(config.preset);
+  });
+  return found == std::end(kChosen) ? nullptr : found;
+}
+
+// What is said of all rows holds for those that the preset gives layers of their own, too.
+void ForgetLayersOfPreset(sparkv_config* config) {
+  const Chosen* chosen = ChosenOf(*config);
+  if (chosen != nullptr && TextOf(config->layers) == chosen->layers)
+    std::memset(config->layers, 0, sizeof(config->layers));
+}
+
 Status SetRatio(std::string_view value, sparkv_config* config) {
   double ratio = 0.0;
   const Parse parse = ParseNumber(value, &ratio, std::chars_format::general);
@@ -123,20 +150,9 @@ Status SetRatio(std::string_view value, sparkv_config* config) {
     return Status::Invalid(Outside("ratio", value.substr(0, 64), "0", "1"));
   }
   config->ratio = ratio + 0.0;  // -0 becomes 0
+  ForgetLayersOfPreset(config);
   return Status::Ok();
 }
-
-// Chosen by what they lose for their bytes at 4,096 tokens (docs/results.md). Stages of many rows,
-// with the one on its way to the next store, fill whole groups of slots (cache/dense_store.h).
-struct Chosen {
-  std::string_view name, rows;
-  int32_t window;
-  std::string_view recent;
-};
-constexpr Chosen kChosen[] = {{"safe", "tiers-7543", 64, "479:i8+q8"},
-                              {"balanced", "tiers-5321", 32, "959:t7543+t4"},
-                              {"small", "tiers-4210", 32, "511:t7543+t4,1599:t5321+t2"},
-                              {"tiny", "tiers-4210", 8, "127:t7543+t4,607:t5321+t2"}};
 
 // Window and stages of a named preset. Heads that keep fewer tokens than it was chosen at have them
 // in proportion, else what is recent would be most of what they keep; but twice, since what they
@@ -192,13 +208,11 @@ Status SetEvict(std::string_view value, sparkv_config* config) {
     if (parse == Parse::kOutOfRange || tokens < 1 || tokens > kMostEvictTokens)
       return Status::Invalid(Outside("evict", text.substr(0, 64), "1", "2^24"));
   }
-  const auto* chosen = std::find_if(std::begin(kChosen), std::end(kChosen), [&](const Chosen& c) {
-    return c.name == TextOf(config->preset);
-  });
+  const Chosen* chosen = ChosenOf(*config);
   sparkv_config next = *config;
   next.evict = found->number;
   next.evict_tokens = tokens;
-  if (chosen != std::end(kChosen)) {
+  if (chosen != nullptr) {
     const Ages before = AgesOf(*chosen, *config), after = AgesOf(*chosen, next);
     if (config->window == before.window) next.window = after.window;
     if (TextOf(config->recent) == before.recent) {
@@ -252,6 +266,7 @@ Status SetPreset(std::string_view name, sparkv_config* config) {
     config->window = chosen.window;
     std::memset(config->preset, 0, sizeof(config->preset));
     std::memcpy(config->preset, name.data(), name.size());
+    if (Status s = SetLayers(chosen.layers, config); !s.ok()) return s;
     return SetRecent(chosen.recent, config);
   }
   sparkv_config next = {};
@@ -331,6 +346,7 @@ Status SetParameter(std::string_view key, std::string_view value, sparkv_config*
     for (const Name& name : field.names) {
       if (name.text != value) continue;
       config->*field.field = name.number;
+      if (key == "kept" || key == "values") ForgetLayersOfPreset(config);
       return Status::Ok();
     }
     return Status::Invalid(std::string(key) + ": " + Quote(value) + " is unknown (" +

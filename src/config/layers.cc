@@ -20,10 +20,26 @@ bool ParseLayers(std::string_view text, int* first, int* last) {
   return *first >= 0 && *first <= *last && *last <= kMaxLayer;
 }
 
-// An entry of config.layers: from `first` to `last` the rows of `rows`.
+constexpr std::string_view kMiddle = "middle";
+
+// Layers from .55 to .7 of a model's depth: two models as unlike as SmolLM2-135M and Gemma-3-270m
+// lose most there by far (docs/results.md, "middle"), and heads that look things up in a long text
+// are known to lie there.
+bool IsMiddle(int32_t layer, int32_t n_layers) {
+  return 20 * int64_t{layer} >= 11 * int64_t{n_layers} &&
+         10 * int64_t{layer} < 7 * int64_t{n_layers};
+}
+// What a bit lost there costs beside one in another layer, a mean over them.
+constexpr double kMiddleSensitivity = 4.0;
+
+// An entry of config.layers: from `first` to `last`, or in the middle, the rows of `rows`.
 struct LayerRule {
+  bool middle = false;
   int first = 0, last = 0;
   sparkv_config rows = {};
+  bool Has(int32_t layer, int32_t n_layers) const {
+    return middle ? IsMiddle(layer, n_layers) : layer >= first && layer <= last;
+  }
 };
 
 Status ParseLayerRule(std::string_view text, LayerRule* rule) {
@@ -31,8 +47,10 @@ Status ParseLayerRule(std::string_view text, LayerRule* rule) {
     return Status::Invalid("layers: " + Quote(text) + " " + why);
   };
   const size_t equals = text.find('=');
-  if (equals == std::string_view::npos) return wrong("is not LAYER=PRESET or FIRST-LAST=PRESET");
-  if (!ParseLayers(text.substr(0, equals), &rule->first, &rule->last))
+  if (equals == std::string_view::npos)
+    return wrong("is not LAYER=PRESET, FIRST-LAST=PRESET or middle=PRESET");
+  rule->middle = text.substr(0, equals) == kMiddle;
+  if (!rule->middle && !ParseLayers(text.substr(0, equals), &rule->first, &rule->last))
     return wrong("names no layers in 0.." + std::to_string(kMaxLayer));
   std::string_view preset = text.substr(equals + 1), values;
   if (const size_t plus = preset.find('+'); plus != std::string_view::npos) {
@@ -81,6 +99,7 @@ Status ForEachSensitivity(std::string_view list, Body&& body) {
 }  // namespace
 
 Status SetLayers(std::string_view value, sparkv_config* config) {
+  if (value == "none") value = "";
   if (Status s = ForEachLayerRule(value, [](const LayerRule&) {}); !s.ok()) return s;
   return SetText("layers", value, &config->layers);
 }
@@ -164,8 +183,9 @@ Status ParseBudget(std::string_view text, Budget* budget) {
       " KB, MB, GB)");
 }
 
-double SensitivityOf(const sparkv_config& config, int32_t layer) {
-  double sensitivity = 1.0;
+double SensitivityOf(const sparkv_config& config, int32_t layer, int32_t n_layers) {
+  const bool told = !TextOf(config.sensitivity).empty();
+  double sensitivity = !told && IsMiddle(layer, n_layers) ? kMiddleSensitivity : 1.0;
   (void)ForEachSensitivity(TextOf(config.sensitivity), [&](int first, int last, double x) {
     if (layer >= first && layer <= last) sensitivity = x;
   });
@@ -175,9 +195,18 @@ double SensitivityOf(const sparkv_config& config, int32_t layer) {
 bool HasRule(const sparkv_config& config, int32_t layer, int32_t n_layers) {
   bool has = Protected(config, layer, n_layers);
   (void)ForEachLayerRule(TextOf(config.layers), [&](const LayerRule& rule) {
-    has = has || (layer >= rule.first && layer <= rule.last);
+    has = has || (!rule.middle && rule.Has(layer, n_layers));
   });
   return has;
+}
+
+std::string NamedLayers(const sparkv_config& config) {
+  std::string named;
+  (void)ForEachEntry(TextOf(config.layers), [&](std::string_view entry) {
+    if (!entry.starts_with(kMiddle)) named += (named.empty() ? "" : ",") + std::string(entry);
+    return Status::Ok();
+  });
+  return named;
 }
 
 Status SetLayer(int32_t layer, int32_t n_layers, sparkv_config* config) {
@@ -187,8 +216,8 @@ Status SetLayer(int32_t layer, int32_t n_layers, sparkv_config* config) {
   sparkv_config next = *config;
   int beyond = -1;
   const Status s = ForEachLayerRule(TextOf(config->layers), [&](const LayerRule& rule) {
-    if (rule.first >= n_layers) beyond = rule.first;
-    if (layer < rule.first || layer > rule.last) return;
+    if (!rule.middle && rule.first >= n_layers) beyond = rule.first;
+    if (!rule.Has(layer, n_layers)) return;
     next.ratio = rule.rows.ratio;
     next.kept = rule.rows.kept;
     next.values = rule.rows.values;

@@ -2,6 +2,7 @@
 // them.
 #pragma once
 
+#include <string>
 #include <string_view>
 
 #include "base/status.h"
@@ -29,9 +30,11 @@ struct Budget {
 };
 Status ParseBudget(std::string_view text, Budget* budget);
 
-// Of a configuration that was checked: what a lost bit costs in this layer, and whether the layer
-// has rows of its own or is protected.
-double SensitivityOf(const sparkv_config& config, int32_t layer);
+// Of a configuration that was checked: what a lost bit costs in this layer; whether a budget leaves
+// the layer alone, which has rows of its own or is protected; whether any layer is named. The
+// middle is not: it is what presets have where nothing tells layers apart.
+double SensitivityOf(const sparkv_config& config, int32_t layer, int32_t n_layers);
 bool HasRule(const sparkv_config& config, int32_t layer, int32_t n_layers);
+std::string NamedLayers(const sparkv_config& config);
 
 }  // namespace sparkv

@@ -108,10 +108,10 @@ TEST(Budget, IsSpentAndNotExceeded) {
   const auto recent = [&](const char* preset, const char* budget) {
     return std::string(Solve(Config({{"budget", budget}}, preset), shapes).config.recent);
   };
-  EXPECT_EQ(recent("balanced", "3.1bpe"), "959:t7543+t4");
+  EXPECT_EQ(recent("balanced", "3.1bpe"), "831:t7543+t4");
   EXPECT_EQ(recent("balanced", "2.3bpe"), "");
-  EXPECT_EQ(recent("small", "2.4bpe"), "511:t7543+t4,1599:t5321+t2");
-  EXPECT_EQ(recent("small", "2.2bpe"), "511:t7543+t4");
+  EXPECT_EQ(recent("small", "2.4bpe"), "271:t7543+t4,1391:t5321+t2");
+  EXPECT_EQ(recent("small", "2.1bpe"), "271:t7543+t4");
   const Solved all = Solve(Config({{"budget", "17bpe"}}), shapes);
   EXPECT_STREQ(all.config.layers, "0-29=spark-0+f16");
   const Solved bytes = Solve(Config({{"budget", "26.5MiB"}}), shapes);
@@ -142,6 +142,25 @@ TEST(Budget, LayersThatLoseMoreGetMore) {
   };
   EXPECT_GT(bytes(16), bytes(0));
   EXPECT_GT(bytes(0), bytes(29));
+}
+
+// Where no sensitivities are given, the middle of a model counts for more; layers of a preset are
+// not in the way of a budget.
+TEST(Budget, TheMiddleGetsMoreWhereNothingIsKnown) {
+  const std::vector<sparkv_shape> shapes = {Shape(kSmol)};
+  for (const char* budget : {"3bpe", "3.5bpe", "4.5bpe"}) {
+    const Solved solved = Solve(Config({{"budget", budget}}), shapes);
+    ASSERT_EQ(solved.status, SPARKV_OK) << solved.error;
+    EXPECT_EQ(std::string(solved.config.layers).find("middle"), std::string::npos);
+    const auto bytes = [&](int layer) {
+      sparkv_config rows = {};
+      rows.struct_size = sizeof(rows);
+      EXPECT_EQ(sparkv_config_layer(&solved.config, layer, 30, &rows, nullptr), SPARKV_OK);
+      return sparkv_key_row_bytes(&rows, 64) + sparkv_value_row_bytes(&rows, 64);
+    };
+    EXPECT_GT(bytes(18), bytes(5)) << budget;
+    EXPECT_GT(bytes(18), bytes(25)) << budget;
+  }
 }
 
 TEST(Budget, LayersWithSettingsOfTheirOwnKeepThem) {

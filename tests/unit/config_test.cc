@@ -1,5 +1,6 @@
 #include "config/config.h"
 #include "cache/dense_store.h"
+#include "config/layers.h"
 #include "config/recent.h"
 
 #include <gtest/gtest.h>
@@ -54,8 +55,8 @@ TEST(Config, NoNameMeansTheDefaultPreset) {
   EXPECT_STREQ(Preset("").preset, "balanced");
   EXPECT_EQ(
       Text(Preset(nullptr)),
-      "balanced ratio 0 recover mean kept t5321 values t2 sinks 4 window 32 seal stream recent "
-      "959:t7543+t4");
+      "balanced ratio 0 recover mean kept t5321 values t2 sinks 4 window 32 seal stream layers "
+      "middle=tiers-6321 recent 831:t7543+t4");
   EXPECT_EQ(Text(Preset("spark-0.5-i5")),
             "spark-0.5-i5 ratio 0.5 recover mean kept i5 values q4 sinks 4 window 96 seal stream");
 }
@@ -228,7 +229,7 @@ TEST(Config, RecentRowsAreStagesFromYoungToOld) {
             "recent: \"\" is not TOKENS:KEYS+VALUES, as in 256:i8+q8");
   ASSERT_EQ(SetParameter("recent", "none", &config).text, "");
   EXPECT_STREQ(config.recent, "");
-  EXPECT_EQ(std::string(Preset("balanced").recent), "959:t7543+t4");
+  EXPECT_EQ(std::string(Preset("balanced").recent), "831:t7543+t4");
   EXPECT_STREQ(Preset("balanced").preset, "balanced");
   EXPECT_EQ(Preset("balanced").window, 32);
   EXPECT_EQ(CheckConfig(Preset("tiny")).text, "");
@@ -248,18 +249,18 @@ TEST(Config, UnderEvictionAgesOfAPresetAreInProportion) {
     EXPECT_EQ(RecentStages(config).size(), size_t(std::ranges::count(config.recent, ':')));
     return std::to_string(config.window) + " " + config.recent;
   };
-  EXPECT_EQ(with("balanced", "snapkv:512"), "7 238:t7543+t4");
-  EXPECT_EQ(with("balanced", "tova:2048"), "31 958:t7543+t4");
-  EXPECT_EQ(with("balanced", "tova:3000"), "32 959:t7543+t4");
-  EXPECT_EQ(with("balanced", "snapkv:4096"), "32 959:t7543+t4");
+  EXPECT_EQ(with("balanced", "snapkv:512"), "7 206:t7543+t4");
+  EXPECT_EQ(with("balanced", "tova:2048"), "31 830:t7543+t4");
+  EXPECT_EQ(with("balanced", "tova:3000"), "32 831:t7543+t4");
+  EXPECT_EQ(with("balanced", "snapkv:4096"), "32 831:t7543+t4");
   EXPECT_EQ(with("safe", "snapkv:512"), "15 118:i8+q8");
-  EXPECT_EQ(with("small", "snapkv:512"), "7 126:t7543+t4,397:t5321+t2");
+  EXPECT_EQ(with("small", "snapkv:512"), "7 66:t7543+t4,345:t5321+t2");
   EXPECT_EQ(with("tiny", "snapkv:64"), "3 18:t5321+t2");
   EXPECT_EQ(with("exact", "snapkv:512"), "32 ");
   EXPECT_EQ(with("tiers-6321", "snapkv:512"), "96 ");
   sparkv_config config = Preset("balanced");
   ASSERT_EQ(SetParameter("evict", "snapkv:512", &config).text, "");
-  for (const int64_t rows : {config.sinks + config.window, 238 - config.window})
+  for (const int64_t rows : {config.sinks + config.window, 206 - config.window})
     EXPECT_EQ((rows + 1) % kGroupSlots, 0) << rows;
   ASSERT_EQ(SetParameter("evict", "none", &config).text, "");
   EXPECT_EQ(Text(config), Text(Preset("balanced")));
@@ -328,6 +329,44 @@ TEST(Config, LayersTakeTheRowsOfTheirPreset) {
   EXPECT_EQ(sparkv_config_layer(&config, 0, 30, nullptr, &error), SPARKV_INVALID);
 }
 
+TEST(Config, PresetsHaveMoreInTheMiddle) {
+  const auto more = [](const sparkv_config& config, int n_layers) {
+    std::string layers;
+    for (int layer = 0; layer < n_layers; ++layer) {
+      sparkv_config one = config;
+      EXPECT_EQ(SetLayer(layer, n_layers, &one).text, "");
+      if (one.kept != config.kept) layers += std::to_string(layer) + " ";
+    }
+    return layers;
+  };
+  const sparkv_config balanced = Preset("balanced");
+  EXPECT_EQ(more(balanced, 30), "17 18 19 20 ");
+  EXPECT_EQ(more(balanced, 18), "10 11 12 ");
+  EXPECT_EQ(more(balanced, 32), "18 19 20 21 22 ");
+  EXPECT_EQ(more(balanced, 3), "2 ");
+  EXPECT_EQ(more(balanced, 1), "");
+  EXPECT_EQ(more(Preset("small"), 30), "17 18 19 20 ");
+  EXPECT_EQ(more(Preset("safe"), 30), "");
+  sparkv_config one = balanced;
+  ASSERT_EQ(SetLayer(18, 30, &one).text, "");
+  EXPECT_EQ(std::tuple(one.kept, one.values), std::tuple(SPARKV_TIERS_6321, SPARKV_TRELLIS3));
+  // What is said of all rows holds there, too, and layers of one's own replace the preset's.
+  for (const auto& [key, value] : {std::pair("kept", "i8"), std::pair("values", "q8"),
+                                   std::pair("ratio", "0"), std::pair("layers", "none")}) {
+    sparkv_config config = balanced;
+    ASSERT_EQ(SetParameter(key, value, &config).text, "");
+    EXPECT_STREQ(config.layers, "") << key;
+  }
+  sparkv_config own = balanced;
+  ASSERT_EQ(SetParameter("layers", "middle=tiers-7543,18=tiers-4210", &own).text, "");
+  ASSERT_EQ(SetParameter("values", "q8", &own).text, "");
+  EXPECT_EQ(more(own, 30), "17 18 19 20 ");
+  one = own;
+  ASSERT_EQ(SetLayer(18, 30, &one).text, "");
+  EXPECT_EQ(one.kept, SPARKV_TIERS_4210);
+  EXPECT_EQ(CheckConfig(own).text, "");
+}
+
 TEST(Config, ProtectedLayersKeepEightBitsWhateverTheRestSays) {
   sparkv_config config = Preset("spark-0.8"), one{};
   ASSERT_EQ(SetParameter("layers", "0-3=exact", &config).text, "");
@@ -361,8 +400,8 @@ TEST(Config, ProtectedLayersKeepEightBitsWhateverTheRestSays) {
 
 TEST(Config, BadLayersAreNamedAndChangeNothing) {
   const std::pair<const char*, const char*> cases[] = {
-      {"0", "layers: \"0\" is not LAYER=PRESET or FIRST-LAST=PRESET"},
-      {"0=exact,", "layers: \"\" is not LAYER=PRESET or FIRST-LAST=PRESET"},
+      {"0", "layers: \"0\" is not LAYER=PRESET, FIRST-LAST=PRESET or middle=PRESET"},
+      {"0=exact,", "layers: \"\" is not LAYER=PRESET, FIRST-LAST=PRESET or middle=PRESET"},
       {"2-1=exact", "layers: \"2-1=exact\" names no layers in 0..9999"},
       {"-1=exact", "layers: \"-1=exact\" names no layers in 0..9999"},
       {"1-=exact", "layers: \"1-=exact\" names no layers in 0..9999"},

@@ -29,7 +29,7 @@ constexpr Parameter kParameters[] = {
     {"seal", "stream|prefill-end", "when tokens are packed"},
     {"simd", "auto|plain|avx2|avx512|amx|neon", "instruction set of the kernels"},
     {"threads", "N", "threads of the kernels, 0: as many as the host uses"},
-    {"layers", "LIST", "layers of their own: 0-1=spark-0-i8,29=spark-0.5-i6+q8"},
+    {"layers", "LIST", "layers of their own: 0-1=spark-0-i8,middle=tiers-6321; none"},
     {"budget", "4bpe|512MiB|auto", "what the whole cache may take; chooses the rows of each layer"},
     {"sensitivity", "LIST", "what a budget takes from which layer: 0-4:0.5,15-19:7.1"},
     {"recent", "LIST", "rows between window and packed ones: 256:i8+q8,1024:t7432+t4"},

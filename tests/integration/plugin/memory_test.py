@@ -86,7 +86,7 @@ class Memory(unittest.TestCase):
         cells = -(-self.ours.stats["tokens"] // 256) * 256
         ours = self.complete(cells, "-fa", "on", SPARKV_PRESET="small", SPARKV_BUDGET="2.5bpe")
         self.assertEqual(ours.code, 0, ours)
-        self.assertIn("; stages given up, recent 511:t7543+t4\n", ours.err)
+        self.assertIn("; stages given up, recent 271:t7543+t4\n", ours.err)
         empty = 100 / ours.stats["tokens"] - 100 / cells
         self.assertLess(ours.stats["bits_per_element"], 2.5 + 12 * empty + 0.1)
 

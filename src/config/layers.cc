@@ -23,8 +23,7 @@ bool ParseLayers(std::string_view text, int* first, int* last) {
 constexpr std::string_view kMiddle = "middle";
 
 // Layers from .55 to .7 of a model's depth: two models as unlike as SmolLM2-135M and Gemma-3-270m
-// lose most there by far (docs/results.md, "middle"), and heads that look things up in a long text
-// are known to lie there.
+// lose most there by far (docs/results.md, "middle").
 bool IsMiddle(int32_t layer, int32_t n_layers) {
   return 20 * int64_t{layer} >= 11 * int64_t{n_layers} &&
          10 * int64_t{layer} < 7 * int64_t{n_layers};

@@ -31,8 +31,8 @@ struct Budget {
 Status ParseBudget(std::string_view text, Budget* budget);
 
 // Of a configuration that was checked: what a lost bit costs in this layer; whether a budget leaves
-// the layer alone, which has rows of its own or is protected; whether any layer is named. The
-// middle is not: it is what presets have where nothing tells layers apart.
+// the layer alone, which has rows of its own or is protected; the entries of config.layers that
+// name layers. The middle is no name: it is what presets have where nothing tells layers apart.
 double SensitivityOf(const sparkv_config& config, int32_t layer, int32_t n_layers);
 bool HasRule(const sparkv_config& config, int32_t layer, int32_t n_layers);
 std::string NamedLayers(const sparkv_config& config);

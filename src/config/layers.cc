@@ -193,9 +193,8 @@ double SensitivityOf(const sparkv_config& config, int32_t layer, int32_t n_layer
 
 bool HasRule(const sparkv_config& config, int32_t layer, int32_t n_layers) {
   bool has = Protected(config, layer, n_layers);
-  (void)ForEachLayerRule(TextOf(config.layers), [&](const LayerRule& rule) {
-    has = has || (!rule.middle && rule.Has(layer, n_layers));
-  });
+  (void)ForEachLayerRule(NamedLayers(config),
+                         [&](const LayerRule& rule) { has = has || rule.Has(layer, n_layers); });
   return has;
 }
 

@@ -93,6 +93,14 @@ double Bytes(const sparkv_config& config, const std::vector<sparkv_shape>& shape
 const std::vector<sparkv_layer_shape> kSmol(30, {3, 64, 64});
 constexpr double kElements = 4096.0 * 30 * 3 * 128;
 
+// Key and value of a token in one head of a layer.
+size_t RowBytes(const sparkv_config& config, int layer) {
+  sparkv_config rows = {};
+  rows.struct_size = sizeof(rows);
+  EXPECT_EQ(sparkv_config_layer(&config, layer, 30, &rows, nullptr), SPARKV_OK);
+  return sparkv_key_row_bytes(&rows, 64) + sparkv_value_row_bytes(&rows, 64);
+}
+
 TEST(Budget, IsSpentAndNotExceeded) {
   const std::vector<sparkv_shape> shapes = {Shape(kSmol)};
   for (const double bits : {3.1, 3.5, 4.0, 4.57, 5.25, 6.0, 7.3, 8.5, 12.0, 16.0}) {
@@ -134,12 +142,7 @@ TEST(Budget, LayersThatLoseMoreGetMore) {
   const Solved solved = Solve(
       Config({{"budget", "4.5bpe"}, {"sensitivity", "0-14:0.2,15-19:9,20-29:0.2,29:0"}}), shapes);
   ASSERT_EQ(solved.status, SPARKV_OK) << solved.error;
-  const auto bytes = [&](int layer) {
-    sparkv_config rows = {};
-    rows.struct_size = sizeof(rows);
-    EXPECT_EQ(sparkv_config_layer(&solved.config, layer, 30, &rows, nullptr), SPARKV_OK);
-    return sparkv_key_row_bytes(&rows, 64) + sparkv_value_row_bytes(&rows, 64);
-  };
+  const auto bytes = [&](int layer) { return RowBytes(solved.config, layer); };
   EXPECT_GT(bytes(16), bytes(0));
   EXPECT_GT(bytes(0), bytes(29));
 }
@@ -152,12 +155,7 @@ TEST(Budget, TheMiddleGetsMoreWhereNothingIsKnown) {
     const Solved solved = Solve(Config({{"budget", budget}}), shapes);
     ASSERT_EQ(solved.status, SPARKV_OK) << solved.error;
     EXPECT_EQ(std::string(solved.config.layers).find("middle"), std::string::npos);
-    const auto bytes = [&](int layer) {
-      sparkv_config rows = {};
-      rows.struct_size = sizeof(rows);
-      EXPECT_EQ(sparkv_config_layer(&solved.config, layer, 30, &rows, nullptr), SPARKV_OK);
-      return sparkv_key_row_bytes(&rows, 64) + sparkv_value_row_bytes(&rows, 64);
-    };
+    const auto bytes = [&](int layer) { return RowBytes(solved.config, layer); };
     EXPECT_GT(bytes(18), bytes(5)) << budget;
     EXPECT_GT(bytes(18), bytes(25)) << budget;
   }

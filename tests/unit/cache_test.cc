@@ -295,7 +295,7 @@ void TwoThreads(void (*body)(void*), void* data, unsigned, unsigned) {
 }
 
 TEST(Cache, AnswersHaveTheSameBitsForEveryNumberOfThreads) {
-  for (const char* preset : {"spark-0.5-i5", "tiers-6321"}) {
+  for (const char* preset : {"spark-0.8", "spark-0.5-i5", "tiers-6321"}) {
     const auto run = [&](int threads, sparkv_team team = nullptr) {
       Model model;
       model.preset = preset;

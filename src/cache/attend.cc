@@ -1,6 +1,7 @@
 // One attention call: which tiles, which queries together, which thread. Work is cut by shape and
 // by what queries see, never by the number of threads, so results do not depend on it.
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -542,11 +543,11 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     return;
   }
   const auto partial_at = [&](int64_t stream, int64_t head, int64_t split) {
-    return state_at(partial_.data() +
-                    size_t((stream * n_heads + head) * n_splits + split) * state_floats);
+    return partial_.data() + size_t((stream * n_heads + head) * n_splits + split) * state_floats;
   };
   const auto attend_split = [&](int stream, int head, int64_t split, const Space& space) {
-    const AttentionState state = partial_at(stream, head, split);
+    // In the thread's own space: states of neighbours share lines of the cache.
+    const AttentionState state = state_at(space.state);
     reset(state);
     gather_queries(stream, head, 0, args.n_tokens, space.q);
     if (split < n_packed_splits) {
@@ -557,11 +558,12 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     }
     if (split == 0) attend_kept(stream, head, 0, args.n_tokens, space, state);
     if (split == n_splits - 1) attend_stages(stream, head, 0, args.n_tokens, space, state);
+    std::copy_n(space.state, state_floats, partial_at(stream, head, split));
   };
   const auto join = [&](int stream, int head, const Space& space) {
-    const AttentionState sum = partial_at(stream, head, 0);
+    const AttentionState sum = state_at(partial_at(stream, head, 0));
     for (int64_t split = 1; split < n_splits; ++split) {
-      const AttentionState part = partial_at(stream, head, split);
+      const AttentionState part = state_at(partial_at(stream, head, split));
       for (size_t r = 0; r < block_rows; ++r) {
         if (part.d[r] == 0.0f) continue;
         const float m = std::max(sum.m[r], part.m[r]);
@@ -587,13 +589,16 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     });
     return;
   }
+  // The thread that ends the last part of a head joins them, while others are at the next head.
+  parts_left_.assign(size_t(args.n_streams * n_heads), int32_t(n_splits));
   run(args.n_streams * n_heads * n_splits, [&](int64_t task, int thread) {
-    const int head = int(task / n_splits % n_heads), stream = int(task / n_splits / n_heads);
-    attend_split(stream, head, task % n_splits, space_of(thread));
+    const int64_t pair = task / n_splits;
+    const int head = int(pair % n_heads), stream = int(pair / n_heads);
+    const Space space = space_of(thread);
+    attend_split(stream, head, task % n_splits, space);
+    const std::atomic_ref<int32_t> left(parts_left_[size_t(pair)]);
+    if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) join(stream, head, space);
   });
-  for (int stream = 0; stream < args.n_streams; ++stream) {
-    for (int head = 0; head < n_heads; ++head) join(stream, head, space_of(0));
-  }
 }
 
 }  // namespace sparkv

@@ -515,7 +515,7 @@ void KvCache::Memory(sparkv_memory* m) const {
                   observed_.size() * layout_.channels * 4 +
                   (seen_.capacity() + column_bits_.capacity() + view_.evicted_bits.capacity()) * 8 +
                   column_of_.capacity() * 4 + view_.tile_table.capacity() * 2 +
-                  (table_f32_.capacity() + partial_.capacity()) * 4;
+                  (table_f32_.capacity() + partial_.capacity() + parts_left_.capacity()) * 4;
   m->workspace += view_.packed.memory() + view_.apart.memory();
   for (const View::Tiles& tiles : view_.stages) m->workspace += tiles.memory();
   for (const auto& cells : view_.apart_cells) m->workspace += cells.capacity() * 8;

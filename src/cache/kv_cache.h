@@ -464,6 +464,7 @@ class KvCache {
   std::vector<Prepared> prepared_;                // of each thread, in one call
   std::vector<SealSpace> seal_space_;             // per thread
   std::vector<float> partial_;                    // attention states of split tasks
+  std::vector<int32_t> parts_left_;               // of a stream's head
   bool needs_weights_ = false;                    // some layer packs keys with weights
 
   struct RestoreSession {

@@ -18,7 +18,6 @@ namespace {
 
 constexpr int64_t kSplitTiles = 32;     // tiles per task when there are few queries
 constexpr int64_t kFewRecentTiles = 4;  // of recent rows, which need no task of their own
-constexpr int64_t kManyHeads = 64;      // of all streams: tasks for any number of threads
 // Below this many multiply-adds a loop ends before a sleeping thread, or one of the host's team
 // that waits for its next loop, has begun.
 constexpr double kWorthWaking = 3e6, kWorthSharing = 2e5;
@@ -579,24 +578,14 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     gather_queries(stream, head, 0, args.n_tokens, space.q);
     finish(stream, head, 0, args.n_tokens, space, sum);
   };
-  // Where heads are enough for all threads, one task does all of a head while its rows are near.
-  if (n_threads == 1 || args.n_streams * n_heads >= kManyHeads) {
-    run(args.n_streams * n_heads, [&](int64_t task, int thread) {
-      const int stream = int(task / n_heads), head = int(task % n_heads);
-      for (int64_t split = 0; split < n_splits; ++split)
-        attend_split(stream, head, split, space_of(thread));
-      join(stream, head, space_of(thread));
-    });
-    return;
-  }
-  // The thread that ends the last part of a head joins them, while others are at the next head.
+  // Heads of the same rows follow each other: they lie on the same pages, and addresses of pages
+  // are found once. The thread that ends the last part of a head joins them.
   parts_left_.assign(size_t(args.n_streams * n_heads), int32_t(n_splits));
-  run(args.n_streams * n_heads * n_splits, [&](int64_t task, int thread) {
-    const int64_t pair = task / n_splits;
-    const int head = int(pair % n_heads), stream = int(pair / n_heads);
+  run(args.n_streams * n_splits * n_heads, [&](int64_t task, int thread) {
+    const int stream = int(task / (n_heads * n_splits)), head = int(task % n_heads);
     const Space space = space_of(thread);
-    attend_split(stream, head, task % n_splits, space);
-    const std::atomic_ref<int32_t> left(parts_left_[size_t(pair)]);
+    attend_split(stream, head, task / n_heads % n_splits, space);
+    const std::atomic_ref<int32_t> left(parts_left_[size_t(stream * n_heads + head)]);
     if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) join(stream, head, space);
   });
 }

@@ -299,7 +299,7 @@ TEST(Cache, AnswersHaveTheSameBitsForEveryNumberOfThreads) {
     const auto run = [&](int threads, sparkv_team team = nullptr) {
       Model model;
       model.preset = preset;
-      model.layers = {{4, 64, 64, 2}, {2, 128, 96, 4}};
+      model.layers = {{3, 64, 64, 1}, {1, 128, 96, 4}};
       model.cells = 2600;
       Host host(model);
       sparkv_cache_set_team(host.cache, team);

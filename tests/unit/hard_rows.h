@@ -28,6 +28,10 @@ inline const OpTable* EmulatedAmx() {
 #if defined(__x86_64__)
   const OpTable* beside = CpuOps(SPARKV_SIMD_AVX512);
   if (beside == nullptr || !__builtin_cpu_supports("avx512bf16")) return nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  // Minutes there, which say nothing where the real one is checked too.
+  if (CpuOps(SPARKV_SIMD_AMX) != nullptr) return nullptr;
+#endif
   static const OpTable ops{"emulated_amx",
                            beside->pack_keys,
                            beside->pack_values,

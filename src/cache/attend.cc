@@ -259,11 +259,18 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
       }
     }
   };
-  // The tile that is computed next, of this head, the next one or the next stream: kernels prefetch
-  // it.
-  const auto name_next = [&](int stream, int head, int64_t w, PackedTile* tile) {
-    if (++w == n_tiles) w = 0, ++head;
-    if (head == layer.n_kv_heads) head = 0, ++stream;
+  // The tile that is computed next: of this head, of the next one from `begin` on, of the first one
+  // from `end` on or of the next stream. Kernels prefetch it.
+  const auto name_next = [&](int stream, int head, int64_t w, int64_t begin, int64_t end,
+                             PackedTile* tile) {
+    if (++w == end) {
+      if (++head < layer.n_kv_heads) {
+        w = begin;
+      } else {
+        head = 0;
+        if (w == n_tiles) w = 0, ++stream;
+      }
+    }
     tile->next_bytes = stream < args.n_streams ? layer.head_group_bytes() : 0;
     if (tile->next_bytes == 0) return;
     const int64_t cell = (args.first_stream + stream) * layout_.cells_per_stream + w * kTile;
@@ -286,7 +293,8 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         [&](int64_t w, const Part& part, const uint64_t* visible, uint64_t any) {
           if (few) prefetch_window(stream, head, w);
           tile.next_bytes = 0;
-          if (n <= kFewTokens || part.n < n) name_next(stream, head, w, &tile);
+          if (n <= kFewTokens || part.n < n)
+            name_next(stream, head, w, tile_begin, tile_end, &tile);
           static_assert(kGroupCells == 16);
           const uint8_t* rows =
               packed_.data() + layout_.key_at(layer, head, stream_cell + w * kTile);

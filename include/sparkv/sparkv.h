@@ -433,8 +433,8 @@ SPARKV_API sparkv_status sparkv_calibration_join(const void* const* parts, const
 SPARKV_API sparkv_status sparkv_calibration_model(const void* bytes, size_t size, char model[128],
                                                   sparkv_error* error);
 /* What a calibration says about layers: its sensitivities, where `config` has none, and, where the
- * keys have tiers and neither budget nor layers are given, budget "auto": the same bytes, spent
- * where they count. */
+ * keys have tiers and neither budget nor layers are given (nor does the preset have some), budget
+ * "auto": the same bytes, spent where they count. */
 SPARKV_API sparkv_status sparkv_config_calibration(sparkv_config* config, const void* bytes,
                                                    size_t size, sparkv_error* error);
 

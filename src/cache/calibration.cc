@@ -132,7 +132,7 @@ Status ApplyCalibration(const Calibration& calibration, sparkv_config* config) {
     if (Status s = SetSensitivity(calibration.sensitivity, &next); !s.ok()) return s;
   }
   const bool tiered = TierBits(sparkv_number(next.kept), 0) > 0;
-  if (tiered && next.budget[0] == '\0' && NamedLayers(next).empty()) {
+  if (tiered && next.budget[0] == '\0' && next.layers[0] == '\0') {
     if (Status s = SetBudget("auto", &next); !s.ok()) return s;
   }
   *config = next;

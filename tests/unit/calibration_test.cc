@@ -289,7 +289,11 @@ TEST(Calibration, SpendsTheSameBytesWhereTheyCount) {
         << error.text;
     return config;
   };
-  EXPECT_STREQ(applied("balanced", nullptr, nullptr).budget, "auto");
+  EXPECT_STREQ(applied("safe", nullptr, nullptr).budget, "auto");
+  EXPECT_STREQ(applied("balanced", "layers", "none").budget, "auto");
+  // A preset keeps its own middle.
+  EXPECT_STREQ(applied("balanced", nullptr, nullptr).budget, "");
+  EXPECT_STREQ(applied("balanced", nullptr, nullptr).layers, MakeConfig(Small("balanced")).layers);
   EXPECT_STREQ(applied("balanced", nullptr, nullptr).sensitivity, "0:0.1,1:5");
   EXPECT_STREQ(applied("balanced", "budget", "4bpe").budget, "4bpe");
   EXPECT_STREQ(applied("balanced", "layers", "0=exact").budget, "");

@@ -165,7 +165,7 @@ std::string FindIsa(const Options& options, std::string* isa) {
   return "";
 }
 
-// Under eviction window and stages are not what the preset's name makes expect.
+// Under eviction window, stages and layers are not what the preset's name makes expect.
 void LogAges(const sparkv_config& config) {
   sparkv_config usual = {};
   usual.struct_size = sizeof(usual);
@@ -179,12 +179,15 @@ void LogAges(const sparkv_config& config) {
   for (; sparkv_config_recent(&config, n, &until, &rows, nullptr) == SPARKV_OK; ++n)
     stages += (n == 0 ? ", stages until " : ", ") + std::to_string(until);
   if (config.window == usual.window && std::strcmp(config.recent, usual.recent) == 0 &&
+      std::strcmp(config.layers, usual.layers) == 0 &&
       n == std::count(config.recent, std::end(config.recent), ':'))
     return;
   Log(LogLevel::kInfo,
-      "heads that keep %d tokens: window %d%s; without eviction %s has window %d, stages %s",
+      "heads that keep %d tokens: window %d%s; without eviction %s has window %d, stages %s, "
+      "layers %s",
       config.evict_tokens, config.window, stages.empty() ? ", no stages" : stages.c_str(),
-      usual.preset, usual.window, usual.recent[0] != '\0' ? usual.recent : "none");
+      usual.preset, usual.window, usual.recent[0] != '\0' ? usual.recent : "none",
+      usual.layers[0] != '\0' ? usual.layers : "alike");
 }
 
 std::string Load(const void* caller, Plugin* plugin) {

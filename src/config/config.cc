@@ -154,25 +154,28 @@ Status SetRatio(std::string_view value, sparkv_config* config) {
   return Status::Ok();
 }
 
-// Window and stages of a named preset. Heads that keep fewer tokens than it was chosen at have them
-// in proportion, else what is recent would be most of what they keep; but twice, since what they
-// keep is read more than what they evict.
+// Window and stages of a named preset, and its middle. Heads that keep fewer tokens than it was
+// chosen at have them in proportion, else what is recent would be most of what they keep; but
+// twice, since what they keep is read more than what they evict. The middle's bytes go to the
+// stages there.
 struct Ages {
   int32_t window;
   std::string recent;
+  std::string_view layers;
 };
 constexpr int32_t kChosenTokens = 4096, kSlots = 4;
 
 Ages AgesOf(const Chosen& chosen, const sparkv_config& config) {
   if (config.evict == SPARKV_EVICT_NONE || config.evict_tokens >= kChosenTokens)
-    return {chosen.window, std::string(chosen.recent)};
+    return {chosen.window, std::string(chosen.recent), chosen.layers};
   int32_t n_stores = 1;
+  const int64_t tenths = chosen.layers.empty() ? 20 : 23;
   const auto share = [&](int32_t age) {
-    const int64_t all = int64_t{kChosenTokens} * kSlots;
-    const int64_t groups = (int64_t{2} * age * config.evict_tokens + all / 2) / all;
+    const int64_t all = int64_t{10} * kChosenTokens * kSlots;
+    const int64_t groups = (tenths * age * config.evict_tokens + all / 2) / all;
     return int32_t(std::max<int64_t>(groups, 1)) * kSlots - n_stores;
   };
-  Ages ages{std::min(share(chosen.window), chosen.window), ""};
+  Ages ages{std::min(share(chosen.window), chosen.window), "", ""};
   std::vector<RecentStage> stages;
   if (!ParseRecent(chosen.recent, &stages).ok()) return ages;
   int32_t last = ages.window;
@@ -188,7 +191,7 @@ Ages AgesOf(const Chosen& chosen, const sparkv_config& config) {
   return ages;
 }
 
-// "snapkv:512", "none". A window or stages that are still those of the preset follow.
+// "snapkv:512", "none". What is still the preset's follows: window, stages, middle.
 Status SetEvict(std::string_view value, sparkv_config* config) {
   const size_t colon = std::min(value.find(':'), value.size());
   const auto* found = std::find_if(std::begin(kEvictNames), std::end(kEvictNames),
@@ -217,6 +220,9 @@ Status SetEvict(std::string_view value, sparkv_config* config) {
     if (config->window == before.window) next.window = after.window;
     if (TextOf(config->recent) == before.recent) {
       if (Status s = SetRecent(after.recent, &next); !s.ok()) return s;
+    }
+    if (TextOf(config->layers) == before.layers) {
+      if (Status s = SetLayers(after.layers, &next); !s.ok()) return s;
     }
   }
   *config = next;

@@ -249,19 +249,20 @@ TEST(Config, UnderEvictionAgesOfAPresetAreInProportion) {
     EXPECT_EQ(RecentStages(config).size(), size_t(std::ranges::count(config.recent, ':')));
     return std::to_string(config.window) + " " + config.recent;
   };
-  EXPECT_EQ(with("balanced", "snapkv:512"), "7 206:t7543+t4");
-  EXPECT_EQ(with("balanced", "tova:2048"), "31 830:t7543+t4");
+  EXPECT_EQ(with("balanced", "snapkv:512"), "7 238:t7543+t4");
+  EXPECT_EQ(with("balanced", "tova:2048"), "32 831:t7543+t4");
   EXPECT_EQ(with("balanced", "tova:3000"), "32 831:t7543+t4");
   EXPECT_EQ(with("balanced", "snapkv:4096"), "32 831:t7543+t4");
   EXPECT_EQ(with("safe", "snapkv:512"), "15 118:i8+q8");
-  EXPECT_EQ(with("small", "snapkv:512"), "7 66:t7543+t4,345:t5321+t2");
+  EXPECT_EQ(with("small", "snapkv:512"), "7 74:t7543+t4,397:t5321+t2");
   EXPECT_EQ(with("tiny", "snapkv:64"), "3 18:t5321+t2");
   EXPECT_EQ(with("exact", "snapkv:512"), "32 ");
   EXPECT_EQ(with("tiers-6321", "snapkv:512"), "96 ");
   sparkv_config config = Preset("balanced");
   ASSERT_EQ(SetParameter("evict", "snapkv:512", &config).text, "");
-  for (const int64_t rows : {config.sinks + config.window, 206 - config.window})
+  for (const int64_t rows : {config.sinks + config.window, 238 - config.window})
     EXPECT_EQ((rows + 1) % kGroupSlots, 0) << rows;
+  EXPECT_STREQ(config.layers, "");  // the middle's bytes are in the stage
   ASSERT_EQ(SetParameter("evict", "none", &config).text, "");
   EXPECT_EQ(Text(config), Text(Preset("balanced")));
 }

@@ -1073,11 +1073,12 @@ class Command(unittest.TestCase):
         path = self.write("good", good)
         self.succeeds("run", "-m", self.model, "-p", "x", "--kv-calibration", path)
         self.assertEqual(self.calls()[-1]["env"]["SPARKV_CALIBRATION"], path)
-        args = ["inspect", "-m", self.model, "-c", "4096", "--json"]
+        args = ["inspect", "-m", self.model, "-c", "4096", "--json", "--kv-preset", "safe"]
         plain = json.loads(self.succeeds(*args))["caches"][-1]
         chosen = json.loads(self.succeeds(*args, "--kv-calibration", path))["caches"][-1]
         self.assertLessEqual(chosen["bits_per_element"], plain["bits_per_element"])
         self.assertGreater(chosen["bits_per_element"], plain["bits_per_element"] - 0.2)
+        self.assertNotEqual(chosen, plain)
 
     def test_a_calibration_of_another_model_or_a_damaged_one_is_refused(self):
         layers = [(i, 3, 64) for i in range(4)]

@@ -567,6 +567,7 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
     if (split == n_splits - 1) attend_stages(stream, head, 0, args.n_tokens, space, state);
     std::copy_n(space.state, state_floats, partial_at(stream, head, split));
   };
+  // Right after a part of the same head: its queries are in the thread's space.
   const auto join = [&](int stream, int head, const Space& space) {
     const AttentionState sum = state_at(partial_at(stream, head, 0));
     for (int64_t split = 1; split < n_splits; ++split) {
@@ -583,7 +584,6 @@ void KvCache::AttendLayer(const sparkv_attend_args& args) {
         sum.m[r] = m;
       }
     }
-    gather_queries(stream, head, 0, args.n_tokens, space.q);
     finish(stream, head, 0, args.n_tokens, space, sum);
   };
   // Heads of the same rows follow each other: they lie on the same pages, and addresses of pages

@@ -218,9 +218,8 @@ std::function<int()> AddCalibrate(CLI::App* app) {
       "channel; then once\nfor each group of layers, which gets few bits while the others keep 8, "
       "and keeps what that loses. With\n--kv-calibration rows take their weights from this file "
       "instead of from the first tokens of a text, and\n--kv-budget spends its bytes where they "
-      "count. balanced gains by it; small and tiny lose, their weights should be\nthose of the "
-      "text. "
-      "Another model's file is refused.\n\n"
+      "count. balanced gains by it; small and tiny lose, their weights should be\n"
+      "those of the text. Another model's file is refused.\n\n"
       "Examples\n"
       "  sparkv calibrate -m model.gguf --requantize-f32\n"
       "  sparkv run -m model.gguf --kv-calibration model.calibration -p 'Why is the sky blue?'");

@@ -2,10 +2,12 @@
 // rows.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <bit>
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <set>
 
 #include "cache/weight_tables.h"
 #include "cache_model.h"
@@ -279,6 +281,22 @@ Case RandomCase(const Shape& shape, const OpTable* ops, int n_packed, int rows_p
   return c;
 }
 
+void ExpectReadAsUnpacked(const Shape& shape, const OpTable* ops, const Tile& tile, int t,
+                          const std::string& where) {
+  std::vector<float> k, v;
+  Probe(shape, ops, tile, t, &k, &v);
+  std::vector<uint16_t> key(tile.keys[t].size()), value(tile.values[t].size());
+  ops->unpack_key(shape.key, tile.table.data(), tile.Key(shape, t), key.data());
+  ops->unpack_value(shape.value, tile.Value(shape, t), value.data());
+  // Tiers meet queries rotated: what is lost is a share of the row.
+  const float norm = std::sqrt(std::inner_product(k.begin(), k.end(), k.begin(), 0.0f));
+  for (size_t j = 0; j < key.size(); ++j) {
+    ASSERT_NEAR(k[j], HalfToFloat(key[j]), std::fabs(k[j]) * 5e-4 + 4e-6 + norm * 2e-6) << where;
+  }
+  for (size_t j = 0; j < value.size(); ++j)
+    ASSERT_NEAR(v[j], HalfToFloat(value[j]), std::fabs(v[j]) * 5e-4 + 1e-5) << where;
+}
+
 class AttendOps : public testing::TestWithParam<const OpTable*> {};
 INSTANTIATE_TEST_SUITE_P(Isa, AttendOps, testing::ValuesIn(AllOps()),
                          [](const auto& info) { return info.param->name; });
@@ -303,22 +321,38 @@ TEST_P(AttendOps, ReadsTheRowsThatUnpackGives) {
         ShareAtRandom(rng, &shape.key);
         const int t = int(rng() % 64);
         const Tile tile(shape, GetParam(), uint64_t{1} << t, false, rng);
-        std::vector<float> k, v;
-        Probe(shape, GetParam(), tile, t, &k, &v);
-        std::vector<uint16_t> key(tile.keys[t].size()), value(tile.values[t].size());
-        GetParam()->unpack_key(shape.key, tile.table.data(), tile.Key(shape, t), key.data());
-        GetParam()->unpack_value(shape.value, tile.Value(shape, t), value.data());
-        const std::string where = "D " + std::to_string(dim) + " kept " + std::to_string(kept) +
-                                  " ratio " + std::to_string(ratio);
-        // Tiers meet queries rotated: what is lost is a share of the row.
-        const float norm = std::sqrt(std::inner_product(k.begin(), k.end(), k.begin(), 0.0f));
-        for (size_t j = 0; j < key.size(); ++j) {
-          ASSERT_NEAR(k[j], HalfToFloat(key[j]), std::fabs(k[j]) * 5e-4 + 4e-6 + norm * 1e-6)
-              << where;
-        }
-        for (size_t j = 0; j < value.size(); ++j)
-          ASSERT_NEAR(v[j], HalfToFloat(value[j]), std::fabs(v[j]) * 5e-4 + 1e-5) << where;
+        ExpectReadAsUnpacked(shape, GetParam(), tile, t,
+                             "D " + std::to_string(dim) + " kept " + std::to_string(kept) +
+                                 " ratio " + std::to_string(ratio));
       }
+    }
+  }
+}
+
+// Each has bytes of its own that codes of several tiers share, or none.
+TEST_P(AttendOps, ReadsTiersHoweverTheyShareTheirBits) {
+  std::mt19937 rng(31);
+  int n = 0;
+  for (const int dim : {64, 128}) {
+    for (const sparkv_number kept : {SPARKV_TIERS_7543, SPARKV_TIERS_7432, SPARKV_TIERS_6321,
+                                     SPARKV_TIERS_5321, SPARKV_TIERS_4210}) {
+      std::set<std::string> known;
+      for (int falls = 0; falls < 9 * 9 * 9; ++falls) {
+        const sparkv_number values = std::array{SPARKV_TRELLIS1, SPARKV_TRELLIS2, SPARKV_TRELLIS3,
+                                                SPARKV_TRELLIS4}[size_t(n % 4)];
+        Shape shape = MakeShape(dim, dim, 1, 1, 0.0, kept, values);
+        std::vector<uint16_t> weights(static_cast<size_t>(dim));
+        for (int t = 0, left = falls; t < kTiers - 1; ++t, left /= 9)
+          SetTierFall(t, std::min(4 * (left % 9), kMostFall), weights.data());
+        shape.key = shape.key.Under(weights.data());
+        std::string bits;
+        for (const int b : shape.key.tier_bits) bits += char('0' + b);
+        if (!known.insert(bits).second) continue;
+        const int t = n++ * 5 % kTile;
+        const Tile tile(shape, GetParam(), uint64_t{1} << t, false, rng);
+        ExpectReadAsUnpacked(shape, GetParam(), tile, t, "D " + std::to_string(dim) + " " + bits);
+      }
+      EXPECT_GE(known.size(), 4u);
     }
   }
 }

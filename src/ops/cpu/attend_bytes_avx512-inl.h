@@ -178,6 +178,24 @@ inline void TransposeWords(__m512i (&x)[16]) {
   std::copy_n(y, 16, x);
 }
 
+// The same with 8 words of rows 8 g + i and 8 g + i + 4 in x[4 g + i].
+inline void TransposeWords(__m512i (&x)[8]) {
+  __m512i y[8];
+  Unroll<2>([&](auto g) __attribute__((always_inline)) {
+    const __m512i* row = x + 4 * g;
+    const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]),
+                  b = _mm512_unpackhi_epi32(row[0], row[1]),
+                  c = _mm512_unpacklo_epi32(row[2], row[3]),
+                  d = _mm512_unpackhi_epi32(row[2], row[3]);
+    y[4 * g] = _mm512_unpacklo_epi64(a, c), y[4 * g + 1] = _mm512_unpackhi_epi64(a, c);
+    y[4 * g + 2] = _mm512_unpacklo_epi64(b, d), y[4 * g + 3] = _mm512_unpackhi_epi64(b, d);
+  });
+  Unroll<4>([&](auto k) __attribute__((always_inline)) {
+    x[k] = _mm512_shuffle_i32x4(y[k], y[4 + k], 0x88);
+    x[4 + k] = _mm512_shuffle_i32x4(y[k], y[4 + k], 0xdd);
+  });
+}
+
 // Keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
 struct KeyBytes {
   alignas(64) uint8_t level[kTile * kMaxHeadDim];  // 128 + level, 128 where pruned
@@ -323,7 +341,8 @@ inline void ByteScores(const KeyLayout& layout, int row, const KeyBytes& keys, u
 
 // ---- trellis-coded keys and values as bytes ----
 
-// Levels of up to 5 bits as bytes, by code; those of 6 and 7 bits as 8 (high - 128) + low.
+// Levels of up to 5 bits as bytes, by code, whatever lies above it in the byte; those of 6 and 7
+// bits as 8 (high - 128) + low.
 constexpr int kByteBits = 5;
 struct CodeTables {
   alignas(64) int8_t level[kByteBits + 1][64] = {};
@@ -332,14 +351,15 @@ struct CodeTables {
   constexpr CodeTables() {
     for (int bits = 1; bits <= kMaxTrellisBits; ++bits) {
       const TrellisLevels& levels = kTrellisLevels[bits];
-      for (int code = 0; code < 2 << bits; ++code) {
-        const int x = levels.level[code];
+      const int codes = 2 << bits;
+      for (int i = 0; i < (bits <= kByteBits ? 64 : codes); ++i) {
+        const int x = levels.level[i % codes];
         if (bits <= kByteBits) {
-          level[bits][code] = int8_t(x);
-          centred[bits][code] = uint8_t(128 + x);
+          level[bits][i] = int8_t(x);
+          centred[bits][i] = uint8_t(128 + x);
         } else {
-          high[bits - 6][code] = uint8_t((x + 1024) >> 3);
-          low[bits - 6][code] = uint8_t((x + 1024) & 7);
+          high[bits - 6][i] = uint8_t((x + 1024) >> 3);
+          low[bits - 6][i] = uint8_t((x + 1024) & 7);
         }
       }
     }
@@ -375,110 +395,7 @@ inline __m512 TierGains(__m512i code) {
                             half(kGains.gain + 32));
 }
 
-// A piece's share of what is read next, a line with every row or every other one: a burst of lines
-// waits for those before it, and the piece with it.
-struct PrefetchShare {
-  const uint8_t* at;
-  size_t step;  // bytes a row, at most a line
-  // half: 0 with keys, 1 with values, of which each has n_pieces.
-  PrefetchShare(const PackedTile& tile, int run, int half, int piece, int n_pieces)
-      : at(tile.key[run]), step(tile.next_bytes / size_t(32 * n_pieces)) {
-    if (step != 0) at = tile.next[run] + step * size_t(16 * (half * n_pieces + piece));
-  }
-  [[gnu::always_inline]] void Row(int i) const {
-    if (i % 2 == 0 || step > 32) __builtin_prefetch(at + size_t(i) * step, 0, 2);
-  }
-};
-
-// The codes of 64 trellis-coded numbers, first .. first + 63, of 16 rows. Bits of a code lie in
-// planes, so eight codes are a matrix of bits, eight bytes, to be transposed:
-//   matrix byte 7 - b = bit b of eight codes;  byte i of the product with 1 << i = code i
-// Bits 0 and 1 follow from the path: words 0 and 1 of a row's vector, before its other planes.
-struct PieceOfRows {
-  const PiecePlanes piece;
-  bool together;  // one load has all planes of a row: they are within 56 bytes, the path in 8
-  uint64_t bytes = 0, present = 0;
-  __m512i from;  // matrix bytes in a row's vector
-  PieceOfRows(const PlaneLayout& planes, int first) : piece(planes, first) {
-    const auto low_bytes = [](unsigned n) {
-      return n >= 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * n)) - 1;
-    };
-    const int last = piece.n_planes - 1;
-    const auto groups = [&](int p) {
-      return unsigned(std::min(64, planes.numbers[p] - first) + 7) / 8;
-    };
-    const unsigned span = piece.at[last] + groups(last) - piece.at[0];
-    together = span <= 56 && (last == 0 || piece.at[1] - piece.at[0] >= 8);
-    bytes = together ? (((uint64_t{1} << span) - 1) << 8) : 0;
-    uint64_t start = 0x0008ull << 48;  // of eight codes: byte 7 path bit 0, byte 6 bit 1
-    present = 0xc0c0c0c0c0c0c0c0u & low_bytes(groups(0));
-    for (int p = 1; p <= last; ++p) {
-      const unsigned at = together ? 8 + piece.at[p] - piece.at[0] : unsigned(8 * (p + 1));
-      start |= uint64_t(at) << (8 * (6 - p));
-      present |= 0x0101010101010101u << (6 - p) & low_bytes(groups(p));
-    }
-    from =
-        _mm512_add_epi8(_mm512_set_epi64(0x0707070707070707, 0x0606060606060606, 0x0505050505050505,
-                                         0x0404040404040404, 0x0303030303030303, 0x0202020202020202,
-                                         0x0101010101010101, 0),
-                        _mm512_set1_epi64(int64_t(start)));
-  }
-
-  // Word 1 is the path, others are behind it.
-  template <bool kTogether>
-  [[gnu::always_inline]] __m512i Planes(const uint8_t* path) const {
-    if constexpr (kTogether) return _mm512_maskz_loadu_epi8(bytes, path - 8);
-    __m512i word = _mm512_setzero_si512();
-    for (int p = 0; p < piece.n_planes; ++p) {
-      word = _mm512_mask_loadu_epi64(word, __mmask8(2 << p),
-                                     path - piece.at[0] + piece.at[p] - 8 * (p + 1));
-    }
-    return word;
-  }
-
-  // Calls body(i, codes of row i) for 16 rows, i a constant.
-  template <bool kTogether, typename Body>
-  [[gnu::always_inline]] void EachRow(const uint8_t* rows16, size_t row_bytes,
-                                      const PrefetchShare& next, Body&& body) const {
-    const __m512i one_bit = _mm512_set1_epi64(int64_t(0x8040201008040201u));
-    const __m512i shift = _mm512_setr_epi64(1, 2, 0, 0, 0, 0, 0, 0);
-    static constexpr uint8_t kNoBits[8] = {};
-    const uint8_t* path = rows16 + piece.at[0];
-    const uint8_t* before = piece.later ? path - 8 : kNoBits;
-    const size_t before_step = piece.later ? row_bytes : 0;
-    const auto all = [](const uint8_t* at) { return _mm512_set1_epi64(int64_t(Word(at))); };
-    Unroll<16>([&](auto i) __attribute__((always_inline)) {
-      __m512i bits = _mm512_mask_loadu_epi64(Planes<kTogether>(path), 1, path);
-      bits = _mm512_shldv_epi64(bits, all(before), shift);
-      bits = _mm512_mask_xor_epi64(bits, 2, bits, all(path));
-      next.Row(i);
-      body(i, _mm512_gf2p8affine_epi64_epi8(one_bit,
-                                            _mm512_maskz_permutexvar_epi8(present, from, bits), 0));
-      path += row_bytes;
-      before += before_step;
-      // Or all addresses would be made ahead, more than there are registers.
-      asm("" : "+r"(path), "+r"(before));
-    });
-  }
-};
-
-// Calls body(place of the piece, run, piece, constant: planes together) for pieces with numbers and
-// runs with rows.
-template <typename Body>
-[[gnu::always_inline]] inline void EachPieceOfRuns(const PlaneLayout& planes, uint64_t rows,
-                                                   Body&& body) {
-  for (int first = 0; first < planes.numbers[0]; first += 64) {
-    const PieceOfRows piece(planes, first);
-    for (int run = 0; run < kTile / 16; ++run) {
-      if ((rows >> (16 * run) & 0xffff) == 0) continue;
-      if (piece.together) {
-        body(first / 64, run, piece, std::true_type());
-      } else {
-        body(first / 64, run, piece, std::false_type());
-      }
-    }
-  }
-}
+#include "ops/cpu/codes_avx512-inl.h"
 
 // Tiered keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
 struct TierBytes {
@@ -493,8 +410,8 @@ inline bool WideTier(const KeyLayout& layout, int tier) {
   return layout.tier_bits[tier] > kByteBits;
 }
 
-void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out) {
-  const RowHeads heads(tile.key, layout.bytes, tile.rows);
+// Rows that are not there give codes as well; without a unit they score zero.
+inline void UnpackKeyPieces(const KeyLayout& layout, const PackedTile& tile, TierBytes* out) {
   const int per_tier = layout.per_tier(), n_pieces = (layout.head_dim + 63) / 64;
   int8_t quad_bits[kMaxHeadDim / 4 + 16] = {};  // of four numbers; behind the last one anything
   for (int t = 0; t < kTiers; ++t)
@@ -502,7 +419,6 @@ void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out)
   EachPieceOfRuns(
       layout.planes, tile.rows, [&](int p, int run, const PieceOfRows& piece, auto together) {
         __m512i block[16];
-        // Rows that are not there give codes as well; without a unit they score zero.
         piece.EachRow<together()>(
             tile.key[run], layout.bytes, PrefetchShare(tile, run, 0, p, n_pieces),
             [&](auto i, __m512i codes) __attribute__((always_inline)) { block[i] = codes; });
@@ -527,6 +443,72 @@ void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out)
           }
         });
       });
+}
+
+// Several codes lie in a byte. kWide: bits of the first tier if they are more than a byte's;
+// kApart: joint.apart.
+template <int kRows, int kWide, bool kApart>
+inline void UnpackJointKeys(const KeyLayout& layout, const JointKeys& joint, const PackedTile& tile,
+                            TierBytes* out) {
+  constexpr int kVectors = 16 / kRows, kHalf = kVectors / 2;
+  const int* bits = layout.tier_bits;
+  const __m512i first = _mm512_load_si512(kCodes.centred[kWide > 0 ? 0 : bits[0]]),
+                second = _mm512_load_si512(kCodes.centred[bits[1]]),
+                third = _mm512_load_si512(kCodes.centred[bits[2]]),
+                last = _mm512_load_si512(kCodes.centred[bits[3]]);
+  for (int run = 0; run < kTile / 16; ++run) {
+    if ((tile.rows >> (16 * run) & 0xffff) == 0) continue;
+    const PrefetchShare next(tile, run, 0, 0, 1);
+    __m512i block[kVectors];
+    Unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+      constexpr int kRow = kRows == 1 ? v : v / 4 * 8 + v % 4;
+      next.Row(kRow);
+      if constexpr (kRows == 2) next.Row(kRow + 4);
+      block[v] = joint.Codes<kRows>(tile.key[run] + size_t(kRow) * layout.bytes, layout.bytes);
+    });
+    TransposeWords(block);
+    uint8_t* to = out->level + run * kVectors * 128;
+    uint8_t* low = out->low + run * kVectors * 32;
+    const auto store = [&](int quad, __m512i levels) {
+      _mm512_store_si512(to + 64 * quad, levels);
+    };
+    Unroll<kHalf>([&](auto c) __attribute__((always_inline)) {
+      const __m512i code = block[c], other = block[kHalf + c];
+      if constexpr (kWide > 0) {
+        store(c, LookUp<kWide>(kCodes.high[kWide - 6], code));
+        _mm512_store_si512(low + 64 * c, LookUp<kWide>(kCodes.low[kWide - 6], code));
+      } else {
+        store(c, _mm512_permutexvar_epi8(code, first));
+      }
+      store(kHalf + c, _mm512_permutexvar_epi8(other, second));
+      store(2 * kHalf + c, _mm512_permutexvar_epi8(BitsFrom(other, joint.low[2]), third));
+      store(3 * kHalf + c,
+            _mm512_permutexvar_epi8(BitsFrom(kApart ? other : code, joint.low[3]), last));
+    });
+  }
+}
+
+void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out) {
+  const RowHeads heads(tile.key, layout.bytes, tile.rows);
+  if (JointKeys::Fit(layout)) {
+    const JointKeys joint(layout);
+    const auto unpack = [&](auto rows, auto wide) {
+      return joint.apart ? UnpackJointKeys<rows(), wide(), true>(layout, joint, tile, out)
+                         : UnpackJointKeys<rows(), wide(), false>(layout, joint, tile, out);
+    };
+    const auto with_rows = [&](auto rows) {
+      if (layout.tier_bits[0] == 7) return unpack(rows, std::integral_constant<int, 7>());
+      if (layout.tier_bits[0] == 6) return unpack(rows, std::integral_constant<int, 6>());
+      unpack(rows, std::integral_constant<int, 0>());
+    };
+    if (layout.head_dim == 128) {
+      with_rows(std::integral_constant<int, 1>());
+    } else {
+      with_rows(std::integral_constant<int, 2>());
+    }
+  } else {
+    UnpackKeyPieces(layout, tile, out);
+  }
   for (int run = 0; run < kTile / 16; ++run) {
     const unsigned rows = unsigned(tile.rows >> (16 * run)) & 0xffffu;
     if (rows == 0) continue;
@@ -581,7 +563,15 @@ struct ValueBytes {
   alignas(64) int8_t level[kTile * kMaxHeadDim];
 };
 
-void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
+// Bytes of four tokens -> lane 4 l + i of x[k]: those of channel 16 l + 4 k + i.
+[[gnu::always_inline]] inline void TurnTokens(__m512i (&x)[4]) {
+  const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]),
+                c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+  x[0] = _mm512_unpacklo_epi16(a, c), x[1] = _mm512_unpackhi_epi16(a, c);
+  x[2] = _mm512_unpacklo_epi16(b, d), x[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+inline void UnpackValuePieces(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
   const int n_pieces = (layout.head_dim + 63) / 64;
   const __m512i levels = _mm512_load_si512(kCodes.level[TrellisBits(layout.number)]);
   EachPieceOfRuns(
@@ -592,19 +582,47 @@ void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes*
             [&](auto i, __m512i codes) __attribute__((always_inline)) {
               x[i % 4] = _mm512_permutexvar_epi8(codes, levels);
               if constexpr (i % 4 == 3) {
-                const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]),
-                              b = _mm512_unpackhi_epi8(x[0], x[1]),
-                              c = _mm512_unpacklo_epi8(x[2], x[3]),
-                              d = _mm512_unpackhi_epi8(x[2], x[3]);
+                TurnTokens(x);
                 int8_t* to =
                     out->level + (size_t(4 * run + i / 4) * size_t(n_pieces) + size_t(p)) * 256;
-                _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
-                _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(a, c));
-                _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(b, d));
-                _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(b, d));
+                Unroll<4>([&](auto k) { _mm512_store_si512(to + 64 * k, x[k]); });
               }
             });
       });
+}
+
+// Two codes lie in a byte: the second of another piece, or of four other tokens, which is as far
+// behind.
+template <int kRows>
+inline void UnpackJointValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
+  const JointValues joint(layout);
+  const __m512i levels = _mm512_load_si512(kCodes.level[TrellisBits(layout.number)]);
+  for (int run = 0; run < kTile / 16; ++run) {
+    if ((tile.rows >> (16 * run) & 0xffff) == 0) continue;
+    const PrefetchShare next(tile, run, 1, 0, 1);
+    int8_t* to = out->level + run * 16 * layout.head_dim;
+    Unroll<4 / kRows>([&](auto g) __attribute__((always_inline)) {
+      __m512i x[4];
+      Unroll<4>([&](auto i) __attribute__((always_inline)) {
+        constexpr int kRow = 4 * kRows * g + i;
+        next.Row(kRow);
+        if constexpr (kRows == 2) next.Row(kRow + 4);
+        x[i] = joint.Codes<kRows>(tile.value[run] + size_t(kRow) * layout.bytes, layout.bytes);
+      });
+      TurnTokens(x);
+      Unroll<4>([&](auto k) __attribute__((always_inline)) {
+        int8_t* at = to + 512 * g + 64 * k;
+        _mm512_store_si512(at, _mm512_permutexvar_epi8(x[k], levels));
+        _mm512_store_si512(at + 256, _mm512_permutexvar_epi8(BitsFrom(x[k], 4), levels));
+      });
+    });
+  }
+}
+
+void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
+  if (!JointValues::Fit(layout)) return UnpackValuePieces(layout, tile, out);
+  if (layout.head_dim == 128) return UnpackJointValues<1>(layout, tile, out);
+  UnpackJointValues<2>(layout, tile, out);
 }
 
 // 2^x for x <= 0, to 2e-7; below -126 zero. NaN stays NaN.

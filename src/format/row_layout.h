@@ -17,7 +17,7 @@ static inline bool HeadDimAllowed(int head_dim) {
 }
 
 // Bits of a number type's code; 16 for f16.
-static inline int NumberBits(sparkv_number number) {
+static constexpr int NumberBits(sparkv_number number) {
   switch (number) {
     case SPARKV_INT8:
       return 8;
@@ -42,7 +42,7 @@ static inline int TierBits(sparkv_number number, int tier) {
              : 0;
 }
 // Bits per number of trellis-coded values, 0 for others.
-static inline int TrellisBits(sparkv_number number) {
+static constexpr int TrellisBits(sparkv_number number) {
   return number >= SPARKV_TRELLIS4 && number <= SPARKV_TRELLIS1 ? 4 - (number - SPARKV_TRELLIS4)
                                                                 : 0;
 }
@@ -61,7 +61,7 @@ struct PlaneLayout {
 
   // `n_tiers` runs of `per_tier` numbers; bits of a run, not rising.
   template <typename Bits>
-  static PlaneLayout Make(uint32_t begin, int n_tiers, int per_tier, Bits&& bits) {
+  static constexpr PlaneLayout Make(uint32_t begin, int n_tiers, int per_tier, Bits&& bits) {
     PlaneLayout l;
     l.n_planes = bits(0);
     l.end = begin;
@@ -187,10 +187,10 @@ struct ValueLayout {
   uint32_t scale_bytes = 0, code_bytes = 0, bytes = 0;
   PlaneLayout planes;  // when trellis-coded
 
-  bool trellis() const { return TrellisBits(number) > 0; }
+  constexpr bool trellis() const { return TrellisBits(number) > 0; }
   bool rotated() const { return number != SPARKV_F16; }
 
-  static ValueLayout Make(int head_dim, sparkv_number number) {
+  static constexpr ValueLayout Make(int head_dim, sparkv_number number) {
     ValueLayout l;
     l.head_dim = head_dim;
     l.number = number;

@@ -62,8 +62,9 @@ struct Scratch {
   float* operands;  // rows of a tile as matrix instructions take them: two bf16 for each number,
                     // keys padded to 32 channels and values to 16
   float* weights;   // [n_rows padded to 16][64], of all query rows: what matrix instructions leave
+  float* places;    // [kPlaceFloats] where prepare_queries found codes of keys to be
 };
-inline constexpr int kScoreRows = 8;
+inline constexpr int kScoreRows = 8, kPlaceFloats = 32;
 static inline size_t PadTo16(int n) { return size_t(n + 15) & ~size_t{15}; }
 // Floats of prepared queries: two vectors of 24-bit numbers, in 64-channel pieces, and sixteen
 // numbers per row; matrix instructions take sixteen rows together.
@@ -77,7 +78,8 @@ static inline size_t WeightFloats(size_t n_rows) { return PadTo16(int(n_rows)) *
 // Rows are padded to 16 floats; the padding must start as zeros. `floats` is aligned to 64 bytes.
 static inline size_t ScratchFloats(int k_dim, int v_dim, size_t n_rows) {
   return size_t(kTile) * (2 * PadTo16(k_dim) + PadTo16(v_dim) + kScoreRows) +
-         OperandFloats(k_dim, v_dim) + WeightFloats(n_rows) + QueryFloats(k_dim, n_rows);
+         OperandFloats(k_dim, v_dim) + WeightFloats(n_rows) + kPlaceFloats +
+         QueryFloats(k_dim, n_rows);
 }
 static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim, size_t n_rows) {
   Scratch s;
@@ -87,7 +89,8 @@ static inline Scratch MakeScratch(float* floats, int k_dim, int v_dim, size_t n_
   s.score = s.value + size_t(kTile) * PadTo16(v_dim);
   s.operands = s.score + size_t(kScoreRows) * kTile;
   s.weights = s.operands + OperandFloats(k_dim, v_dim);
-  s.queries = s.weights + WeightFloats(n_rows);
+  s.places = s.weights + WeightFloats(n_rows);
+  s.queries = s.places + kPlaceFloats;
   return s;
 }
 

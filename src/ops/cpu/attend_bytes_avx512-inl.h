@@ -84,10 +84,14 @@ inline void Bias(int offset, const int8_t* digits, int n, int32_t* bias) {
   _mm_mask_storeu_epi32(bias, 7, _mm_sub_epi32(_mm_setzero_si128(), sum));
 }
 
+#include "ops/cpu/codes_avx512-inl.h"
+
 void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBlock& block,
                     const Scratch& scratch) {
   if (layout.tiered() && !TiersByBytes(layout)) return PrepareTiers(layout, table, block, scratch);
   if (layout.number == SPARKV_F16) return;
+  static_assert(sizeof(JointKeys) <= kPlaceFloats * sizeof(float));
+  if (layout.tiered()) new (scratch.places) JointKeys(layout);
   const int n = block.k_dim;
   for (int r = 0; r < block.n_rows; ++r) {
     PreparedRow* row = PreparedAt(scratch, n, r);
@@ -395,8 +399,6 @@ inline __m512 TierGains(__m512i code) {
                             half(kGains.gain + 32));
 }
 
-#include "ops/cpu/codes_avx512-inl.h"
-
 // Tiered keys of a tile as bytes with tokens in lanes: [run][quad of channels][16 tokens][4].
 struct TierBytes {
   alignas(64) uint8_t level[kTile * kMaxHeadDim];         // 128 + level
@@ -456,6 +458,7 @@ inline void UnpackJointKeys(const KeyLayout& layout, const JointKeys& joint, con
                 second = _mm512_load_si512(kCodes.centred[bits[1]]),
                 third = _mm512_load_si512(kCodes.centred[bits[2]]),
                 last = _mm512_load_si512(kCodes.centred[bits[3]]);
+  const __m512i to_third = BitsFrom(joint.low[2]), to_last = BitsFrom(joint.low[3]);
   for (int run = 0; run < kTile / 16; ++run) {
     if ((tile.rows >> (16 * run) & 0xffff) == 0) continue;
     const PrefetchShare next(tile, run, 0, 0, 1);
@@ -481,17 +484,19 @@ inline void UnpackJointKeys(const KeyLayout& layout, const JointKeys& joint, con
         store(c, _mm512_permutexvar_epi8(code, first));
       }
       store(kHalf + c, _mm512_permutexvar_epi8(other, second));
-      store(2 * kHalf + c, _mm512_permutexvar_epi8(BitsFrom(other, joint.low[2]), third));
+      store(2 * kHalf + c,
+            _mm512_permutexvar_epi8(_mm512_gf2p8affine_epi64_epi8(other, to_third, 0), third));
       store(3 * kHalf + c,
-            _mm512_permutexvar_epi8(BitsFrom(kApart ? other : code, joint.low[3]), last));
+            _mm512_permutexvar_epi8(
+                _mm512_gf2p8affine_epi64_epi8(kApart ? other : code, to_last, 0), last));
     });
   }
 }
 
-void UnpackKeys(const KeyLayout& layout, const PackedTile& tile, TierBytes* out) {
+void UnpackKeys(const KeyLayout& layout, const JointKeys& joint, const PackedTile& tile,
+                TierBytes* out) {
   const RowHeads heads(tile.key, layout.bytes, tile.rows);
-  if (JointKeys::Fit(layout)) {
-    const JointKeys joint(layout);
+  if (joint.fits) {
     const auto unpack = [&](auto rows, auto wide) {
       return joint.apart ? UnpackJointKeys<rows(), wide(), true>(layout, joint, tile, out)
                          : UnpackJointKeys<rows(), wide(), false>(layout, joint, tile, out);
@@ -593,9 +598,12 @@ inline void UnpackValuePieces(const ValueLayout& layout, const PackedTile& tile,
 
 // Two codes lie in a byte: the second of another piece, or of four other tokens, which is as far
 // behind.
-template <int kRows>
-inline void UnpackJointValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
-  const JointValues joint(layout);
+template <int kRows, int kBits>
+inline void UnpackJointValues(const PackedTile& tile, ValueBytes* out) {
+  static constexpr ValueLayout layout =
+      ValueLayout::Make(128 / kRows, sparkv_number(SPARKV_TRELLIS4 + 4 - kBits));
+  static_assert(TrellisBits(layout.number) == kBits && JointValues::Fit(layout));
+  static constexpr JointValues joint(layout);
   const __m512i levels = _mm512_load_si512(kCodes.level[TrellisBits(layout.number)]);
   for (int run = 0; run < kTile / 16; ++run) {
     if ((tile.rows >> (16 * run) & 0xffff) == 0) continue;
@@ -613,7 +621,9 @@ inline void UnpackJointValues(const ValueLayout& layout, const PackedTile& tile,
       Unroll<4>([&](auto k) __attribute__((always_inline)) {
         int8_t* at = to + 512 * g + 64 * k;
         _mm512_store_si512(at, _mm512_permutexvar_epi8(x[k], levels));
-        _mm512_store_si512(at + 256, _mm512_permutexvar_epi8(BitsFrom(x[k], 4), levels));
+        _mm512_store_si512(
+            at + 256,
+            _mm512_permutexvar_epi8(_mm512_gf2p8affine_epi64_epi8(x[k], BitsFrom(4), 0), levels));
       });
     });
   }
@@ -621,8 +631,13 @@ inline void UnpackJointValues(const ValueLayout& layout, const PackedTile& tile,
 
 void UnpackValues(const ValueLayout& layout, const PackedTile& tile, ValueBytes* out) {
   if (!JointValues::Fit(layout)) return UnpackValuePieces(layout, tile, out);
-  if (layout.head_dim == 128) return UnpackJointValues<1>(layout, tile, out);
-  UnpackJointValues<2>(layout, tile, out);
+  const auto unpack = [&](auto bits) {
+    return layout.head_dim == 128 ? UnpackJointValues<1, bits()>(tile, out)
+                                  : UnpackJointValues<2, bits()>(tile, out);
+  };
+  if (layout.number == SPARKV_TRELLIS3) return unpack(std::integral_constant<int, 3>());
+  if (layout.number == SPARKV_TRELLIS2) return unpack(std::integral_constant<int, 2>());
+  unpack(std::integral_constant<int, 1>());
 }
 
 // 2^x for x <= 0, to 2e-7; below -126 zero. NaN stays NaN.

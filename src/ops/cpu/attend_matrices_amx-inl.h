@@ -440,7 +440,7 @@ inline void AttendMatrices(const KeyLayout& key, const ValueLayout& value, const
   }
   if (key.tiered() && TiersByBytes(key)) {
     TierBytes bytes;
-    UnpackKeys(key, tile, &bytes);
+    UnpackKeys(key, JointKeys(key), tile, &bytes);
     EachRow(nan, [&](size_t t) { bytes.FirstUnit()[t] = std::numeric_limits<float>::quiet_NaN(); });
     KeyOperands(key, tile.rows, bytes, operands);
   } else {

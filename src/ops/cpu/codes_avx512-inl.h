@@ -113,9 +113,9 @@ template <typename Body>
 //   path has, b = 0 or 1; 32 planes behind the path, with two rows 16 bytes of each
 struct JointCodes {
   static constexpr int kPlanes = 32;
-  uint32_t path_at, planes_at;  // in a row
+  alignas(64) uint64_t from[8] = {};  // bytes
   uint64_t planes_mask, present = 0;
-  __m512i from;
+  uint32_t path_at, planes_at;  // in a row
 
   template <int kRows>
   [[gnu::always_inline]] __m512i Codes(const uint8_t* row, size_t row_bytes) const {
@@ -134,8 +134,9 @@ struct JointCodes {
             ? _mm512_sllv_epi64(bits, shift)
             : _mm512_shldv_epi64(bits, _mm512_maskz_broadcastq_epi64(0x0c, word(path)), shift);
     bits = _mm512_mask_xor_epi64(shifted, 0x0a, shifted, bits);
-    return _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(int64_t(0x8040201008040201u)),
-                                         _mm512_maskz_permutexvar_epi8(present, from, bits), 0);
+    return _mm512_gf2p8affine_epi64_epi8(
+        _mm512_set1_epi64(int64_t(0x8040201008040201u)),
+        _mm512_maskz_permutexvar_epi8(present, _mm512_load_si512(from), bits), 0);
   }
 
  protected:
@@ -144,18 +145,22 @@ struct JointCodes {
     uint64_t at = 0, there = 0;
   };
 
-  explicit JointCodes(const PlaneLayout& planes)
-      : path_at(planes.at[0]),
-        planes_at(planes.n_planes > 1 ? planes.at[1] : planes.end),
-        planes_mask(((uint64_t{1} << (planes.end - planes_at)) - 1) << kPlanes) {}
+  constexpr explicit JointCodes(const PlaneLayout& planes)
+      : planes_mask(((uint64_t{1} << Rest(planes)) - 1) << kPlanes),
+        path_at(planes.at[0]),
+        planes_at(planes.end - Rest(planes)) {}
 
-  static bool PlanesFit(const PlaneLayout& planes, int rows) {
-    return planes.n_planes > 0 && (planes.n_planes == 1 || planes.end - planes.at[1] <= 32u / rows);
+  // Bytes behind the path.
+  static constexpr uint32_t Rest(const PlaneLayout& planes) {
+    return planes.n_planes > 1 ? planes.end - planes.at[1] : 0;
+  }
+  static constexpr bool PlanesFit(const PlaneLayout& planes, int head_dim) {
+    return (head_dim == 64 || head_dim == 128) && Rest(planes) <= uint32_t(head_dim) / 4;
   }
   // Codes of eight numbers of `bits` bits go to bit `low` of the bytes and on. path, rest: where
   // they are in the words of the path, and in the planes behind it, in bytes.
-  static void Add(const PlaneLayout& planes, int bits, int low, unsigned path, unsigned rest,
-                  Matrix* matrix) {
+  static constexpr void Add(const PlaneLayout& planes, int bits, int low, unsigned path,
+                            unsigned rest, Matrix* matrix) {
     for (int b = 0; bits > 0 && b <= bits; ++b) {
       const unsigned at = b < 2 ? path / 8 * 16 + path % 8 + unsigned(8 * b)
                                 : kPlanes + planes.at[b - 1] - planes.at[1] + rest;
@@ -166,14 +171,12 @@ struct JointCodes {
   }
   // Lanes have their matrix of two, and its bytes so many further on.
   template <typename MatrixOf, typename Further>
-  void SetLanes(MatrixOf&& matrix_of, Further&& further) {
-    alignas(64) uint64_t lanes[8];
+  constexpr void SetLanes(MatrixOf&& matrix_of, Further&& further) {
     for (int l = 0; l < 8; ++l) {
-      const Matrix& matrix = matrix_of(l);
-      lanes[l] = matrix.at + 0x0101010101010101u * uint64_t(further(l));
+      const Matrix matrix = matrix_of(l);
+      from[l] = matrix.at + 0x0101010101010101u * uint64_t(further(l));
       present |= matrix.there << (8 * l);
     }
-    from = _mm512_load_si512(lanes);
   }
 };
 
@@ -181,16 +184,15 @@ struct JointCodes {
 // half the second one, above it the third, and the last one above the first or the third.
 struct JointKeys : JointCodes {
   int low[kTiers] = {};  // the bit of its byte where a tier's code begins
+  bool fits;             // they have room
   bool apart;            // the first tier has its bytes alone
 
-  static bool Fit(const KeyLayout& layout) {
-    const auto [a, b, c, d] = CodeBits(layout);
-    return (layout.head_dim == 64 || layout.head_dim == 128) && a <= 8 && b + c <= 8 &&
-           (a + d <= 8 || b + c + d <= 8) && PlanesFit(layout.planes, 128 / layout.head_dim);
-  }
   explicit JointKeys(const KeyLayout& layout) : JointCodes(layout.planes) {
     const auto [a, b, c, d] = CodeBits(layout);
     apart = a + d > 8;
+    fits = PlanesFit(layout.planes, layout.head_dim) && a <= 8 && b + c <= 8 &&
+           (!apart || b + c + d <= 8);
+    if (!fits) return;
     low[2] = b;
     low[3] = apart ? b + c : a;
     const int groups = layout.per_tier() / 8;  // of eight numbers, in a tier
@@ -214,11 +216,10 @@ struct JointKeys : JointCodes {
 
 // Head size 128: the second half of a row above the first; 64: the second row above the first.
 struct JointValues : JointCodes {
-  static bool Fit(const ValueLayout& layout) {
-    return (layout.head_dim == 64 || layout.head_dim == 128) && TrellisBits(layout.number) <= 3 &&
-           PlanesFit(layout.planes, 128 / layout.head_dim);
+  static constexpr bool Fit(const ValueLayout& layout) {
+    return TrellisBits(layout.number) <= 3 && PlanesFit(layout.planes, layout.head_dim);
   }
-  explicit JointValues(const ValueLayout& layout) : JointCodes(layout.planes) {
+  constexpr explicit JointValues(const ValueLayout& layout) : JointCodes(layout.planes) {
     const int bits = TrellisBits(layout.number);
     Matrix matrix;
     Add(layout.planes, bits, 0, 0, 0, &matrix);
@@ -227,8 +228,7 @@ struct JointValues : JointCodes {
   }
 };
 
-// Takes bits `first` and on of each byte down to bit 0.
-inline __m512i BitsFrom(__m512i x, int first) {
-  const int64_t matrix = first < 8 ? int64_t(0x0102040810204080u << (8 * first)) : 0;
-  return _mm512_gf2p8affine_epi64_epi8(x, _mm512_set1_epi64(matrix), 0);
+// Matrix that takes bits `first` and on of a byte down to bit 0.
+inline __m512i BitsFrom(int first) {
+  return _mm512_set1_epi64(first < 8 ? int64_t(0x0102040810204080u << (8 * first)) : 0);
 }

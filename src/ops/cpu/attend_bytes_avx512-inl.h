@@ -615,7 +615,8 @@ inline void UnpackJointValues(const PackedTile& tile, ValueBytes* out) {
         constexpr int kRow = 4 * kRows * g + i;
         next.Row(kRow);
         if constexpr (kRows == 2) next.Row(kRow + 4);
-        x[i] = joint.Codes<kRows>(tile.value[run] + size_t(kRow) * layout.bytes, layout.bytes);
+        x[i] = joint.Codes<kRows, kBits == 1>(tile.value[run] + size_t(kRow) * layout.bytes,
+                                              layout.bytes);
       });
       TurnTokens(x);
       Unroll<4>([&](auto k) __attribute__((always_inline)) {

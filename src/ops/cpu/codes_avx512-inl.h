@@ -114,18 +114,29 @@ template <typename Body>
 struct JointCodes {
   static constexpr int kPlanes = 32;
   alignas(64) uint64_t from[8] = {};  // bytes
-  uint64_t planes_mask, present = 0;
+  uint64_t present = 0;
   uint32_t path_at, planes_at;  // in a row
 
-  template <int kRows>
+  template <int kRows, bool kPathAlone = false>
   [[gnu::always_inline]] __m512i Codes(const uint8_t* row, size_t row_bytes) const {
     const auto word = [](const uint8_t* at) {
       return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
     };
-    const uint8_t *path = row + path_at, *planes = row + planes_at - kPlanes;
-    __m512i bits = _mm512_maskz_loadu_epi8(planes_mask, planes);
-    if constexpr (kRows == 2)
-      bits = _mm512_mask_loadu_epi8(bits, planes_mask << 16, planes + 4 * row_bytes - 16);
+    const uint8_t *path = row + path_at, *planes = row + planes_at;
+    // No more than the row: with the last of a run, a line behind it would have to come from
+    // memory.
+    __m512i bits = _mm512_setzero_si512();
+    if constexpr (kPathAlone) {
+    } else if constexpr (kRows == 1) {
+      bits = _mm512_maskz_broadcast_i64x4(
+          0xf0, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes)));
+    } else {
+      const auto half = [](const uint8_t* at) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+      };
+      bits = _mm512_maskz_broadcast_i32x4(0x0f00, half(planes));
+      bits = _mm512_mask_broadcast_i32x4(bits, 0xf000, half(planes + 4 * row_bytes));
+    }
     bits = _mm512_mask_broadcastq_epi64(bits, 0x03, word(path));
     bits = _mm512_mask_broadcastq_epi64(bits, 0x0c, word(path + (kRows == 2 ? 4 * row_bytes : 8)));
     const __m512i shift = _mm512_setr_epi64(1, 2, 1, 2, 0, 0, 0, 0);
@@ -145,25 +156,21 @@ struct JointCodes {
     uint64_t at = 0, there = 0;
   };
 
-  constexpr explicit JointCodes(const PlaneLayout& planes)
-      : planes_mask(((uint64_t{1} << Rest(planes)) - 1) << kPlanes),
-        path_at(planes.at[0]),
-        planes_at(planes.end - Rest(planes)) {}
+  constexpr JointCodes(const PlaneLayout& planes, int head_dim)
+      : path_at(planes.at[0]),
+        planes_at(planes.end - std::min(planes.end, uint32_t(head_dim) / 4)) {}
 
-  // Bytes behind the path.
-  static constexpr uint32_t Rest(const PlaneLayout& planes) {
-    return planes.n_planes > 1 ? planes.end - planes.at[1] : 0;
-  }
   static constexpr bool PlanesFit(const PlaneLayout& planes, int head_dim) {
-    return (head_dim == 64 || head_dim == 128) && Rest(planes) <= uint32_t(head_dim) / 4;
+    const uint32_t behind_path = planes.n_planes > 1 ? planes.end - planes.at[1] : 0;
+    return (head_dim == 64 || head_dim == 128) && behind_path <= uint32_t(head_dim) / 4;
   }
   // Codes of eight numbers of `bits` bits go to bit `low` of the bytes and on. path, rest: where
   // they are in the words of the path, and in the planes behind it, in bytes.
-  static constexpr void Add(const PlaneLayout& planes, int bits, int low, unsigned path,
-                            unsigned rest, Matrix* matrix) {
+  constexpr void Add(const PlaneLayout& planes, int bits, int low, unsigned path, unsigned rest,
+                     Matrix* matrix) {
     for (int b = 0; bits > 0 && b <= bits; ++b) {
       const unsigned at = b < 2 ? path / 8 * 16 + path % 8 + unsigned(8 * b)
-                                : kPlanes + planes.at[b - 1] - planes.at[1] + rest;
+                                : kPlanes + planes.at[b - 1] - planes_at + rest;
       const int place = 7 - low - b;
       matrix->at |= uint64_t{at} << (8 * place);
       matrix->there |= uint64_t{1} << place;
@@ -187,7 +194,7 @@ struct JointKeys : JointCodes {
   bool fits;             // they have room
   bool apart;            // the first tier has its bytes alone
 
-  explicit JointKeys(const KeyLayout& layout) : JointCodes(layout.planes) {
+  explicit JointKeys(const KeyLayout& layout) : JointCodes(layout.planes, layout.head_dim) {
     const auto [a, b, c, d] = CodeBits(layout);
     apart = a + d > 8;
     fits = PlanesFit(layout.planes, layout.head_dim) && a <= 8 && b + c <= 8 &&
@@ -219,7 +226,8 @@ struct JointValues : JointCodes {
   static constexpr bool Fit(const ValueLayout& layout) {
     return TrellisBits(layout.number) <= 3 && PlanesFit(layout.planes, layout.head_dim);
   }
-  constexpr explicit JointValues(const ValueLayout& layout) : JointCodes(layout.planes) {
+  constexpr explicit JointValues(const ValueLayout& layout)
+      : JointCodes(layout.planes, layout.head_dim) {
     const int bits = TrellisBits(layout.number);
     Matrix matrix;
     Add(layout.planes, bits, 0, 0, 0, &matrix);

@@ -1,17 +1,21 @@
 // AVX-512: codes of trellis-coded rows as bytes. Included inside attend_bytes_avx512-inl.h.
 
 // A piece's share of what is read next, a line with every row or every other one: a burst of lines
-// waits for those before it, and the piece with it.
+// waits for those before it, and the piece with it. The last share ends with what loads of 64 bytes
+// touch behind the last row.
 struct PrefetchShare {
-  const uint8_t* at;
+  const uint8_t *at, *end;
   size_t step;  // bytes a row, at most a line
   // half: 0 with keys, 1 with values, of which each has n_pieces.
   PrefetchShare(const PackedTile& tile, int run, int half, int piece, int n_pieces)
-      : at(tile.key[run]), step(tile.next_bytes / size_t(32 * n_pieces)) {
-    if (step != 0) at = tile.next[run] + step * size_t(16 * (half * n_pieces + piece));
+      : at(tile.key[run]), end(at), step(tile.next_bytes / size_t(32 * n_pieces)) {
+    if (step == 0) return;
+    at = tile.next[run] + step * size_t(16 * (half * n_pieces + piece));
+    end = half == 1 && piece == n_pieces - 1 ? tile.next[run] + tile.next_bytes + 31 : at;
   }
   [[gnu::always_inline]] void Row(int i) const {
     if (i % 2 == 0 || step > 32) __builtin_prefetch(at + size_t(i) * step, 0, 2);
+    if (i == 15) __builtin_prefetch(end, 0, 2);
   }
 };
 

@@ -19,6 +19,11 @@ struct PrefetchShare {
   }
 };
 
+// No line is touched for bytes that are not wanted, as a vector's load under a mask does.
+inline __m128i EightBytes(const uint8_t* at) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
+}
+
 // The codes of 64 trellis-coded numbers, first .. first + 63, of 16 rows. Bits of a code lie in
 // planes, so eight codes are a matrix of bits, eight bytes, to be transposed:
 //   matrix byte 7 - b = bit b of eight codes;  byte i of the product with 1 << i = code i
@@ -59,8 +64,8 @@ struct PieceOfRows {
     if constexpr (kTogether) return _mm512_maskz_loadu_epi8(bytes, path - 8);
     __m512i word = _mm512_setzero_si512();
     for (int p = 0; p < piece.n_planes; ++p) {
-      word = _mm512_mask_loadu_epi64(word, __mmask8(2 << p),
-                                     path - piece.at[0] + piece.at[p] - 8 * (p + 1));
+      word = _mm512_mask_broadcastq_epi64(word, __mmask8(2 << p),
+                                          EightBytes(path - piece.at[0] + piece.at[p]));
     }
     return word;
   }
@@ -77,7 +82,7 @@ struct PieceOfRows {
     const size_t before_step = piece.later ? row_bytes : 0;
     const auto all = [](const uint8_t* at) { return _mm512_set1_epi64(int64_t(Word(at))); };
     Unroll<16>([&](auto i) __attribute__((always_inline)) {
-      __m512i bits = _mm512_mask_loadu_epi64(Planes<kTogether>(path), 1, path);
+      __m512i bits = _mm512_mask_broadcastq_epi64(Planes<kTogether>(path), 1, EightBytes(path));
       bits = _mm512_shldv_epi64(bits, all(before), shift);
       bits = _mm512_mask_xor_epi64(bits, 2, bits, all(path));
       next.Row(i);
@@ -123,9 +128,6 @@ struct JointCodes {
 
   template <int kRows, bool kPathAlone = false>
   [[gnu::always_inline]] __m512i Codes(const uint8_t* row, size_t row_bytes) const {
-    const auto word = [](const uint8_t* at) {
-      return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
-    };
     const uint8_t *path = row + path_at, *planes = row + planes_at;
     // No more than the row: with the last of a run, a line behind it would have to come from
     // memory.
@@ -141,13 +143,14 @@ struct JointCodes {
       bits = _mm512_maskz_broadcast_i32x4(0x0f00, half(planes));
       bits = _mm512_mask_broadcast_i32x4(bits, 0xf000, half(planes + 4 * row_bytes));
     }
-    bits = _mm512_mask_broadcastq_epi64(bits, 0x03, word(path));
-    bits = _mm512_mask_broadcastq_epi64(bits, 0x0c, word(path + (kRows == 2 ? 4 * row_bytes : 8)));
+    bits = _mm512_mask_broadcastq_epi64(bits, 0x03, EightBytes(path));
+    bits = _mm512_mask_broadcastq_epi64(bits, 0x0c,
+                                        EightBytes(path + (kRows == 2 ? 4 * row_bytes : 8)));
     const __m512i shift = _mm512_setr_epi64(1, 2, 1, 2, 0, 0, 0, 0);
     const __m512i shifted =
-        kRows == 2
-            ? _mm512_sllv_epi64(bits, shift)
-            : _mm512_shldv_epi64(bits, _mm512_maskz_broadcastq_epi64(0x0c, word(path)), shift);
+        kRows == 2 ? _mm512_sllv_epi64(bits, shift)
+                   : _mm512_shldv_epi64(bits, _mm512_maskz_broadcastq_epi64(0x0c, EightBytes(path)),
+                                        shift);
     bits = _mm512_mask_xor_epi64(shifted, 0x0a, shifted, bits);
     return _mm512_gf2p8affine_epi64_epi8(
         _mm512_set1_epi64(int64_t(0x8040201008040201u)),

@@ -287,9 +287,9 @@ void AttendPackedTile(const KeyLayout& key, const ValueLayout& value, const Quer
   if (key.number == SPARKV_F16 || (key.tiered() && !TiersByBytes(key)))
     return AttendPacked(key, value, block, tile, visible, mask, scratch, state);
   if (key.tiered()) {
-    const JointKeys& joint = *reinterpret_cast<const JointKeys*>(scratch.places);
-    return AttendBytes<TierBytes>(key, value, block, tile, visible, mask, scratch, state,
-                                  [&](TierBytes* keys) { UnpackKeys(key, joint, tile, keys); });
+    return AttendBytes<TierBytes>(
+        key, value, block, tile, visible, mask, scratch, state,
+        [&](TierBytes* keys) { UnpackKeys(key, PlacedKeys(scratch), tile, keys); });
   }
   WithInteger(key.number, [&](auto number) {
     AttendBytes<KeyBytes>(key, value, block, tile, visible, mask, scratch, state,

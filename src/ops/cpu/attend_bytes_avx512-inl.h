@@ -90,8 +90,7 @@ void PrepareQueries(const KeyLayout& layout, const float* table, const QueryBloc
                     const Scratch& scratch) {
   if (layout.tiered() && !TiersByBytes(layout)) return PrepareTiers(layout, table, block, scratch);
   if (layout.number == SPARKV_F16) return;
-  static_assert(sizeof(JointKeys) <= kPlaceFloats * sizeof(float));
-  if (layout.tiered()) new (scratch.places) JointKeys(layout);
+  if (layout.tiered()) PlaceKeys(layout, scratch);
   const int n = block.k_dim;
   for (int r = 0; r < block.n_rows; ++r) {
     PreparedRow* row = PreparedAt(scratch, n, r);
@@ -158,18 +157,20 @@ struct RowHeads {
   }
 };
 
-// Word c of lane t = word t of x[c] before, in x[c]. Written out: from a shuffle by index gcc 12
-// makes one with two sources that destroys one of them.
+// Four rows by four words in each block of 128 bits. Written out, as what follows: from a shuffle
+// by index gcc 12 makes one with two sources that destroys one of them.
+[[gnu::always_inline]] inline void TurnBlocks(__m512i* row) {
+  const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]),
+                b = _mm512_unpackhi_epi32(row[0], row[1]),
+                c = _mm512_unpacklo_epi32(row[2], row[3]),
+                d = _mm512_unpackhi_epi32(row[2], row[3]);
+  row[0] = _mm512_unpacklo_epi64(a, c), row[1] = _mm512_unpackhi_epi64(a, c);
+  row[2] = _mm512_unpacklo_epi64(b, d), row[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// Word c of lane t = word t of x[c] before, in x[c].
 inline void TransposeWords(__m512i (&x)[16]) {
-  Unroll<4>([&](auto g) __attribute__((always_inline)) {
-    __m512i* row = x + 4 * g;
-    const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]),
-                  b = _mm512_unpackhi_epi32(row[0], row[1]),
-                  c = _mm512_unpacklo_epi32(row[2], row[3]),
-                  d = _mm512_unpackhi_epi32(row[2], row[3]);
-    row[0] = _mm512_unpacklo_epi64(a, c), row[1] = _mm512_unpackhi_epi64(a, c);
-    row[2] = _mm512_unpacklo_epi64(b, d), row[3] = _mm512_unpackhi_epi64(b, d);
-  });
+  Unroll<4>([&](auto g) __attribute__((always_inline)) { TurnBlocks(x + 4 * g); });
   __m512i y[16];
   Unroll<4>([&](auto k) __attribute__((always_inline)) {
     const __m512i a = _mm512_shuffle_i32x4(x[k], x[4 + k], 0x88),
@@ -184,19 +185,10 @@ inline void TransposeWords(__m512i (&x)[16]) {
 
 // The same with 8 words of rows 8 g + i and 8 g + i + 4 in x[4 g + i].
 inline void TransposeWords(__m512i (&x)[8]) {
-  __m512i y[8];
-  Unroll<2>([&](auto g) __attribute__((always_inline)) {
-    const __m512i* row = x + 4 * g;
-    const __m512i a = _mm512_unpacklo_epi32(row[0], row[1]),
-                  b = _mm512_unpackhi_epi32(row[0], row[1]),
-                  c = _mm512_unpacklo_epi32(row[2], row[3]),
-                  d = _mm512_unpackhi_epi32(row[2], row[3]);
-    y[4 * g] = _mm512_unpacklo_epi64(a, c), y[4 * g + 1] = _mm512_unpackhi_epi64(a, c);
-    y[4 * g + 2] = _mm512_unpacklo_epi64(b, d), y[4 * g + 3] = _mm512_unpackhi_epi64(b, d);
-  });
+  Unroll<2>([&](auto g) __attribute__((always_inline)) { TurnBlocks(x + 4 * g); });
   Unroll<4>([&](auto k) __attribute__((always_inline)) {
-    x[k] = _mm512_shuffle_i32x4(y[k], y[4 + k], 0x88);
-    x[4 + k] = _mm512_shuffle_i32x4(y[k], y[4 + k], 0xdd);
+    const __m512i a = x[k], b = x[4 + k];
+    x[k] = _mm512_shuffle_i32x4(a, b, 0x88), x[4 + k] = _mm512_shuffle_i32x4(a, b, 0xdd);
   });
 }
 

@@ -70,6 +70,7 @@ inline uint16_t* MatrixQueries(const Scratch& scratch, int k_dim, int row) {
 inline void PrepareMatrixQueries(const KeyLayout& layout, const float* table,
                                  const QueryBlock& block, const Scratch& scratch) {
   const size_t lo = Chunks(block.k_dim) * 16 * kChunk;
+  if (layout.tiered()) PlaceKeys(layout, scratch);
   for (int r = 0; r < block.n_rows; ++r) {
     const float* q = block.q + size_t(r) * block.q_stride;
     float tiers[kMaxHeadDim];
@@ -440,7 +441,7 @@ inline void AttendMatrices(const KeyLayout& key, const ValueLayout& value, const
   }
   if (key.tiered() && TiersByBytes(key)) {
     TierBytes bytes;
-    UnpackKeys(key, JointKeys(key), tile, &bytes);
+    UnpackKeys(key, PlacedKeys(scratch), tile, &bytes);
     EachRow(nan, [&](size_t t) { bytes.FirstUnit()[t] = std::numeric_limits<float>::quiet_NaN(); });
     KeyOperands(key, tile.rows, bytes, operands);
   } else {

@@ -24,10 +24,16 @@ inline __m128i EightBytes(const uint8_t* at) {
   return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
 }
 
-// The codes of 64 trellis-coded numbers, first .. first + 63, of 16 rows. Bits of a code lie in
-// planes, so eight codes are a matrix of bits, eight bytes, to be transposed:
+// Bits of a code lie in planes, so eight codes are a matrix of bits, eight bytes, to be transposed:
 //   matrix byte 7 - b = bit b of eight codes;  byte i of the product with 1 << i = code i
-// Bits 0 and 1 follow from the path: words 0 and 1 of a row's vector, before its other planes.
+// from: the bytes of `bits` that eight matrices have, where `present`.
+[[gnu::always_inline]] inline __m512i CodesOf(__m512i bits, uint64_t present, __m512i from) {
+  return _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(int64_t(0x8040201008040201u)),
+                                       _mm512_maskz_permutexvar_epi8(present, from, bits), 0);
+}
+
+// The codes of 64 trellis-coded numbers, first .. first + 63, of 16 rows. Bits 0 and 1 follow from
+// the path: words 0 and 1 of a row's vector, before its other planes.
 struct PieceOfRows {
   const PiecePlanes piece;
   bool together;  // one load has all planes of a row: they are within 56 bytes, the path in 8
@@ -74,7 +80,6 @@ struct PieceOfRows {
   template <bool kTogether, typename Body>
   [[gnu::always_inline]] void EachRow(const uint8_t* rows16, size_t row_bytes,
                                       const PrefetchShare& next, Body&& body) const {
-    const __m512i one_bit = _mm512_set1_epi64(int64_t(0x8040201008040201u));
     const __m512i shift = _mm512_setr_epi64(1, 2, 0, 0, 0, 0, 0, 0);
     static constexpr uint8_t kNoBits[8] = {};
     const uint8_t* path = rows16 + piece.at[0];
@@ -86,8 +91,7 @@ struct PieceOfRows {
       bits = _mm512_shldv_epi64(bits, all(before), shift);
       bits = _mm512_mask_xor_epi64(bits, 2, bits, all(path));
       next.Row(i);
-      body(i, _mm512_gf2p8affine_epi64_epi8(one_bit,
-                                            _mm512_maskz_permutexvar_epi8(present, from, bits), 0));
+      body(i, CodesOf(bits, present, from));
       path += row_bytes;
       before += before_step;
       // Or all addresses would be made ahead, more than there are registers.
@@ -152,9 +156,7 @@ struct JointCodes {
                    : _mm512_shldv_epi64(bits, _mm512_maskz_broadcastq_epi64(0x0c, EightBytes(path)),
                                         shift);
     bits = _mm512_mask_xor_epi64(shifted, 0x0a, shifted, bits);
-    return _mm512_gf2p8affine_epi64_epi8(
-        _mm512_set1_epi64(int64_t(0x8040201008040201u)),
-        _mm512_maskz_permutexvar_epi8(present, _mm512_load_si512(from), bits), 0);
+    return CodesOf(bits, present, _mm512_load_si512(from));
   }
 
  protected:
@@ -227,6 +229,15 @@ struct JointKeys : JointCodes {
     return bits;
   }
 };
+
+// Found once for all tiles of the same queries, and kept beside them.
+inline void PlaceKeys(const KeyLayout& layout, const Scratch& scratch) {
+  static_assert(sizeof(JointKeys) <= kPlaceFloats * sizeof(float));
+  new (scratch.places) JointKeys(layout);
+}
+inline const JointKeys& PlacedKeys(const Scratch& scratch) {
+  return *reinterpret_cast<const JointKeys*>(scratch.places);
+}
 
 // Head size 128: the second half of a row above the first; 64: the second row above the first.
 struct JointValues : JointCodes {
